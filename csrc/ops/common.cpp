@@ -1,0 +1,123 @@
+#include "ops/common.h"
+
+#include <sstream>
+
+namespace fastnn::ops {
+
+std::string shape(const Tensor& t) {
+  std::ostringstream out;
+  out << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << "]";
+  return out.str();
+}
+
+Sizes sizes_of(const Tensor& t) {
+  Sizes out(static_cast<size_t>(t.dim()));
+  for (int64_t i = 0; i < t.dim(); ++i) out[static_cast<size_t>(i)] = t.size(i);
+  return out;
+}
+
+DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      FASTNN_CHECK(false, name, " must be float32, bfloat16, float16 or float64, got another dtype (ScalarType ",
+                   static_cast<int>(t.scalar_type()), ")");
+  }
+  return DType::f32;
+}
+
+void check_like(const Tensor& first, const Tensor& other, const char* name) {
+  FASTNN_CHECK(first.scalar_type() == other.scalar_type(), name, " must have the input's dtype (ScalarType ",
+               static_cast<int>(first.scalar_type()), "), got ScalarType ", static_cast<int>(other.scalar_type()));
+  FASTNN_CHECK(other.is_cpu(), name, " must be on the CPU as the input is, got device index ", other.get_device_index());
+}
+
+void check_like(const Tensor& first, const std::optional<Tensor>& other, const char* name) {
+  if (other.has_value()) check_like(first, *other, name);
+}
+
+bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4) return false;
+  int64_t expected = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0) return false;
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+MemoryFormat suggested_format(const Tensor& t) {
+  // As torch: strides grow from channels over width and height to batch; a tie of the strides of size-1 dimensions
+  // counts for the contiguous format.
+  if (t.dim() != 4) return MemoryFormat::Contiguous;
+  int64_t least = 0;
+  if (t.stride(1) == 0) return MemoryFormat::Contiguous;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0) return MemoryFormat::Contiguous;
+    if (t.stride(d) < least) return MemoryFormat::Contiguous;
+    if (d == 0 && least == t.stride(1)) return MemoryFormat::Contiguous;
+    least = t.stride(d);
+    if (t.size(d) > 1) least *= t.size(d);
+  }
+  return MemoryFormat::ChannelsLast;
+}
+
+Tensor dense(const Tensor& t, MemoryFormat format) {
+  if (format == MemoryFormat::ChannelsLast ? is_channels_last(t) : t.is_contiguous()) return t;
+  return torch::stable::contiguous(t, format);
+}
+
+Tensor empty(ScalarType dtype, const Sizes& sizes, MemoryFormat format) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format);
+}
+
+Tensor empty_like(const Tensor& like, const Sizes& sizes, MemoryFormat format) {
+  return empty(like.scalar_type(), sizes, format);
+}
+
+TorchContext::TorchContext() {
+  threads = static_cast<int>(torch::stable::get_num_threads());
+  self = this;
+  run = [](void*, int workers, void (*task)(void*, int), void* closure) {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) task(closure, static_cast<int>(worker));
+    });
+  };
+  allocate = [](void* self, size_t bytes) -> void* {
+    auto& held = static_cast<TorchContext*>(self)->held_;
+    held.push_back(empty(ScalarType::Byte, {static_cast<int64_t>(bytes)}));  // torch aligns CPU memory to 64 bytes
+    return held.back().mutable_data_ptr();
+  };
+}
+
+namespace {
+
+int64_t detected() { return static_cast<int64_t>(detected_isa()); }
+int64_t current() { return static_cast<int64_t>(current_isa()); }
+bool set(int64_t level) { return level >= 0 && level < kIsaLevels && set_isa(static_cast<Isa>(level)); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastnn, m) {
+  m.def("_detected_isa() -> int");
+  m.def("_current_isa() -> int");
+  m.def("_set_isa(int level) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
+  m.impl("_detected_isa", TORCH_BOX(&detected));
+  m.impl("_current_isa", TORCH_BOX(&current));
+  m.impl("_set_isa", TORCH_BOX(&set));
+}
+
+}  // namespace fastnn::ops

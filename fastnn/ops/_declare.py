@@ -1,0 +1,256 @@
+"""One declaration per op, and everything that follows from it.
+
+A family's file states, once per op: what it must equal (its stock form), what the native kernels cover, the shape of the
+result, what backward keeps and computes, and how much work it is. :func:`declare` derives the rest: the routed
+function, gradients, autocast, the tracing rules of ``torch.compile`` and ``torch.export``, FLOP counting, and the row
+that :func:`fastnn.explain` shows. The schema itself stands beside the C++ implementation, so that the library also
+works in a process without Python.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from fastnn import _settings
+
+log = logging.getLogger("fastnn")
+
+FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+# Subclasses of Tensor that the raw ops understand; any other goes to torch, whose ops its author wrote it for.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_in_transform = torch._C._functorch.peek_interpreter_stack
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+class Cost(NamedTuple):
+    """The work of one call: floating-point operations, and the least bytes moved to and from memory."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Op:
+    """A declared op. ``packet`` is ``torch.ops.fastnn.<name>``; its ``default`` overload carries the gradients and its
+    ``raw`` overload is the kernel alone."""
+
+    name: str
+    packet: Any
+    stock: Callable
+    unsupported: Callable
+    fake: Callable
+    cost: Callable
+    keep: Callable | None
+    backward: Callable | None
+    autocast: bool
+    tensors: tuple[int, ...] = field(default=())
+
+    @property
+    def schema(self) -> torch.FunctionSchema:
+        return self.packet.default._schema
+
+
+# Every declared op by name, in the order of declaration.
+OPS: dict[str, Op] = {}
+
+# Called as recorder(op, args, reason) at each routed call while not None; explain() sets it.
+recorder: Callable | None = None
+
+
+def tensor_bytes(*tensors) -> int:
+    """The bytes that the elements of some tensors take, None counting nothing."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _unfit(tensors) -> str | None:
+    """Why no native kernel takes these tensors, whatever the op; None if one may."""
+    dtype = None
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN:
+            return f"{type(t).__name__} is not a plain tensor"
+        if not t.is_cpu:
+            return f"no kernel for device {t.device.type}"
+        if dtype is None:
+            dtype = t.dtype
+            if dtype not in FLOATS:
+                return f"no kernel for {dtype}"
+        elif t.dtype is not dtype:
+            return f"mixed dtypes {dtype} and {t.dtype}"
+        if t.layout is not torch.strided:
+            return f"layout {t.layout}"
+    return None
+
+
+def _cast_for_autocast(args, device: str):
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        a.to(dtype)
+        if isinstance(a, torch.Tensor)
+        and a.is_floating_point()
+        and a.dtype is not torch.float64
+        and a.device.type == device
+        else a
+        for a in args
+    )
+
+
+def _save_as_function(op: Op, raw) -> type[torch.autograd.Function]:
+    """The op's gradient as an autograd.Function: half the cost of the dispatcher's Python autograd on a small call."""
+
+    def forward(ctx, *args):
+        ctx.set_materialize_grads(False)
+        out = raw(*args)
+        if isinstance(out, tuple):
+            ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
+        op.keep(ctx, args, out)
+        return out
+
+    def backward(ctx, *grads):
+        return op.backward(ctx, *grads)
+
+    name = "".join(part.capitalize() for part in op.name.split("_"))
+    return type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+
+def _no_gradient(name: str) -> Callable:
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"fastnn::{name} has no gradient of its own, so the op that it is the backward of cannot be differentiated "
+            f"twice; set FASTNN_DISABLE=1 to use torch's op, where torch has a second derivative"
+        )
+
+    return backward
+
+
+def declare(
+    name: str,
+    *,
+    stock: Callable,
+    unsupported: Callable,
+    fake: Callable,
+    cost: Callable,
+    keep: Callable | None = None,
+    backward: Callable | None = None,
+    autocast: bool = False,
+) -> Callable:
+    """Declare the op ``fastnn::<name>`` and return the function that routes a call to it or to torch.
+
+    Every callable takes the op's arguments in the order of its schema.
+
+    Parameters
+    ----------
+    name
+        Name of an op that the library defines.
+    stock
+        The same result from torch's own ops: the oracle of the tests, the rival of the benchmarks, and where a call
+        goes that no kernel covers. It also raises torch's own error for arguments that torch refuses.
+    unsupported
+        None if the native kernels take these arguments, else the reason why not, in a few words. It is asked only about
+        plain strided tensors of one floating dtype on a device with kernels.
+    fake
+        The result's shape, dtype and strides, as empty tensors.
+    cost
+        A :class:`Cost`.
+    keep
+        ``keep(ctx, inputs, output)`` saves what backward needs.
+    backward
+        ``backward(ctx, *grads)`` returns a gradient, or None, per argument. A grad is None where nothing flows back.
+    autocast
+        Whether autocast lowers the op's inputs to its dtype.
+    """
+    packet = getattr(torch.ops.fastnn, name)
+    default, raw = packet.default, packet.raw
+    positions = tuple(i for i, a in enumerate(default._schema.arguments) if "Tensor" in str(a.type))
+    differentiable = backward is not None
+    op = Op(
+        name,
+        packet,
+        stock,
+        unsupported,
+        fake,
+        cost,
+        keep or (lambda ctx, inputs, output: None),
+        backward or _no_gradient(name),
+        autocast,
+        positions,
+    )
+    OPS[name] = op
+
+    for overload in ("", ".raw"):
+        torch.library.register_fake(f"fastnn::{name}{overload}", fake)
+
+    def keep_from_dispatcher(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        op.keep(ctx, inputs, output)
+
+    torch.library.register_autograd(f"fastnn::{name}", op.backward, setup_context=keep_from_dispatcher)
+    if autocast:
+        _register_autocast(name, default)
+    torch.utils.flop_counter.register_flop_formula(packet, get_raw=True)(
+        lambda *args, out_val=None, **kwargs: int(cost(*args).flops)
+    )
+    function = _save_as_function(op, raw)
+
+    def route(*args):
+        original = args
+        tensors = [args[i] for i in positions]
+        if _is_compiling():
+            # The tracer sees one op; gradients and autocast are the dispatcher's.
+            return default(*args) if _why_stock(tensors, args) is None else stock(*args)
+        if _in_transform() is not None or torch.autograd.forward_ad._current_level >= 0:
+            reason = "inside a torch.func transform or forward-mode AD"
+        else:
+            if autocast and _any_autocast() and torch.is_autocast_enabled("cpu"):
+                args = _cast_for_autocast(args, "cpu")
+                tensors = [args[i] for i in positions]
+            reason = _why_stock(tensors, args)
+        if recorder is not None:
+            recorder(op, args, reason)
+        if reason is not None:
+            if _settings.log:
+                log.info("%s runs on torch: %s", name, reason)
+            return stock(*original)
+        if _is_grad_enabled():
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return function.apply(*args)
+        return raw(*args)
+
+    def _why_stock(tensors, args):
+        if _settings.disabled:
+            return "FASTNN_DISABLE is set"
+        return _unfit(tensors) or unsupported(*args)
+
+    route.__name__ = route.__qualname__ = name
+    route.op = op
+    route.differentiable = differentiable
+    return route
+
+
+_library = torch.library.Library("fastnn", "FRAGMENT")
+
+
+def _register_autocast(name: str, default) -> None:
+    for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(*args, device=device, exclude=exclude):
+            with torch._C._ExcludeDispatchKeyGuard(exclude):
+                return default(*_cast_for_autocast(args, device))
+
+        _library.impl(name, kernel, key)
