@@ -5,9 +5,8 @@
 """
 
 from fastnn import _library  # noqa: F401  (loads the ops; must come first)
-from fastnn import nn, ops
-from fastnn._explain import explain
+from fastnn import ops
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "explain", "nn", "ops"]
+__all__ = ["__version__", "ops"]

@@ -1,0 +1,287 @@
+// Whole matrix products over the register tile of gemm_tile.h.
+//
+// Blocking after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008); products of few rows
+// read B where it lies, once.
+#pragma once
+
+#include "cpu/gemm_tile.h"
+
+namespace fastnn::FASTNN_ISA_NS {
+
+// ---- the whole product ----
+
+// C[m, n] = relu?(sum_k A[m, k] B[k, n] + bias[n]). Strides are in elements; rows of C are dense along n.
+template <class T>
+struct GemmArgs {
+  int64_t m, n, k;
+  const T* a;
+  int64_t a_m, a_k;
+  const T* b;
+  int64_t b_k, b_n;
+  T* c;
+  int64_t c_m;
+  const T* bias = nullptr;
+  bool relu = false;
+};
+
+// Depth of a block: its rows of A (kMR) and columns of B (kNR) stay in the first two cache levels.
+inline constexpr int64_t kDepth = 384;
+// Rows of A in a block, a multiple of kMR: 120 x 384 floats take 180 KiB of the second-level cache.
+inline constexpr int64_t kRows = kMR * (120 / kMR);
+// Packed B held at a time.
+inline constexpr int64_t kPackedBytes = int64_t{16} << 20;
+
+template <class T, int MR>
+FASTNN_INLINE void gemm_tile(const typename Gemm<T>::Elem* a, int64_t row, const typename Gemm<T>::Elem* b, int64_t elems,
+                             const acc_t<T>* partial, int64_t partial_row, const Epilogue<T>* last, acc_t<T>* sums, T* c,
+                             int64_t c_row, int n) {
+  Tile<T, MR> tile;
+  tile.clear();
+  tile.template multiply<true>(elems, a, row, 1, b);
+  if (last != nullptr) {
+    finish<T>(tile, partial, partial_row, *last, c, c_row, n);
+  } else {
+    finish<acc_t<T>>(tile, partial, partial_row, {}, sums, partial_row, n);
+  }
+}
+
+// gemm_tile for a number of rows known at run time only.
+template <class T, int MR = kMR, class... Args>
+inline void gemm_tile_rows(int rows, Args... args) {
+  if (rows == MR) return gemm_tile<T, MR>(args...);
+  if constexpr (MR > 1) gemm_tile_rows<T, MR - 1>(rows, args...);
+}
+
+// Any number of rows: B packed once, A block by block.
+template <class T>
+inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
+  using A = acc_t<T>;
+  using Elem = typename Gemm<T>::Elem;
+  constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
+  const int64_t workers = workers_for(2.0 * g.m * g.n * (g.k + 8), context.threads);
+  const int64_t panels = ceil_div(g.n, kWidth);
+  const int64_t depth = g.k <= kDepth + kDepth / 2 ? max_of(g.k, 1) : round_up(ceil_div(g.k, ceil_div(g.k, kDepth)), 16);
+  const int64_t elems = packed_k<T>(depth);
+  const int64_t a_row = round_up(elems, 16) + 16;  // an odd number of cache lines: rows do not share cache sets
+  const bool split = depth < g.k;
+  // Columns at a time, so that packed B stays within its bound.
+  const int64_t per_panel = elems * kWidth * static_cast<int64_t>(sizeof(Elem));
+  const int64_t depths = max_of(ceil_div(g.k, depth), 1);
+  const int64_t chunk = min_of(panels, max_of(kPackedBytes / (per_panel * depths), 8));
+
+  Elem* packed_b = context.scratch<Elem>(chunk * depths * elems * kWidth);
+  Elem* packed_a = context.scratch<Elem>(workers * kRows * a_row);
+  A* bias = nullptr;
+  if (g.bias != nullptr) {
+    bias = context.scratch<A>(panels * kWidth);
+    for (int64_t j = 0; j < panels * kWidth; ++j) bias[j] = j < g.n ? to_acc(g.bias[j]) : A(0);
+  }
+  // Blocks of rows and of panels: enough of them to share out, and wide enough that packing A is cheap.
+  int64_t rows = kRows, wide = min_of(chunk, max_of(1, 512 / kWidth));
+  while (rows > kMR && ceil_div(g.m, rows) * ceil_div(chunk, wide) < 4 * workers) rows -= kMR;
+  while (wide > 4 && ceil_div(g.m, rows) * ceil_div(chunk, wide) < 2 * workers) wide = ceil_div(wide, 2);
+  const int64_t row_blocks = ceil_div(g.m, rows);
+  // Sums between depths: kept in C itself where it is as precise.
+  constexpr bool kInPlace = sizeof(T) == sizeof(A);
+  A* partial = split && !kInPlace ? context.scratch<A>(workers * rows * wide * kWidth) : nullptr;
+
+  for (int64_t first = 0; first < panels; first += chunk) {
+    const int64_t here = min_of(chunk, panels - first);
+    context.for_each(here * depths, workers, [&](int64_t task, int) {
+      const int64_t panel = task / depths, d = task % depths;
+      const int64_t k0 = d * depth, j0 = (first + panel) * kWidth;
+      pack_b_panel<T>(g.b + k0 * g.b_k + j0 * g.b_n, g.b_k, g.b_n, min_of(depth, g.k - k0),
+                      static_cast<int>(min_of(kWidth, g.n - j0)), packed_b + task * elems * kWidth);
+    });
+    const int64_t column_blocks = ceil_div(here, wide);
+    context.for_each(row_blocks * column_blocks, workers, [&](int64_t task, int worker) {
+      const int64_t i0 = task / column_blocks * rows, p0 = task % column_blocks * wide;
+      const int64_t m = min_of(rows, g.m - i0), width = min_of(wide, here - p0);
+      Elem* a = packed_a + worker * kRows * a_row;
+      for (int64_t d = 0; d < depths; ++d) {
+        const int64_t k0 = d * depth, k = min_of(depth, g.k - k0);
+        const bool last = d == depths - 1;
+        pack_a<T>(g.a + i0 * g.a_m + k0 * g.a_k, g.a_m, g.a_k, m, k, a, a_row);
+        for (int64_t p = 0; p < width; ++p) {
+          const int64_t j0 = (first + p0 + p) * kWidth;
+          const Elem* b = packed_b + ((p0 + p) * depths + d) * elems * kWidth;
+          const int n = static_cast<int>(min_of(kWidth, g.n - j0));
+          const Epilogue<T> epilogue{bias != nullptr ? bias + j0 : nullptr, g.relu};
+          for (int64_t i = 0; i < m; i += kMR) {
+            T* c = g.c + (i0 + i) * g.c_m + j0;
+            A* sums;
+            int64_t sums_row;
+            if constexpr (kInPlace) {
+              sums = c;
+              sums_row = g.c_m;
+            } else {
+              sums = partial + worker * rows * wide * kWidth + i * wide * kWidth + p * kWidth;
+              sums_row = wide * kWidth;
+            }
+            gemm_tile_rows<T>(static_cast<int>(min_of(kMR, m - i)), static_cast<const Elem*>(a + i * a_row), a_row, b,
+                              (k + kPer - 1) / kPer, d > 0 ? static_cast<const A*>(sums) : nullptr, sums_row,
+                              last ? &epilogue : nullptr, sums, c, g.c_m, n);
+          }
+        }
+      }
+    });
+  }
+}
+
+// ---- few rows ----
+
+// Up to this many rows, packing B would cost more than it gives.
+inline constexpr int64_t kDotMost = 24;
+// Rows of B that are packed at a time where it is used once: 64 x 32 floats are 8 KiB.
+inline constexpr int64_t kStretch = 64;
+
+// B dense along k (a linear layer's weight): dot products of kDotRows rows of A with kDotColumns columns of B, both read
+// where they lie.
+template <class T, int R, int C>
+FASTNN_INLINE void dot_tile(const GemmArgs<T>& g, int64_t i, int64_t j) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const T* a = g.a + i * g.a_m;
+  const T* b = g.b + j * g.b_n;
+  V sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) sum[r][c] = zero<A>();
+  }
+  const auto step = [&](int64_t p, auto get) {
+    auto first = get(a + p);
+    decltype(first) x[R];
+    x[0] = first;
+#pragma GCC unroll 8
+    for (int r = 1; r < R; ++r) x[r] = get(a + r * g.a_m + p);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const auto y = get(b + c * g.b_n + p);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][c] = multiply_add(sum[r][c], x[r], y);
+    }
+  };
+  int64_t p = 0;
+#if FASTNN_ISA_LEVEL >= 3
+  if constexpr (Gemm<T>::kPerElem == 2) {
+    for (; p + 32 <= g.k; p += 32) step(p, [](const T* q) __attribute__((always_inline)) { return Pairs{_mm512_loadu_si512(q)}; });
+    if (p < g.k) {
+      const __mmask32 mask = static_cast<__mmask32>(_bzhi_u32(0xffffffffu, static_cast<uint32_t>(g.k - p)));
+      step(p, [mask](const T* q) __attribute__((always_inline)) { return Pairs{_mm512_maskz_loadu_epi16(mask, q)}; });
+      p = g.k;
+    }
+  }
+#endif
+  if constexpr (Gemm<T>::kPerElem == 1) {
+    for (; p + V::size <= g.k; p += V::size) step(p, [](const T* q) __attribute__((always_inline)) { return load(q); });
+    if (p < g.k) {
+      const int left = static_cast<int>(g.k - p);
+      step(p, [left](const T* q) __attribute__((always_inline)) { return load(q, left); });
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      A x = reduce_add(sum[r][c]);
+      if (g.bias != nullptr) x += to_acc(g.bias[j + c]);
+      if (g.relu) x = x < A(0) ? A(0) : x;
+      g.c[(i + r) * g.c_m + j + c] = from_acc<T>(x);
+    }
+  }
+}
+
+// Rows and columns of a dot product tile: 3 x 8 sums where there are 32 registers, 2 x 4 where there are 16.
+#if FASTNN_ISA_LEVEL >= 2
+inline constexpr int kDotRows = 3, kDotColumns = 8;
+#else
+inline constexpr int kDotRows = 2, kDotColumns = 4;
+#endif
+
+template <class T, int C, int R = kDotRows>
+inline void dot_rows(const GemmArgs<T>& g, int64_t i, int64_t j) {
+  if constexpr (R == kDotRows) {
+    for (; i + R <= g.m; i += R) dot_tile<T, R, C>(g, i, j);
+  } else if (i + R <= g.m) {
+    dot_tile<T, R, C>(g, i, j);
+    i += R;
+  }
+  if constexpr (R > 1) dot_rows<T, C, R - 1>(g, i, j);
+}
+
+template <class T>
+inline void gemm_dot(const GemmArgs<T>& g, const Context& context) {
+  const int64_t block = kDotColumns * 4;
+  const int64_t workers = workers_for(2.0 * g.m * g.n * g.k + 4.0 * g.n * g.k, context.threads);
+  context.for_each(ceil_div(g.n, block), workers, [&](int64_t task, int) {
+    int64_t j = task * block;
+    const int64_t end = min_of(j + block, g.n);
+    for (; j + kDotColumns <= end; j += kDotColumns) dot_rows<T, kDotColumns>(g, 0, j);
+    for (; j < end; ++j) dot_rows<T, 1>(g, 0, j);
+  });
+}
+
+// B dense along n and few rows: a tile reads B where it lies, or, where it must be converted, packs a short stretch of it
+// into the first-level cache just before use.
+template <class T, int MR>
+inline void few_rows_tile(const GemmArgs<T>& g, const typename Gemm<T>::Elem* a, int64_t a_row, typename Gemm<T>::Elem* packed,
+                          const acc_t<T>* bias, int64_t j0, int n) {
+  constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
+  Tile<T, MR> tile;
+  tile.clear();
+  const T* b = g.b + j0;
+  for (int64_t k0 = 0; k0 < g.k; k0 += kStretch) {
+    const int64_t k = min_of(kStretch, g.k - k0);
+    const auto* rows = a + k0 / kPer;
+    if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+      if (n == kWidth) {
+        tile.template multiply<true>(k, rows, a_row, 1, b + k0 * g.b_k, g.b_k);
+        continue;
+      }
+    }
+    pack_b_panel<T>(b + k0 * g.b_k, g.b_k, 1, k, n, packed);
+    tile.template multiply<true>(packed_k<T>(k), rows, a_row, 1, packed);
+  }
+  const Epilogue<T> last{bias, g.relu};
+  finish<T>(tile, nullptr, 0, last, g.c + j0, g.c_m, n);
+}
+
+template <class T, int MR = kMR, class... Args>
+inline void few_rows(int rows, Args... args) {
+  if (rows == MR) return few_rows_tile<T, MR>(args...);
+  if constexpr (MR > 1) few_rows<T, MR - 1>(rows, args...);
+}
+
+template <class T>
+inline void gemm_few_rows(const GemmArgs<T>& g, const Context& context) {
+  using A = acc_t<T>;
+  using Elem = typename Gemm<T>::Elem;
+  constexpr int kWidth = kNR<T>;
+  const int64_t workers = workers_for(2.0 * g.m * g.n * g.k + 4.0 * g.n * g.k, context.threads);
+  const int64_t panels = ceil_div(g.n, kWidth);
+  const int64_t a_row = round_up(max_of(packed_k<T>(g.k), 1), 16) + 16;
+  Elem* a = context.scratch<Elem>(g.m * a_row);
+  pack_a<T>(g.a, g.a_m, g.a_k, g.m, g.k, a, a_row);
+  Elem* packed = context.scratch<Elem>(workers * kStretch * kWidth);
+  A* bias = nullptr;
+  if (g.bias != nullptr) {
+    bias = context.scratch<A>(panels * kWidth);
+    for (int64_t j = 0; j < panels * kWidth; ++j) bias[j] = j < g.n ? to_acc(g.bias[j]) : A(0);
+  }
+  context.for_each(panels, workers, [&](int64_t panel, int worker) {
+    const int64_t j0 = panel * kWidth;
+    few_rows<T>(static_cast<int>(g.m), g, static_cast<const Elem*>(a), a_row, packed + worker * kStretch * kWidth,
+                bias != nullptr ? bias + j0 : nullptr, j0, static_cast<int>(min_of(kWidth, g.n - j0)));
+  });
+}
+
+template <class T>
+inline void gemm(const GemmArgs<T>& g, const Context& context) {
+  if (g.m == 0 || g.n == 0) return;
+  if (g.b_k == 1 && g.a_k == 1 && g.k > 0 && g.m <= kDotMost) return gemm_dot(g, context);
+  if (g.b_n == 1 && g.m <= kMR) return gemm_few_rows(g, context);
+  gemm_packed(g, context);
+}
+
+}  // namespace fastnn::FASTNN_ISA_NS

@@ -1,0 +1,253 @@
+"""Fully connected layers: ``linear`` and ``linear_relu``, their gradients and second derivatives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastnn.ops._declare import Cost, declare, tensor_bytes
+
+
+def _cost(input, weight, bias=None):
+    rows = input.numel() // max(input.shape[-1], 1)
+    features = weight.shape[0]
+    return Cost(
+        2.0 * input.numel() * features,
+        tensor_bytes(input, weight, bias) + rows * features * input.element_size(),
+    )
+
+
+def _unsupported(input, weight, bias=None):
+    if weight.dim() != 2 or input.dim() < 1:
+        return "not a weight of 2 dimensions"
+    if input.shape[-1] != weight.shape[1]:
+        return "shapes do not fit"
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        return "a bias that is not one number per output feature"
+    return None
+
+
+def _fake(input, weight, bias=None):
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+def _chosen(ctx, grads):
+    return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
+
+
+def _keep_linear(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1])
+
+
+def _linear_grad(ctx, grad):
+    if grad is None:
+        return None, None, None
+    return _chosen(ctx, linear_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:3]))
+
+
+def _keep_linear_relu(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1], output)
+
+
+def _linear_relu_grad(ctx, grad):
+    if grad is None:
+        return None, None, None
+    return _chosen(ctx, linear_relu_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:3]))
+
+
+# ---- the backward ops ----
+
+
+def _empty_unless(wanted, tensor, *shape):
+    return tensor.new_empty(shape if wanted else (0,))
+
+
+def _fake_backward(grad, input, weight, input_grad, weight_grad, bias_grad):
+    return (
+        _empty_unless(input_grad, input, *input.shape),
+        _empty_unless(weight_grad, weight, *weight.shape),
+        _empty_unless(bias_grad, weight, weight.shape[0]),
+    )
+
+
+def _stock_backward(grad, input, weight, input_grad, weight_grad, bias_grad):
+    rows = grad.reshape(-1, weight.shape[0])
+    return (
+        torch.matmul(grad, weight) if input_grad else input.new_empty(0),
+        rows.t() @ input.reshape(-1, weight.shape[1]) if weight_grad else weight.new_empty(0),
+        rows.sum(0) if bias_grad else weight.new_empty(0),
+    )
+
+
+def _cost_backward(grad, input, weight, input_grad, weight_grad, bias_grad):
+    products = int(input_grad) + int(weight_grad)
+    return Cost(
+        2.0 * input.numel() * weight.shape[0] * products + grad.numel() * int(bias_grad),
+        tensor_bytes(grad)
+        + (tensor_bytes(weight, input) if input_grad else 0)
+        + (tensor_bytes(input, weight) if weight_grad else 0),
+    )
+
+
+def _fits_backward(grad, input, weight, *flags):
+    if grad.shape != (*input.shape[:-1], weight.shape[0]):
+        return "the gradient's shape is not the output's"
+    return _unsupported(input, weight)
+
+
+def _keep_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.wanted = inputs[3:]
+
+
+def _backward_grad(ctx, grad_grad_input, grad_grad_weight, grad_grad_bias):
+    """The three gradients are linear in `grad`, `input` and `weight`: their derivatives are products of the same kind."""
+    grad, input, weight = ctx.saved_tensors
+    to_grad = to_input = to_weight = None
+    wanted_input, wanted_weight, wanted_bias = ctx.wanted
+    if wanted_input and grad_grad_input is not None:
+        if ctx.needs_input_grad[0]:
+            to_grad = linear(grad_grad_input, weight, None)
+        if ctx.needs_input_grad[2]:
+            to_weight = linear_backward(grad, grad_grad_input, weight, False, True, False)[1]
+    if wanted_weight and grad_grad_weight is not None:
+        if ctx.needs_input_grad[0]:
+            term = linear(input, grad_grad_weight, None)
+            to_grad = term if to_grad is None else to_grad + term
+        if ctx.needs_input_grad[1]:
+            to_input = linear_backward(grad, input, grad_grad_weight, True, False, False)[0]
+    if wanted_bias and grad_grad_bias is not None and ctx.needs_input_grad[0]:
+        term = grad_grad_bias.expand_as(grad)
+        to_grad = term if to_grad is None else to_grad + term
+    return to_grad, to_input, to_weight, None, None, None
+
+
+linear_backward = declare(
+    "linear_backward",
+    stock=_stock_backward,
+    unsupported=_fits_backward,
+    fake=_fake_backward,
+    cost=_cost_backward,
+    keep=_keep_backward,
+    backward=_backward_grad,
+)
+
+
+def _masked(grad, output):
+    # As torch's threshold_backward: nothing passes where the output is 0, and NaN lets the gradient through.
+    return torch.where(output <= 0, torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
+
+
+class _Context(NamedTuple):
+    """What _backward_grad reads of a context."""
+
+    saved_tensors: tuple
+    wanted: tuple
+    needs_input_grad: tuple
+
+
+def _relu_backward_grad(ctx, *grad_grads):
+    grad, input, weight, output = ctx.saved_tensors
+    masked = _Context((_masked(grad, output), input, weight), ctx.wanted, ctx.needs_input_grad)
+    to_grad, to_input, to_weight, *_ = _backward_grad(masked, *grad_grads)
+    if to_grad is not None:
+        to_grad = _masked(to_grad, output)
+    return to_grad, to_input, to_weight, None, None, None, None
+
+
+def _keep_relu_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.wanted = inputs[4:]
+
+
+linear_relu_backward = declare(
+    "linear_relu_backward",
+    stock=lambda grad, input, weight, output, *wanted: _stock_backward(_masked(grad, output), input, weight, *wanted),
+    unsupported=lambda grad, input, weight, output, *wanted: (
+        _fits_backward(grad, input, weight) or (None if output.shape == grad.shape else "the output's shape differs")
+    ),
+    fake=lambda grad, input, weight, output, *wanted: _fake_backward(grad, input, weight, *wanted),
+    cost=lambda grad, input, weight, output, *wanted: _cost_backward(grad, input, weight, *wanted),
+    keep=_keep_relu_backward,
+    backward=_relu_backward_grad,
+)
+
+# ---- the forward ops ----
+
+_linear = declare(
+    "linear",
+    stock=F.linear,
+    unsupported=_unsupported,
+    fake=_fake,
+    cost=_cost,
+    keep=_keep_linear,
+    backward=_linear_grad,
+    autocast=True,
+)
+
+_linear_relu = declare(
+    "linear_relu",
+    stock=lambda input, weight, bias=None: torch.relu(F.linear(input, weight, bias)),
+    unsupported=_unsupported,
+    fake=_fake,
+    cost=_cost,
+    keep=_keep_linear_relu,
+    backward=_linear_relu_grad,
+    autocast=True,
+)
+
+
+def linear(input, weight, bias=None):
+    """Apply a linear map to the last dimension: ``y = x W^T + b``.
+
+    Takes and gives what :func:`torch.nn.functional.linear` does.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(*, in_features)``.
+    weight : Tensor
+        Shape ``(out_features, in_features)``.
+    bias : Tensor, optional
+        Shape ``(out_features,)``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(*, out_features)``.
+
+    Raises
+    ------
+    RuntimeError
+        If the shapes do not fit or the dtypes differ.
+    """
+    return _linear(input, weight, bias)
+
+
+def linear_relu(input, weight, bias=None):
+    """``relu(linear(input, weight, bias))`` with the bias and the ReLU applied before the only store.
+
+    Backward masks the gradient and adds up the bias gradient in one pass; it keeps what the two torch ops keep.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(*, in_features)``.
+    weight : Tensor
+        Shape ``(out_features, in_features)``.
+    bias : Tensor, optional
+        Shape ``(out_features,)``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(*, out_features)``. NaN stays NaN.
+
+    Raises
+    ------
+    RuntimeError
+        If the shapes do not fit or the dtypes differ.
+    """
+    return _linear_relu(input, weight, bias)
