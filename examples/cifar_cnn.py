@@ -51,7 +51,7 @@ def optimizer(parameters):
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
 
-TASK = Task("cifar_cnn", build, cifar10, optimizer, batch_size=64, epochs=20)
+TASK = Task("cifar_cnn", build, cifar10, optimizer, batch_size=64, epochs=12)
 
 if __name__ == "__main__":
     raise SystemExit(main(TASK))

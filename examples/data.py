@@ -17,7 +17,12 @@ import torch
 
 CIFAR_TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 CIFAR_TEST = ("test_batch",)
-MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 TRAIN_CHARACTERS, TEST_CHARACTERS = 400_000, 40_000
 
@@ -69,7 +74,9 @@ def cifar10(directory: str | Path | None = None) -> Data:
             if not any((folder / n).is_file() for n in names):
                 continue
             if missing := [n for n in names if not (folder / n).is_file()]:
-                raise FileNotFoundError(f"{folder} holds only a part of CIFAR-10: {', '.join(missing)} missing")
+                raise FileNotFoundError(
+                    f"{folder} holds only a part of CIFAR-10: {', '.join(missing)} missing"
+                )
             train, test = ([read(folder / (n + suffix)) for n in part] for part in (CIFAR_TRAIN, CIFAR_TEST))
             return Data(_join(train), _join(test), f"CIFAR-10 in {folder}")
     raise FileNotFoundError(
@@ -87,7 +94,9 @@ def mnist(directory: str | Path | None = None) -> Data:
         paths = [_find_idx(folder, name) for name in MNIST_FILES]
         missing = [name for name, path in zip(MNIST_FILES, paths, strict=True) if path is None]
         if not missing:
-            train_x, train_y, test_x, test_y = (_read_idx(p, dims=d) for p, d in zip(paths, (3, 1, 3, 1), strict=True))
+            train_x, train_y, test_x, test_y = (
+                _read_idx(p, dims=d) for p, d in zip(paths, (3, 1, 3, 1), strict=True)
+            )
             return Data(
                 _labelled(train_x[:, None], train_y, paths[0]),
                 _labelled(test_x[:, None], test_y, paths[2]),
@@ -184,17 +193,29 @@ def _read_cifar_pickle(path: Path) -> Images:
             batch = _ArrayUnpickler(file, encoding="bytes").load()
         pixels = np.asarray(batch[b"data"] if b"data" in batch else batch["data"])
         labels = np.asarray(batch[b"labels"] if b"labels" in batch else batch["labels"])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+    ) as error:
         raise ValueError(f"{path} is not a batch of CIFAR-10's Python version: {error}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
-        raise ValueError(f"{path}: expected uint8 data of shape (N, 3072), got {pixels.dtype} of shape {pixels.shape}")
+        raise ValueError(
+            f"{path}: expected uint8 data of shape (N, 3072), got {pixels.dtype} of shape {pixels.shape}"
+        )
     return _labelled(pixels.reshape(-1, 3, 32, 32), labels, path)
 
 
 def _read_cifar_binary(path: Path) -> Images:
     raw = np.fromfile(path, dtype=np.uint8)
     if len(raw) == 0 or len(raw) % 3073:
-        raise ValueError(f"{path}: expected records of 3073 bytes (label and 3x32x32 pixels), got {len(raw)} bytes")
+        raise ValueError(
+            f"{path}: expected records of 3073 bytes (label and 3x32x32 pixels), got {len(raw)} bytes"
+        )
     records = raw.reshape(-1, 3073)
     return _labelled(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], path)
 
@@ -215,7 +236,9 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
     except (gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path} is not a complete gzip file: {error}") from error
     if raw[:4] != bytes((0, 0, 8, dims)):
-        raise ValueError(f"{path}: expected an idx file of bytes in {dims} dimensions, got first bytes {raw[:4].hex()}")
+        raise ValueError(
+            f"{path}: expected an idx file of bytes in {dims} dimensions, got first bytes {raw[:4].hex()}"
+        )
     if len(raw) < 4 + 4 * dims:
         raise ValueError(f"{path}: expected a header of {4 + 4 * dims} bytes, got {len(raw)}")
     shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", count=dims, offset=4))

@@ -38,7 +38,7 @@ def optimizer(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
-TASK = Task("mnist_mlp", build, mnist, optimizer, batch_size=64, epochs=20)
+TASK = Task("mnist_mlp", build, mnist, optimizer, batch_size=64, epochs=12)
 
 if __name__ == "__main__":
     raise SystemExit(main(TASK))

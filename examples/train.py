@@ -37,7 +37,9 @@ def backend(name: str) -> ModuleType:
     return importlib.import_module(f"{name}.nn")
 
 
-def make(task: Task, nn: ModuleType, seed: int, fused: bool = False) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def make(
+    task: Task, nn: ModuleType, seed: int, fused: bool = False
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """The network, with the initial values that `seed` gives, and its optimizer."""
     torch.manual_seed(seed)
     net = task.build(nn, fused)
@@ -50,7 +52,9 @@ def batches(length: int, batch_size: int, generator: torch.Generator) -> tuple[t
     return order.split(batch_size)[: max(1, length // batch_size)]
 
 
-def step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+def step(
+    net: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, targets: torch.Tensor
+) -> float:
     """One training step; returns the loss before it."""
     optimizer.zero_grad()
     outputs = net(inputs)
@@ -74,10 +78,16 @@ def accuracy(net: torch.nn.Module, split, batch_size: int = 256) -> float:
 
 
 def main(task: Task, argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=f"{task.name}.py", description=sys.modules[task.build.__module__].__doc__)
-    parser.add_argument("--backend", choices=("fastnn", "torch"), default="fastnn", help="whose nn (default: fastnn)")
+    parser = argparse.ArgumentParser(
+        prog=f"{task.name}.py", description=sys.modules[task.build.__module__].__doc__
+    )
+    parser.add_argument(
+        "--backend", choices=("fastnn", "torch"), default="fastnn", help="whose nn (default: fastnn)"
+    )
     if task.has_fused:
-        parser.add_argument("--fused", action="store_true", help="use fastnn's fused layers (same parameters)")
+        parser.add_argument(
+            "--fused", action="store_true", help="use fastnn's fused layers (same parameters)"
+        )
     parser.add_argument("--epochs", type=_positive, default=task.epochs, help=f"default: {task.epochs}")
     parser.add_argument("--steps", type=_positive, help="stop after this many steps")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
