@@ -228,11 +228,16 @@ class UnknownFilter(ValueError):
     """A filter that matches nothing; the message lists what there is."""
 
 
+def refuse_unknown(name: str, wanted: Iterable[str], known: Iterable[str]) -> None:
+    """Raise if any of `wanted` is not among the `known`."""
+    if unknown := [w for w in wanted if w not in known]:
+        raise UnknownFilter(f"unknown {name} {', '.join(unknown)}: there are {', '.join(known)}")
+
+
 def select(cases: list[Case], families=(), dtypes=(), words=()) -> list[Case]:
     """The cases of any of `families` and any of `dtypes` whose id or origin holds any of `words`; empty means all."""
-    for name, wanted, known in (("family", families, FAMILIES), ("dtype", dtypes, tuple(DTYPES))):
-        if unknown := [w for w in wanted if w not in known]:
-            raise UnknownFilter(f"unknown {name} {', '.join(unknown)}: there are {', '.join(known)}")
+    refuse_unknown("family", families, FAMILIES)
+    refuse_unknown("dtype", dtypes, DTYPES)
     chosen = [
         c
         for c in cases

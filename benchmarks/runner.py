@@ -73,6 +73,11 @@ class Row:
         return min(self.ratios.values(), key=lambda r: r.median, default=None)
 
 
+def in_a_line(error: Exception) -> str:
+    """An exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def run_case(case: Case, peers: list[Peer], seconds: float) -> Row:
     """Check and time one case, the first of `peers` against the others, in about `seconds`."""
     row = Row(case)
@@ -89,7 +94,7 @@ def run_case(case: Case, peers: list[Peer], seconds: float) -> Row:
             wrong = reference.disagreement(got)
             status = "failed"
         except Exception as error:
-            wrong, status = f"{type(error).__name__}: {error}", "error"
+            wrong, status = in_a_line(error), "error"
         if wrong is None:
             calls[peer.name] = call
             if peer is peers[0]:
@@ -188,5 +193,5 @@ def run_cases(
         try:
             row = run_case(case, peers, seconds)
         except Exception as error:
-            row = Row(case, "error", f"{type(error).__name__}: {error}")
+            row = Row(case, "error", in_a_line(error))
         on_row(row)

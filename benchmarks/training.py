@@ -8,6 +8,7 @@ reverse order, which changes nothing but the order of its sums.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def load_task(name: str):
     """The `TASK` of an example."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
-    return __import__(name).TASK
+    return importlib.import_module(name).TASK
 
 
 @dataclass

@@ -54,7 +54,7 @@ def build(nn, fused=False):
 
 
 def optimizer(parameters):
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+    return torch.optim.SGD(parameters, lr=0.005, momentum=0.9)
 
 
 TASK = Task("vgg_start", build, cifar10, optimizer, batch_size=32, epochs=3)
