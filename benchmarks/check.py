@@ -1,0 +1,113 @@
+"""Agreement with float64, which every implementation must show on a case before it is timed there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import DTYPES, Case
+from benchmarks.peers import stock
+
+
+def results(
+    function: Callable, tensors: list[torch.Tensor], upstream: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """The output and, with `upstream`, the gradient of each input that wants one."""
+    if upstream is None:
+        with torch.no_grad():
+            return [function(*tensors)]
+    out = function(*tensors)
+    wanted = [t for t in tensors if t.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, wanted, upstream.to(out.dtype))]
+
+
+class Reference:
+    """The float64 results of a case, and how far stock is from them in the case's own dtype.
+
+    An implementation agrees if its largest error is at most twice stock's, plus one unit of the dtype's relative
+    precision at the largest value, which is what a single rounding may cost.
+    """
+
+    def __init__(self, case: Case):
+        self.case = case
+        given = case.tensors()
+        doubled = [
+            t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in given
+        ]
+        function = stock(case.workload.op, case.workload.options)
+        self.upstream = _upstream(case, function, doubled) if case.backward else None
+        self.values = results(function, doubled, self.upstream)
+        self.names = ["output", *(f"gradient {i}" for i, t in enumerate(given) if t.requires_grad)]
+        from_stock = [results(function, given, self.upstream)]
+        self.worst_stock = self.worst(from_stock[0])
+        if case.has_layouts:
+            # Stock's kernels differ between layouts, and so do their errors: its own error is the larger.
+            other = "nchw" if case.layout == "channels_last" else "channels_last"
+            from_stock.append(results(function, replace(case, layout=other).tensors(), self.upstream))
+        self.stock_errors = [max(e) for e in zip(*map(self._errors, from_stock), strict=True)]
+        eps = torch.finfo(DTYPES[case.dtype]).eps
+        self.bounds = [2 * e + eps * _largest(v) for e, v in zip(self.stock_errors, self.values, strict=True)]
+
+    def disagreement(self, got: list[torch.Tensor]) -> str | None:
+        """What is wrong with an implementation's results, or None."""
+        for name, g, v in zip(self.names, got, self.values, strict=True):
+            if g.shape != v.shape:
+                return f"{name}: expected shape {tuple(v.shape)}, got {tuple(g.shape)}"
+            if g.dtype is not DTYPES[self.case.dtype]:
+                return f"{name}: expected {DTYPES[self.case.dtype]}, got {g.dtype}"
+        for name, error, bound in zip(self.names, self._errors(got), self.bounds, strict=True):
+            if not error <= bound:
+                return f"{name}: largest error {error:.2e} against float64, at most {bound:.2e} is right"
+        return None
+
+    def worst(self, got: list[torch.Tensor]) -> float:
+        """The largest error of any result, relative to the largest value of that result."""
+        pairs = zip(self._errors(got), self.values, strict=True)
+        return max(e / (_largest(v) or 1.0) for e, v in pairs)
+
+    def _errors(self, got):
+        return [_largest(g.double() - v) for g, v in zip(got, self.values, strict=True)]
+
+
+def _largest(t: torch.Tensor) -> float:
+    if t.numel() == 0:
+        return 0.0
+    value = t.abs().max().item()
+    return math.inf if math.isnan(value) else value
+
+
+def _upstream(case: Case, function, tensors) -> torch.Tensor:
+    """The gradient that is fed back: random, but zero where rounding alone decides which input it reaches."""
+    with torch.no_grad():
+        shape = function(*tensors).shape
+        undecided = _undecided(case, tensors)
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[case.dtype])
+    return upstream if undecided is None else upstream.masked_fill(undecided, 0)
+
+
+def _undecided(case: Case, tensors) -> torch.Tensor | None:
+    """Where the fused ops' ReLU or max-pool takes the gradient's way by less than the rounding errors of the dtype."""
+    op, options = case.workload.op, dict(case.workload.options)
+    if op == "linear_relu":
+        z = F.linear(*tensors)
+    elif op.startswith("conv2d_relu"):
+        pool = {k: options.pop(k) for k in ("kernel_size", "pool_stride", "pool_padding") if k in options}
+        z = F.conv2d(*tensors, **options)
+    else:
+        return None
+    # A sum of products in fp32 is off by some rounding errors; in bf16 by one or two, when it is stored.
+    tolerance = torch.finfo(DTYPES[case.dtype]).eps * (2 if case.dtype == "bf16" else 64) * _largest(z)
+    if not op.endswith("max_pool2d"):
+        return z.abs() < tolerance
+    kernel, padding = pool.get("kernel_size", 2), pool.get("pool_padding", 0)
+    z = F.pad(z, (padding,) * 4, value=-math.inf)
+    windows = z.unfold(2, kernel, pool.get("pool_stride") or kernel).unfold(
+        3, kernel, pool.get("pool_stride") or kernel
+    )
+    best = windows.flatten(-2).topk(2, dim=-1).values
+    first, second = best[..., 0], best[..., 1]
+    return (first.abs() < tolerance) | ((first > 0) & (first - second < tolerance))
