@@ -68,7 +68,8 @@ inline const void* data_or_null(const std::optional<Tensor>& t) {
 }  // namespace fastnn::ops
 
 // Defines `fastnn::<name>` twice, from one schema text "name(args) -> result": the overload without a name, to which
-// Python adds gradients, and `.raw`, the kernel alone. `name` is the C++ function too.
+// Python adds gradients, and `.raw`, the kernel alone. `name` is the C++ function too. Arguments have no defaults: the
+// dispatcher would drop a trailing default, and the gradients' list would come out short.
 #define FASTNN_OP(name, signature)                                         \
   STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {                               \
     m.def(#name signature);                                                \

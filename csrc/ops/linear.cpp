@@ -87,8 +87,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(Tensor grad, Tensor inpu
   return backward(grad, input, weight, &output, input_grad, weight_grad, bias_grad);
 }
 
-FASTNN_OP(linear, "(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
-FASTNN_OP(linear_relu, "(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor")
+FASTNN_OP(linear, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+FASTNN_OP(linear_relu, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 FASTNN_OP(linear_backward,
           "(Tensor grad, Tensor input, Tensor weight, bool input_grad, bool weight_grad, bool bias_grad)"
           " -> (Tensor, Tensor, Tensor)")

@@ -1,5 +1,5 @@
 """The ops of fastnn, one file per family, each op declared once."""
 
-from fastnn.ops import linear
+from fastnn.ops import attention, conv, linear, pool
 
-__all__ = ["linear"]
+__all__ = ["attention", "conv", "linear", "pool"]

@@ -1,0 +1,61 @@
+# make test, make bench: all the set-up there is. Each makes the virtual environment, installs the pinned versions,
+# builds the library, and runs.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# A CPU build of torch where pip offers one; set TORCH to take another.
+TORCH ?= torch==2.13.0
+# No more compile jobs than cores, nor than one per 2 GiB of free memory.
+JOBS ?= $(shell awk -v cores="$$(nproc)" '/MemAvailable/ {n = int($$2 / 2097152); if (n < 1) n = 1; print n < cores ? n : cores}' /proc/meminfo)
+SANITIZERS ?= address,undefined
+BENCH_ARGS := $(if $(QUICK),--quick) $(if $(FULL),--full)
+
+.PHONY: env build build-tests test bench wheel lint format clean
+
+# torch first and alone: its own pinned version decides which build of it pip takes.
+$(VENV)/.installed: constraints.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q -c constraints.txt cmake ninja pybind11 scikit-build-core setuptools wheel numpy rich \
+	  matplotlib scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes
+	touch $@
+
+env: $(VENV)/.installed
+
+build: env
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build -G Ninja -DPython3_EXECUTABLE=$(abspath $(PY)) > /dev/null
+	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build -j $(JOBS)
+
+# The kernels alone, on numpy arrays: once as shipped, once under sanitizers.
+build-tests: env
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build-tests -G Ninja -DFASTNN_TESTS=ON \
+	  -DPython3_EXECUTABLE=$(abspath $(PY)) -DPython_EXECUTABLE=$(abspath $(PY)) > /dev/null
+	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build-tests -j $(JOBS)
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build-sanitize -G Ninja -DFASTNN_TESTS=ON \
+	  -DFASTNN_SANITIZE=$(SANITIZERS) -DPython3_EXECUTABLE=$(abspath $(PY)) -DPython_EXECUTABLE=$(abspath $(PY)) > /dev/null
+	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build-sanitize -j $(JOBS)
+
+test: build build-tests
+	FASTNN_KERNELS=build-tests $(PY) -m pytest tests
+	FASTNN_KERNELS=build-sanitize ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(PY) -m pytest tests/test_kernels.py
+
+bench: build
+	$(PY) -m benchmarks run $(BENCH_ARGS)
+
+wheel: env
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+lint: env
+	$(PY) -m pip install -q -c constraints.txt ruff clang-format
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp
+
+format: env
+	$(PY) -m pip install -q -c constraints.txt ruff clang-format
+	$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp
+
+clean:
+	rm -rf build build-tests build-sanitize dist $(VENV)

@@ -1,0 +1,18 @@
+#include "tests/module.h"
+
+PYBIND11_MODULE(fastnn_kernels, m) {
+  namespace py = pybind11;
+  using fastnn::Isa;
+  m.doc() = "fastnn's CPU kernels on numpy arrays, for tests.";
+  m.def("levels", [] {
+    py::list names;
+    for (int level = 0; level < fastnn::kIsaLevels; ++level) {
+      // The BF16 instructions of the highest level are modelled in this build: AVX-512 is enough to run it.
+      const bool runs = level <= static_cast<int>(fastnn::detected_isa()) ||
+                        (level == static_cast<int>(Isa::avx512_bf16) && fastnn::detected_isa() == Isa::avx512);
+      if (runs) names.append(fastnn::isa_name(static_cast<Isa>(level)));
+    }
+    return names;
+  });
+  fastnn::tests::bind_linear(m);
+}

@@ -1,0 +1,80 @@
+// The developer's test module: kernels on numpy arrays, at any instruction-set level, with threads of its own.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/context.h"
+#include "cpu/isa.h"
+#include "cpu/types.h"
+
+// The definitions of a kernel by level, for an array that level_of() indexes.
+#if defined(__x86_64__)
+#define FASTNN_LEVELS(name) portable::name, avx2::name, avx512::name, avx512_bf16::name
+#else
+#define FASTNN_LEVELS(name) portable::name, portable::name, portable::name, portable::name
+#endif
+
+namespace fastnn::tests {
+
+namespace py = pybind11;
+
+// Each family's file adds its functions.
+void bind_linear(py::module_& m);
+
+// bfloat16 arrays come as ml_dtypes.bfloat16, whose numpy kind pybind11 does not know: the dtype is told by its name.
+inline DType dtype_of(const py::array& a) {
+  const std::string name = py::str(a.dtype());
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  if (name == "float64") return DType::f64;
+  throw py::type_error("expected float32, bfloat16, float16 or float64, got " + name);
+}
+
+inline int level_of(const std::string& name) {
+  for (int level = 0; level < kIsaLevels; ++level) {
+    if (name == isa_name(static_cast<Isa>(level))) return level;
+  }
+  throw py::value_error("unknown level " + name);
+}
+
+// The data of an array, or null for None.
+inline const void* in(const py::object& array) { return array.is_none() ? nullptr : py::cast<py::array>(array).data(); }
+inline void* out(const py::object& array) { return array.is_none() ? nullptr : py::cast<py::array>(array).mutable_data(); }
+
+// Scratch memory of exactly the size asked for, so that a sanitizer sees a write past it; one thread per worker.
+class TestContext : public Context {
+ public:
+  explicit TestContext(int thread_count) {
+    threads = thread_count;
+    self = this;
+    run = [](void*, int workers, void (*task)(void*, int), void* closure) {
+      std::vector<std::thread> pool;
+      for (int worker = 1; worker < workers; ++worker) pool.emplace_back(task, closure, worker);
+      task(closure, 0);
+      for (auto& thread : pool) thread.join();
+    };
+    allocate = [](void* opaque, size_t bytes) -> void* {
+      void* memory = ::operator new(bytes, std::align_val_t{64});
+      static_cast<TestContext*>(opaque)->held_.push_back(memory);
+      return memory;
+    };
+  }
+  ~TestContext() {
+    for (void* memory : held_) ::operator delete(memory, std::align_val_t{64});
+  }
+  TestContext(const TestContext&) = delete;
+  TestContext& operator=(const TestContext&) = delete;
+
+ private:
+  std::vector<void*> held_;
+};
+
+}  // namespace fastnn::tests

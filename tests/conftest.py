@@ -1,0 +1,46 @@
+"""What the tests share: the oracle's error bound, the levels and threads to run at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastnn import _library
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LEVELS = _library.ISA_LEVELS[: _library.ISA_LEVELS.index(_library.detected_isa()) + 1]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    """Runs the test at each instruction-set level of this machine."""
+    before = _library.current_isa()
+    _library.set_isa(request.param)
+    yield request.param
+    _library.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the number before comes back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_as_good(ours, stock, exact):
+    """The error against float64 is at most twice stock's, beside one rounding of the largest value.
+
+    Where the dtype is float64 itself, the exact value is not known better: a few roundings of a sum are allowed.
+    """
+    assert ours.shape == stock.shape
+    assert ours.dtype == stock.dtype
+    if ours.numel() == 0:
+        return
+    finite = torch.isfinite(exact)
+    assert torch.equal(torch.isnan(ours), torch.isnan(stock))
+    largest = exact[finite].abs().max().item() if finite.any() else 0.0
+    floor = torch.finfo(ours.dtype).eps * max(largest, 1.0) * (8 if ours.dtype is torch.float64 else 1)
+    error = (ours.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
+    allowed = 2 * ((stock.double() - exact)[finite].abs().max().item() if finite.any() else 0.0) + floor
+    assert error <= allowed, f"error {error:.3g}, stock's bound {allowed:.3g}"
