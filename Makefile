@@ -36,7 +36,7 @@ build-tests: env
 	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build-sanitize -j $(JOBS)
 
 test: build build-tests
-	FASTNN_KERNELS=build-tests $(PY) -m pytest tests
+	FASTNN_KERNELS=build-tests $(PY) -m pytest -n $(JOBS) tests
 	FASTNN_KERNELS=build-sanitize ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest tests/test_kernels.py

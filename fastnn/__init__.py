@@ -4,9 +4,14 @@
 >>> import fastnn.nn.functional as F  # instead of: import torch.nn.functional as F
 """
 
-from fastnn import _library  # noqa: F401  (loads the ops; must come first)
-from fastnn import ops
+from fastnn import (
+    _library,  # noqa: F401  (loads the ops; must come first)
+    nn,
+    ops,
+)
+from fastnn._explain import explain
+from fastnn.convert import convert, revert
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "ops"]
+__all__ = ["__version__", "convert", "explain", "nn", "ops", "revert"]

@@ -80,9 +80,7 @@ def test_linear(level, dtype, shape):
         for ours, left, right in ((gx, masked, w64), (gw, masked.T, x64)):
             error = np.abs(ours.astype(np.float64) - left @ right)
             assert np.all(error <= bound(dtype, left.shape[1], np.abs(left) @ np.abs(right)))
-        assert np.all(
-            np.abs(gb.astype(np.float64) - masked.sum(0)) <= bound(dtype, m, np.abs(masked).sum(0))
-        )
+        assert np.all(np.abs(gb.astype(np.float64) - masked.sum(0)) <= bound(dtype, m, np.abs(masked).sum(0)))
         results.append((y, gx, gw, gb))
     for one, three in zip(*results, strict=True):
         assert one.tobytes() == three.tobytes()

@@ -45,7 +45,9 @@ def test_no_level_leaks_a_function():
         pytest.skip("no build folder")
     for path in objects:
         level = re.search(r"_C_(\w+)\.dir", str(path)).group(1)
-        listing = subprocess.run(["nm", "--demangle", path], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            ["nm", "--demangle", path], capture_output=True, text=True, check=True
+        ).stdout
         weak = re.findall(r"^\S+ [WVu] (.*)$", listing, flags=re.MULTILINE)
         assert not [name for name in weak if f"fastnn::{level}::" not in name], path
 
@@ -82,6 +84,8 @@ def test_disabled_goes_to_torch():
 
 def test_missing_library_says_how_to_build(tmp_path):
     shutil.copytree(LIBRARY.parent, tmp_path / "fastnn", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    result = subprocess.run([sys.executable, "-c", "import fastnn"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", "import fastnn"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode != 0
     assert "make build" in result.stderr

@@ -124,7 +124,9 @@ def _save_as_function(op: Op, raw) -> type[torch.autograd.Function]:
 
     name = "".join(part.capitalize() for part in op.name.split("_"))
     return type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        name,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
 
 

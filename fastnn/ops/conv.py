@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.nn.functional import conv1d, conv2d
 
-__all__ = ["conv1d", "conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"]
+__all__ = ["conv2d_relu", "conv2d_relu_max_pool2d"]
 
 
 def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):

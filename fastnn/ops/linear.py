@@ -164,9 +164,12 @@ def _keep_relu_backward(ctx, inputs, output):
 
 linear_relu_backward = declare(
     "linear_relu_backward",
-    stock=lambda grad, input, weight, output, *wanted: _stock_backward(_masked(grad, output), input, weight, *wanted),
+    stock=lambda grad, input, weight, output, *wanted: _stock_backward(
+        _masked(grad, output), input, weight, *wanted
+    ),
     unsupported=lambda grad, input, weight, output, *wanted: (
-        _fits_backward(grad, input, weight) or (None if output.shape == grad.shape else "the output's shape differs")
+        _fits_backward(grad, input, weight)
+        or (None if output.shape == grad.shape else "the output's shape differs")
     ),
     fake=lambda grad, input, weight, output, *wanted: _fake_backward(grad, input, weight, *wanted),
     cost=lambda grad, input, weight, output, *wanted: _cost_backward(grad, input, weight, *wanted),

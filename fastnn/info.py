@@ -1,0 +1,71 @@
+"""What this build of fastnn and this machine have: ``python -m fastnn.info``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+import torch
+
+import fastnn
+from fastnn import _library, _settings
+from fastnn.ops import _declare
+
+__all__ = ["report"]
+
+#: Every environment variable that fastnn reads, all of them at import.
+ENVIRONMENT = {
+    "FASTNN_ISA": f"run the CPU kernels at a lower level: {', '.join(_library.ISA_LEVELS)}",
+    "FASTNN_DISABLE": "send every call to torch's own op",
+    "FASTNN_LOG": "say on standard error which calls go to torch, and why",
+}
+
+
+def report() -> dict[str, str]:
+    """Versions, instruction sets, threads, ops and settings, each as a line of text.
+
+    Returns
+    -------
+    dict
+        A line of text by its title.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    ops: dict[str, list[str]] = {}
+    for op in _declare.OPS.values():
+        ops.setdefault(op.unsupported.__module__.rpartition(".")[2], []).append(op.name)
+    lines = {
+        "fastnn": fastnn.__version__,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        "library": str(_library._path),
+        "levels built": ", ".join(_library.ISA_LEVELS if x86 else _library.ISA_LEVELS[:1]),
+        "level detected": _library.detected_isa(),
+        "level used": "none (FASTNN_DISABLE is set)" if _settings.disabled else _library.current_isa(),
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
+    }
+    return lines | {f"ops: {family}": ", ".join(names) for family, names in ops.items()}
+
+
+def _table(lines: dict[str, str]) -> str:
+    width = max(map(len, lines))
+    return "\n".join(f"{title.ljust(width)}  {text}" for title, text in lines.items())
+
+
+def main() -> int:
+    print(_table(report()))
+    print("\nEnvironment variables")
+    print(
+        _table(
+            {
+                f"{name}={os.environ[name]}" if name in os.environ else f"{name} (not set)": meaning
+                for name, meaning in ENVIRONMENT.items()
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Multi-head attention. As :mod:`torch.nn.attention` it also hands on torch's names and submodules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.attention
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention import *  # noqa: F403
+
+from fastnn.nn import _stand_in
+from fastnn.nn._multi_head_attention import Call, attend
+
+__all__ = ["MultiheadAttention"]
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """:class:`torch.nn.MultiheadAttention` on fastnn's kernels.
+
+    Arguments, shapes, initial values and ``state_dict`` are torch's. Pass ``need_weights=False`` where the weights
+    are not used: only then is the matrix of all weights never formed.
+
+    Training and inference take the same way here, that of torch in training. Torch's own shortcut in inference
+    differs from it in three cases: a query whose keys are all masked (NaN there), a float mask given to
+    :class:`torch.nn.TransformerEncoderLayer` (taken for a boolean one there), and ``is_causal=True`` without a mask
+    (ignored there, an error here).
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `query` to `key` and `value`; see :meth:`torch.nn.MultiheadAttention.forward`."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+        packed = self._qkv_same_embed_dim
+        out_proj = self.out_proj
+        call = Call(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight if packed else None,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            out_proj.weight,
+            out_proj.bias,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=not packed,
+            q_proj_weight=None if packed else self.q_proj_weight,
+            k_proj_weight=None if packed else self.k_proj_weight,
+            v_proj_weight=None if packed else self.v_proj_weight,
+            static_k=None,
+            static_v=None,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return attend(call, batch_first=self.batch_first and query.dim() == 3)
+
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__, __all__ = _stand_in.hand_on(torch.nn.attention, globals())
+    __path__: list[str] = []  # a package, whose modules are all torch's
