@@ -28,7 +28,8 @@ def convert(model: M) -> M:
     them too, and so do a Linear and the ReLU after it; an :class:`torch.nn.Identity` takes the place of what was
     fused into the layer before. A layer stays as it is if its class is a subclass of torch's (and so if it is
     parametrized) or its forward was replaced. Fusing also needs modules without hooks, and a layer that the model
-    holds in one place only, for elsewhere its result might be read before the ReLU.
+    holds in one place only, for elsewhere its result might be read before the ReLU. A model that itself reads what
+    passes between the modules of a Sequential finds the fused result there.
 
     Parameters
     ----------
@@ -37,7 +38,7 @@ def convert(model: M) -> M:
     Returns
     -------
     torch.nn.Module
-        The same object, or a changed one if the whole model is of a class that has a counterpart.
+        The same object.
 
     See Also
     --------
