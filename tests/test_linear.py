@@ -14,7 +14,16 @@ from fastnn.ops.linear import linear, linear_relu
 
 STOCK = {linear: F.linear, linear_relu: lambda x, w, b=None: torch.relu(F.linear(x, w, b))}
 BOTH = pytest.mark.parametrize("op", STOCK, ids=lambda op: op.__name__)
-SHAPES = [(1, 10, 84), (3, 7, 17), (24, 33, 65), (25, 33, 65), (64, 128, 784), (130, 70, 1023), (33, 1, 1)]
+SHAPES = [
+    (1, 10, 84),
+    (3, 7, 17),
+    (8, 3000, 40),
+    (24, 33, 65),
+    (25, 33, 65),
+    (64, 128, 784),
+    (130, 70, 1023),
+    (33, 1, 1),
+]
 
 
 def inputs(m, n, k, dtype=torch.float32, seed=0):

@@ -134,6 +134,8 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
 inline constexpr int64_t kDotMost = 24;
 // Rows of B that are packed at a time where it is used once: 64 x 32 floats are 8 KiB.
 inline constexpr int64_t kStretch = 64;
+// Products that a register adds up before the sum joins the total: one chain of 4096 would be 4 times as inexact.
+inline constexpr int64_t kChain = 4 * kStretch;
 
 // B dense along k (a linear layer's weight): dot products of kDotRows rows of A with kDotColumns columns of B, both read
 // where they lie.
@@ -228,10 +230,23 @@ template <class T, int MR>
 inline void few_rows_tile(const GemmArgs<T>& g, const typename Gemm<T>::Elem* a, int64_t a_row, typename Gemm<T>::Elem* packed,
                           const acc_t<T>* bias, int64_t j0, int n) {
   constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
+  using A = acc_t<T>;
   Tile<T, MR> tile;
   tile.clear();
+  A total[MR][kNV * Vec<A>::size];
+  bool split = false;
   const T* b = g.b + j0;
   for (int64_t k0 = 0; k0 < g.k; k0 += kStretch) {
+    if (k0 > 0 && k0 % kChain == 0) {
+      for (int i = 0; i < MR; ++i) {
+        for (int v = 0; v < kNV; ++v) {
+          A* t = total[i] + v * Vec<A>::size;
+          store(t, split ? load(t) + tile.sum[i][v] : tile.sum[i][v]);
+        }
+      }
+      tile.clear();
+      split = true;
+    }
     const int64_t k = min_of(kStretch, g.k - k0);
     const auto* rows = a + k0 / kPer;
     if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
@@ -244,7 +259,7 @@ inline void few_rows_tile(const GemmArgs<T>& g, const typename Gemm<T>::Elem* a,
     tile.template multiply<true>(packed_k<T>(k), rows, a_row, 1, packed);
   }
   const Epilogue<T> last{bias, g.relu};
-  finish<T>(tile, nullptr, 0, last, g.c + j0, g.c_m, n);
+  finish<T>(tile, split ? total[0] : nullptr, kNR<T>, last, g.c + j0, g.c_m, n);
 }
 
 template <class T, int MR = kMR, class... Args>
