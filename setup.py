@@ -11,4 +11,4 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(cmake_source_dir=".", cmdclass={"bdist_wheel": PlatformWheel})
+setup(cmake_source_dir=".", cmake_install_dir="fastnn", cmdclass={"bdist_wheel": PlatformWheel})
