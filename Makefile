@@ -39,7 +39,7 @@ test: build build-tests
 	FASTNN_KERNELS=build-tests $(PY) -m pytest -n $(JOBS) tests
 	FASTNN_KERNELS=build-sanitize ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  $(PY) -m pytest tests/test_kernels.py
+	  $(PY) -m pytest tests/test_*_kernels.py
 
 bench: build
 	$(PY) -m benchmarks run $(BENCH_ARGS)

@@ -1,47 +1,10 @@
-"""The CPU kernels themselves, without torch, at every level this machine can run, under sanitizers too.
-
-FASTNN_KERNELS names the build folder of the test module; ``make test`` builds one as shipped and one with
-AddressSanitizer and UndefinedBehaviorSanitizer.
-"""
+"""The kernels of linear, without torch, at every level this machine can run, under sanitizers too."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-ml_dtypes = pytest.importorskip("ml_dtypes")
-
-
-def _load():
-    folder = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
-    found = sorted(folder.glob("fastnn_kernels*.so"))
-    if not found:
-        pytest.skip(f"no test module in {folder}: run `make build-tests`", allow_module_level=True)
-    spec = importlib.util.spec_from_file_location("fastnn_kernels", found[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kernels = _load()
-DTYPES = {
-    "float32": np.float32,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float16": np.float16,
-    "float64": np.float64,
-}
-EPS = {"float32": 2**-23, "bfloat16": 2**-7, "float16": 2**-10, "float64": 2**-52}
-
-
-def bound(dtype, terms, scale):
-    """One rounding of the result, and the accumulation's in float or double."""
-    accumulated = (2**-52 if dtype == "float64" else 2**-23) * (terms + 8)
-    return (EPS[dtype] + accumulated) * scale
-
+from kernel_module import DTYPES, bound, kernels
 
 # Rows, output features, input features: tails of every tile, several depths, more rows than the skinny kernels take.
 LINEAR = [
