@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 from fastnn.nn import _stand_in
 from fastnn.nn._multi_head_attention import multi_head_attention_forward
-from fastnn.ops.conv import conv2d_relu, conv2d_relu_max_pool2d
+from fastnn.ops.conv import conv1d, conv2d, conv2d_relu, conv2d_relu_max_pool2d
 from fastnn.ops.linear import linear, linear_relu
 
 __all__ = [
+    "conv1d",
+    "conv2d",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "linear",

@@ -74,10 +74,13 @@ def tensor_bytes(*tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _unfit(tensors) -> str | None:
-    """Why no native kernel takes these tensors, whatever the op; None if one may."""
+def _unfit(tensors, own_dtype=()) -> str | None:
+    """Why no native kernel takes these tensors, whatever the op; None if one may.
+
+    Those at the places `own_dtype` need not have the dtype of the others.
+    """
     dtype = None
-    for t in tensors:
+    for i, t in enumerate(tensors):
         if t is None:
             continue
         if type(t) not in _PLAIN:
@@ -88,7 +91,7 @@ def _unfit(tensors) -> str | None:
             dtype = t.dtype
             if dtype not in FLOATS:
                 return f"no kernel for {dtype}"
-        elif t.dtype is not dtype:
+        elif t.dtype is not dtype and i not in own_dtype:
             return f"mixed dtypes {dtype} and {t.dtype}"
         if t.layout is not torch.strided:
             return f"layout {t.layout}"
@@ -150,6 +153,7 @@ def declare(
     keep: Callable | None = None,
     backward: Callable | None = None,
     autocast: bool = False,
+    own_dtype: tuple[str, ...] = (),
 ) -> Callable:
     """Declare the op ``fastnn::<name>`` and return the function that routes a call to it or to torch.
 
@@ -175,10 +179,14 @@ def declare(
         ``backward(ctx, *grads)`` returns a gradient, or None, per argument. A grad is None where nothing flows back.
     autocast
         Whether autocast lowers the op's inputs to its dtype.
+    own_dtype
+        Names of tensor arguments whose dtype is not that of the first one, such as indices; the op checks it.
     """
     packet = getattr(torch.ops.fastnn, name)
     default, raw = packet.default, packet.raw
-    positions = tuple(i for i, a in enumerate(default._schema.arguments) if "Tensor" in str(a.type))
+    arguments = default._schema.arguments
+    positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+    free = tuple(place for place, i in enumerate(positions) if arguments[i].name in own_dtype)
     differentiable = backward is not None
     op = Op(
         name,
@@ -237,7 +245,7 @@ def declare(
     def _why_stock(tensors, args):
         if _settings.disabled:
             return "FASTNN_DISABLE is set"
-        return _unfit(tensors) or unsupported(*args)
+        return _unfit(tensors, free) or unsupported(*args)
 
     route.__name__ = route.__qualname__ = name
     route.op = op

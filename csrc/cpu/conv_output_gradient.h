@@ -1,0 +1,140 @@
+// The gradient of a convolution's output: back through the max-pooling and the ReLU, and added up for the bias.
+#pragma once
+
+#include "cpu/conv.h"
+#include "cpu/conv_product.h"
+#include "cpu/mask_and_sum.h"
+
+namespace fastnn::FASTNN_ISA_NS {
+
+// One row of one channel: masks it in place where the ReLU gave 0, and returns its sum.
+template <class T, bool kMask>
+FASTNN_INLINE acc_t<T> mask_row(const T* grad, const T* output, T* masked, int64_t count) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  V sum[4] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};
+  for (int64_t i = 0; i < count; i += 4 * V::size) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int64_t at = i + j * V::size;
+      const int left = static_cast<int>(min_of(V::size, count - at));
+      if (left <= 0) break;
+      V x = left == V::size ? load(grad + at) : load(grad + at, left);
+      if constexpr (kMask) {
+        const V y = left == V::size ? load(output + at) : load(output + at, left);
+        x = select((y > zero<A>()) | is_nan(y), x, zero<A>());
+        store(masked + at, x, left);
+      }
+      sum[j] = sum[j] + x;
+    }
+  }
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+template <class T>
+inline void store_bias(const ConvBackwardArgs& args, int64_t k, acc_t<T> sum) {
+  if (args.grad_bias != nullptr) static_cast<T*>(args.grad_bias)[k] = from_acc<T>(sum);
+}
+
+// [n, k, oh, ow]: a task owns a channel, so the order of its sum is fixed.
+template <class T>
+inline void mask_planes(const ConvBackwardArgs& args, T* masked, int64_t workers, const Context& context) {
+  const ConvShape& s = args.shape;
+  const int64_t pixels = s.oh * s.ow;
+  const auto* grad = static_cast<const T*>(args.grad);
+  const auto* output = static_cast<const T*>(args.output);
+  context.for_each(s.k, workers, [&](int64_t k, int) {
+    acc_t<T> total = 0;
+    for (int64_t n = 0; n < s.n; ++n) {
+      const int64_t at = (n * s.k + k) * pixels;
+      if (masked != nullptr) {
+        total += mask_row<T, true>(grad + at, output + at, masked + at, pixels);
+      } else {
+        total += mask_row<T, false>(grad + at, nullptr, nullptr, pixels);
+      }
+    }
+    store_bias<T>(args, k, total);
+  });
+}
+
+// Spreads the gradient of the pooling to the places of the maxima; the others get 0.
+template <class T>
+inline void unpool(const ConvBackwardArgs& args, T* spread, int64_t workers, const Context& context) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const ConvShape& s = args.shape;
+  const ConvPool& pool = *args.pool;
+  const int64_t pixels = s.oh * s.ow, y_row = round_up(pixels, V::size) + V::size;
+  const int64_t block = args.channels_last ? 16 : 1, blocks = ceil_div(s.k, block);
+  const int64_t size = block * y_row;
+  A* memory = context.scratch<A>(workers * size);
+  const auto* grad = static_cast<const T*>(args.grad);
+  // A task owns its channels and goes through the images in order.
+  context.for_each(blocks, workers, [&](int64_t task, int worker) {
+    const int64_t k0 = task * block, channels = min_of(block, s.k - k0);
+    A* y = memory + worker * size;
+    A total[16] = {};
+    for (int64_t n = 0; n < s.n; ++n) {
+      clear_plane(y, size);
+      const int64_t image = n * s.k * pool.oh * pool.ow;
+      const int64_t channel_step = args.channels_last ? 1 : pool.oh * pool.ow, pixel_step = args.channels_last ? s.k : 1;
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* from = grad + image + (k0 + c) * channel_step;
+        const uint8_t* location = args.locations + image + (k0 + c) * channel_step;
+        A sum = 0;
+        for (int64_t p = 0; p < pool.oh; ++p) {
+          A row_sum = 0;
+          for (int64_t q = 0; q < pool.ow; ++q) {
+            const int64_t at = (p * pool.ow + q) * pixel_step;
+            const int64_t place = location[at];
+            if (place == kNoLocation) continue;
+            const int64_t row = p * pool.sh - pool.ph + place / pool.kw, column = q * pool.sw - pool.pw + place % pool.kw;
+            if (row < 0 || row >= s.oh || column < 0 || column >= s.ow) continue;  // not written by the forward pass
+            const A x = to_acc(from[at]);
+            y[c * y_row + row * s.ow + column] += x;
+            row_sum += x;
+          }
+          sum += row_sum;
+        }
+        total[c] += sum;
+      }
+      T* output = spread + n * s.k * pixels;
+      const Target<T> to = args.channels_last ? Target<T>{output, 1, s.ow * s.k, s.k} : Target<T>{output, pixels, s.ow, 1};
+      drain(to, k0, static_cast<int>(channels), 0, s.oh, s.ow, y, y_row, s.ow);
+    }
+    for (int64_t c = 0; c < channels; ++c) store_bias<T>(args, k0 + c, total[c]);
+  });
+}
+
+// The dense gradient of the convolution's output, and the bias gradient on the way.
+template <class T>
+inline const T* output_gradient(const ConvBackwardArgs& args, const Context& context) {
+  const ConvShape& s = args.shape;
+  const int64_t count = s.n * s.k * s.oh * s.ow;
+  const int64_t workers = workers_for(8.0 * count, context.threads);
+  const auto* grad = static_cast<const T*>(args.grad);
+  if (args.pool != nullptr) {
+    T* spread = context.scratch<T>(count);
+    unpool(args, spread, workers, context);
+    return spread;
+  }
+  if (args.output == nullptr && args.grad_bias == nullptr) return grad;
+  T* masked = args.output != nullptr ? context.scratch<T>(count) : nullptr;
+  if (args.channels_last) {
+    const int64_t rows = s.n * s.oh * s.ow;
+    auto* bias = static_cast<T*>(args.grad_bias);
+    const auto* output = static_cast<const T*>(args.output);
+    if (masked == nullptr) {
+      mask_and_sum<T, false, true>(rows, s.k, grad, nullptr, nullptr, bias, context);
+    } else if (bias == nullptr) {
+      mask_and_sum<T, true, false>(rows, s.k, grad, output, masked, nullptr, context);
+    } else {
+      mask_and_sum<T, true, true>(rows, s.k, grad, output, masked, bias, context);
+    }
+  } else {
+    mask_planes(args, masked, workers, context);
+  }
+  return masked != nullptr ? masked : grad;
+}
+
+}  // namespace fastnn::FASTNN_ISA_NS
