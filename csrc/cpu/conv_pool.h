@@ -3,33 +3,9 @@
 
 #include "cpu/conv.h"
 #include "cpu/conv_product.h"
+#include "cpu/simd_stride.h"
 
 namespace fastnn::FASTNN_ISA_NS {
-
-// Every `step`-th of the elements from p on, a vector of them.
-FASTNN_INLINE F load_every(const float* p, int64_t step) {
-  if (step == 1) return load(p);
-#if FASTNN_ISA_LEVEL >= 2
-  if (step == 2) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), even, _mm512_loadu_ps(p + 16))};
-  }
-#elif FASTNN_ISA_LEVEL == 1
-  if (step == 2) {
-    const __m256 mixed = _mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8), 0x88);
-    return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8))};
-  }
-#endif
-  alignas(64) float lane[F::size];
-  for (int i = 0; i < F::size; ++i) lane[i] = p[i * step];
-  return load(lane);
-}
-FASTNN_INLINE D load_every(const double* p, int64_t step) {
-  if (step == 1) return load(p);
-  alignas(64) double lane[D::size];
-  for (int i = 0; i < D::size; ++i) lane[i] = p[i * step];
-  return load(lane);
-}
 
 // Elements that may be read, never used, behind the last of a row of y.
 FASTNN_INLINE int64_t pool_slack(const ConvPool& pool) { return (Vec<float>::size + 1) * pool.sw + pool.kw; }

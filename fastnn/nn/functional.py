@@ -14,14 +14,32 @@ from fastnn.nn import _stand_in
 from fastnn.nn._multi_head_attention import multi_head_attention_forward
 from fastnn.ops.conv import conv1d, conv2d, conv2d_relu, conv2d_relu_max_pool2d
 from fastnn.ops.linear import linear, linear_relu
+from fastnn.ops.pool import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    avg_pool1d,
+    avg_pool2d,
+    max_pool1d,
+    max_pool2d,
+)
 
 __all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "avg_pool1d",
+    "avg_pool2d",
     "conv1d",
     "conv2d",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "linear",
     "linear_relu",
+    "max_pool1d",
+    "max_pool2d",
     "multi_head_attention_forward",
 ]
 

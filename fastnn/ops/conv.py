@@ -37,9 +37,7 @@ def _pooled_shape(shape, kernel_size, pool_stride, pool_padding):
 
 
 def _two_positive(values, least):
-    return (
-        type(values) in (tuple, list) and len(values) == 2 and values[0] >= least and values[1] >= least
-    )
+    return type(values) in (tuple, list) and len(values) == 2 and values[0] >= least and values[1] >= least
 
 
 def _unsupported(input, weight, bias, stride, padding, dilation, groups):
@@ -136,7 +134,9 @@ def _weight_format(weight):
     return torch._prims_common.suggest_memory_format(weight)
 
 
-def _fake_backward(grad, input, weight, stride, padding, dilation, groups, input_grad, weight_grad, bias_grad):
+def _fake_backward(
+    grad, input, weight, stride, padding, dilation, groups, input_grad, weight_grad, bias_grad
+):
     def made(wanted, like, shape, memory_format):
         if not wanted:
             return like.new_empty(0)
@@ -149,7 +149,9 @@ def _fake_backward(grad, input, weight, stride, padding, dilation, groups, input
     )
 
 
-def _stock_backward(grad, input, weight, stride, padding, dilation, groups, input_grad, weight_grad, bias_grad):
+def _stock_backward(
+    grad, input, weight, stride, padding, dilation, groups, input_grad, weight_grad, bias_grad
+):
     grads = torch.ops.aten.convolution_backward(
         grad,
         input,
@@ -166,7 +168,9 @@ def _stock_backward(grad, input, weight, stride, padding, dilation, groups, inpu
     return tuple(weight.new_empty(0) if g is None else g for g in grads)
 
 
-def _cost_backward(grad, input, weight, stride, padding, dilation, groups, input_grad, weight_grad, bias_grad):
+def _cost_backward(
+    grad, input, weight, stride, padding, dilation, groups, input_grad, weight_grad, bias_grad
+):
     products = int(input_grad) + int(weight_grad)
     return Cost(
         _products(input, weight, stride, padding, dilation) * products + grad.numel() * int(bias_grad),
@@ -268,11 +272,12 @@ conv2d_relu_backward = declare(
 
 def _positions(locations, shape, kernel_size, pool_stride, pool_padding):
     """The places of the maxima as flat positions in the convolution's output, and where there is one at all."""
-    n, k, h, w = shape
-    rows = torch.arange(locations.shape[2], device=locations.device)[:, None] * pool_stride[0] - pool_padding[0]
+    rows = (
+        torch.arange(locations.shape[2], device=locations.device)[:, None] * pool_stride[0] - pool_padding[0]
+    )
     columns = torch.arange(locations.shape[3], device=locations.device) * pool_stride[1] - pool_padding[1]
     place = locations.long()
-    position = (rows + place // kernel_size[1]) * w + columns + place % kernel_size[1]
+    position = (rows + place // kernel_size[1]) * shape[3] + columns + place % kernel_size[1]
     there = locations != _NO_LOCATION
     return torch.where(there, position, 0).flatten(2), there
 
@@ -377,11 +382,15 @@ _conv2d_relu = declare(
 )
 
 
-def _unsupported_pooled(input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding):
+def _unsupported_pooled(
+    input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding
+):
     reason = _unsupported(input, weight, bias, stride, padding, dilation, groups)
     if reason is not None:
         return reason
-    if not (_two_positive(kernel_size, 1) and _two_positive(pool_stride, 1) and _two_positive(pool_padding, 0)):
+    if not (
+        _two_positive(kernel_size, 1) and _two_positive(pool_stride, 1) and _two_positive(pool_padding, 0)
+    ):
         return "not two numbers in range for the pooling's window, stride or padding"
     if kernel_size[0] * kernel_size[1] >= _NO_LOCATION:
         return f"a pooling window of {_NO_LOCATION} elements or more"
@@ -392,14 +401,18 @@ def _unsupported_pooled(input, weight, bias, stride, padding, dilation, groups, 
     return None
 
 
-def _stock_pooled(input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding):
+def _stock_pooled(
+    input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding
+):
     """The three ops of torch, and where the maxima stood as the kernel says it."""
     hidden = torch.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
     output, indices = F.max_pool2d(hidden, kernel_size, pool_stride, pool_padding, return_indices=True)
     return output, indices
 
 
-def _fake_pooled(input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding):
+def _fake_pooled(
+    input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding
+):
     shape = _pooled_shape(
         _output_shape(input, weight, stride, padding, dilation), kernel_size, pool_stride, pool_padding
     )
@@ -410,7 +423,9 @@ def _fake_pooled(input, weight, bias, stride, padding, dilation, groups, kernel_
     )
 
 
-def _cost_pooled(input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding):
+def _cost_pooled(
+    input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding
+):
     n, k, h, w = _pooled_shape(
         _output_shape(input, weight, stride, padding, dilation), kernel_size, pool_stride, pool_padding
     )
@@ -618,7 +633,9 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         If shapes, channels or dtypes do not fit, or the kernel is longer than the padded input.
     """
     stride, padding, dilation = _one(stride), _one(padding), _one(dilation)
-    plain = all(type(v) is int for v in (stride, dilation)) and (type(padding) is int or padding in ("same", "valid"))
+    plain = all(type(v) is int for v in (stride, dilation)) and (
+        type(padding) is int or padding in ("same", "valid")
+    )
     if (
         not plain
         or not isinstance(input, torch.Tensor)
@@ -639,4 +656,3 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     images = input[:, :, None] if input.dim() == 3 else input[None, :, None]
     out = _conv2d(images, weight[:, :, None], bias, (1, stride), (0, padding), (1, dilation), groups)
     return out[:, :, 0] if input.dim() == 3 else out[0, :, 0]
-

@@ -1,0 +1,439 @@
+#include "cpu/pool.h"
+#include "cpu/simd_stride.h"
+
+namespace fastnn::FASTNN_ISA_NS {
+namespace {
+
+template <class T>
+struct MaxPool {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const MaxPoolArgs& args;
+  const PoolShape& shape;
+  const PoolAxis &rows, &columns;
+  int64_t row_step, column_step;  // of the input, in elements
+
+  explicit MaxPool(const MaxPoolArgs& a)
+      : args(a),
+        shape(a.shape),
+        rows(a.shape.rows),
+        columns(a.shape.columns),
+        row_step(shape.channels_last ? columns.inputs * shape.c : columns.inputs),
+        column_step(shape.channels_last ? shape.c : 1) {}
+
+  void put(int64_t at, A value, int64_t row, int64_t column, int64_t tap) const {
+    static_cast<T*>(args.output)[at] = from_acc<T>(value);
+    if (args.locations != nullptr) args.locations[at] = static_cast<uint8_t>(tap);
+    if (args.indices != nullptr) args.indices[at] = row * columns.inputs + column;
+  }
+
+  // One window of one channel of [n, c, h, w], tap by tap.
+  void one(const T* plane, int64_t u, int64_t v, int64_t at) const {
+    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v), c1 = columns.end_tap(v);
+    const int64_t top = rows.start(u), left = columns.start(v);
+    A best = -__builtin_huge_val();
+    int64_t row = top + r0 * rows.dilation, column = left + c0 * columns.dilation, tap = r0 * columns.kernel + c0;
+    for (int64_t r = r0; r < r1; ++r) {
+      const T* from = plane + (top + r * rows.dilation) * row_step;
+      for (int64_t c = c0; c < c1; ++c) {
+        const A x = to_acc(from[left + c * columns.dilation]);
+        if (x > best || x != x) {
+          best = x;
+          row = top + r * rows.dilation, column = left + c * columns.dilation, tap = r * columns.kernel + c;
+        }
+      }
+    }
+    put(at, best, row, column, tap);
+  }
+
+  // A wide window of one channel: the maximum by vectors, then the place where it first stands.
+  void wide(const T* plane, int64_t u, int64_t v, int64_t at) const {
+    const int64_t top = rows.start(u), left = columns.start(v), height = rows.end_tap(u), width = columns.end_tap(v);
+    const bool dense = width == columns.inputs;
+    const int64_t lines = dense ? 1 : height, length = dense ? height * width : width;
+    V most = splat(static_cast<A>(-__builtin_huge_val()));
+    auto nan = is_nan(most);
+    for (int64_t r = 0; r < lines; ++r) {
+      const T* from = plane + (top + r) * row_step + left;
+      int64_t i = 0;
+      for (; i + V::size <= length; i += V::size) {
+        const V x = load(from + i);
+        nan = nan | is_nan(x);
+        most = max(x, most);
+      }
+      for (; i < length; ++i) {
+        const V x = splat(to_acc(from[i]));
+        nan = nan | is_nan(x);
+        most = max(x, most);
+      }
+    }
+    const bool has_nan = any(nan);
+    const A best = reduce_max(most);
+    int64_t row = top, column = left;
+    A value = best;
+    if (args.indices != nullptr || args.locations != nullptr || has_nan) {
+      bool found = false;
+      for (int64_t r = 0; r < height && (has_nan || !found); ++r) {
+        const T* from = plane + (top + r) * row_step + left;
+        for (int64_t c = 0; c < width; ++c) {
+          const A x = to_acc(from[c]);
+          if (has_nan ? x != x : x == best) {
+            row = top + r, column = left + c, value = x, found = true;
+            if (!has_nan) break;
+          }
+        }
+      }
+    }
+    put(at, value, row, column, (row - top) * columns.kernel + column - left);
+  }
+
+  // Windows [low, high) of row u, all inside the input along the columns, of one channel: a vector of windows at a time.
+  void run(const T* plane, int64_t u, int64_t low, int64_t high, int64_t at, const int64_t* tap_index) const {
+    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), stride = columns.stride;
+    const int64_t top = rows.start(u);
+    for (int64_t v = low; v < high; v += V::size) {
+      const int count = static_cast<int>(min_of(V::size, high - v));
+      // Whole vectors may read one element further than the last tap: not at the end of the plane.
+      const bool whole = count == V::size && (stride == 1 || v + V::size < high || top + (r1 - 1) * rows.dilation + 1 < rows.inputs);
+      V best = splat(static_cast<A>(-__builtin_huge_val())), tap = splat(static_cast<A>(r0 * columns.kernel));
+      for (int64_t r = r0; r < r1; ++r) {
+        const T* from = plane + (top + r * rows.dilation) * row_step + v * stride - columns.padding;
+        for (int64_t c = 0; c < columns.kernel; ++c) {
+          const T* p = from + c * columns.dilation;
+          const V x = whole ? load_every(p, stride) : load_every(p, stride, count);
+          const auto more = (x > best) | is_nan(x);
+          best = select(more, x, best);
+          tap = select(more, splat(static_cast<A>(r * columns.kernel + c)), tap);
+        }
+      }
+      store_at(at + v, best, tap, count);
+      if (args.indices != nullptr) {
+        A lane[V::size];
+        store(lane, tap);
+        const int64_t base = top * columns.inputs + v * stride - columns.padding;
+        for (int i = 0; i < count; ++i) args.indices[at + v + i] = base + i * stride + tap_index[static_cast<int64_t>(lane[i])];
+      }
+    }
+  }
+
+  void store_at(int64_t at, V best, V tap, int count) const {
+    auto* out = static_cast<T*>(args.output) + at;
+    if (count == V::size) {
+      store(out, best);
+    } else {
+      store(out, best, count);
+    }
+    if (args.locations != nullptr) store_bytes<A>(args.locations + at, tap, count);
+  }
+
+  // All channels of window (u, v) of [n, h, w, c].
+  template <int N>
+  void across(const T* image, int64_t u, int64_t v, int64_t at, int64_t channel, int count, const int64_t* tap_index) const {
+    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v), c1 = columns.end_tap(v);
+    const int64_t top = rows.start(u), left = columns.start(v), taps = rows.adaptive ? columns.inputs : columns.kernel;
+    V best[N], tap[N];
+    for (int i = 0; i < N; ++i) {
+      best[i] = splat(static_cast<A>(-__builtin_huge_val()));
+      tap[i] = splat(static_cast<A>(r0 * taps + c0));
+    }
+    for (int64_t r = r0; r < r1; ++r) {
+      for (int64_t c = c0; c < c1; ++c) {
+        const T* from = image + (top + r * rows.dilation) * row_step + (left + c * columns.dilation) * column_step + channel;
+        const V here = splat(static_cast<A>(r * taps + c));
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) {
+          const V x = N > 1 || count == V::size ? load(from + i * V::size) : load(from, count);
+          const auto more = (x > best[i]) | is_nan(x);
+          best[i] = select(more, x, best[i]);
+          tap[i] = select(more, here, tap[i]);
+        }
+      }
+    }
+    for (int i = 0; i < N; ++i) {
+      store_at(at + channel + i * V::size, best[i], tap[i], count);
+      if (args.indices == nullptr) continue;
+      A lane[V::size];
+      store(lane, tap[i]);
+      const int64_t base = top * columns.inputs + left;
+      for (int j = 0; j < count; ++j) {
+        args.indices[at + channel + i * V::size + j] = base + tap_index[static_cast<int64_t>(lane[j])];
+      }
+    }
+  }
+
+  void operator()(const Context& context) const {
+    const int64_t count = shape.n * shape.c * rows.outputs * columns.outputs;
+    if (count == 0) return;
+    // Where a tap lies, relative to tap 0.
+    const int64_t kernel_rows = rows.adaptive ? rows.inputs : rows.kernel, kernel_columns = rows.adaptive ? columns.inputs : columns.kernel;
+    int64_t* tap_index = nullptr;
+    if (args.indices != nullptr) {
+      tap_index = context.scratch<int64_t>(kernel_rows * kernel_columns);
+      for (int64_t t = 0; t < kernel_rows * kernel_columns; ++t) {
+        tap_index[t] = t / kernel_columns * rows.dilation * columns.inputs + t % kernel_columns * columns.dilation;
+      }
+    }
+    const int64_t read = shape.n * shape.c * rows.inputs * columns.inputs;
+    const int64_t workers = workers_for(4.0 * max_of(read, count), context.threads);
+    const auto* input = static_cast<const T*>(args.input);
+    // Rows of windows, of all images (and channels), in runs of equal length.
+    const int64_t lines = shape.n * (shape.channels_last ? 1 : shape.c) * rows.outputs;
+    const int64_t tasks = workers <= 1 ? 1 : min_of(lines, 8 * workers);
+    const bool vectors = !columns.adaptive && (columns.outputs >= 4 || columns.kernel < 4);
+    const bool dense_windows = columns.adaptive || (rows.padding == 0 && columns.padding == 0 && rows.dilation == 1 && columns.dilation == 1);
+    const int64_t low = vectors ? columns.first_inside() : 0, high = vectors ? columns.end_inside() : 0;
+    context.for_each(tasks, workers, [&](int64_t task, int) {
+      for (int64_t line = task * lines / tasks; line < (task + 1) * lines / tasks; ++line) {
+        const int64_t u = line % rows.outputs, plane = line / rows.outputs;
+        const T* from = input + plane * rows.inputs * columns.inputs * (shape.channels_last ? shape.c : 1);
+        if (shape.channels_last) {
+          for (int64_t v = 0; v < columns.outputs; ++v) {
+            const int64_t at = (line * columns.outputs + v) * shape.c;
+            int64_t c = 0;
+            for (; c + 4 * V::size <= shape.c; c += 4 * V::size) across<4>(from, u, v, at, c, V::size, tap_index);
+            for (; c < shape.c; c += V::size) across<1>(from, u, v, at, c, static_cast<int>(min_of(V::size, shape.c - c)), tap_index);
+          }
+        } else {
+          const int64_t at = line * columns.outputs;
+          if (vectors) {
+            for (int64_t v = 0; v < low; ++v) one(from, u, v, at + v);
+            run(from, u, low, high, at, tap_index);
+            for (int64_t v = high; v < columns.outputs; ++v) one(from, u, v, at + v);
+          } else {
+            for (int64_t v = 0; v < columns.outputs; ++v) {
+              if (dense_windows) {
+                wide(from, u, v, at + v);
+              } else {
+                one(from, u, v, at + v);
+              }
+            }
+          }
+        }
+      }
+    });
+  }
+};
+
+// ---- backward ----
+
+template <class T>
+void clear(T* out, int64_t count) {
+  __builtin_memset(static_cast<void*>(out), 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+// Adds the gradients of one plane, [outputs], to the elements that they came from. A: type of the sums.
+template <class T, class A>
+void scatter_plane(const MaxPoolBackwardArgs& args, const T* grad, int64_t at, A* out) {
+  const PoolAxis &rows = args.shape.rows, &columns = args.shape.columns;
+  for (int64_t u = 0; u < rows.outputs; ++u) {
+    for (int64_t v = 0; v < columns.outputs; ++v) {
+      const int64_t o = u * columns.outputs + v;
+      int64_t place;
+      if (args.indices != nullptr) {
+        place = args.indices[at + o];
+        if (place < 0 || place >= rows.inputs * columns.inputs) continue;  // not written by the forward pass
+      } else {
+        const int64_t tap = args.locations[at + o];
+        const int64_t row = rows.start(u) + tap / columns.kernel * rows.dilation;
+        const int64_t column = columns.start(v) + tap % columns.kernel * columns.dilation;
+        if (row < 0 || row >= rows.inputs || column < 0 || column >= columns.inputs) continue;
+        place = row * columns.inputs + column;
+      }
+      if constexpr (sizeof(T) == sizeof(A)) {
+        out[place] += grad[o];
+      } else {
+        out[place] += to_acc(grad[o]);
+      }
+    }
+  }
+}
+
+template <class T>
+void backward_planes(const MaxPoolBackwardArgs& args, const Context& context) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const PoolShape& s = args.shape;
+  const int64_t inputs = s.rows.inputs * s.columns.inputs, outputs = s.rows.outputs * s.columns.outputs;
+  const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context.threads);
+  constexpr bool kDirect = sizeof(T) == sizeof(A);
+  const int64_t size = round_up(inputs, V::size);
+  A* memory = kDirect ? nullptr : context.scratch<A>(workers * size);
+  const auto* grad = static_cast<const T*>(args.grad);
+  auto* grad_input = static_cast<T*>(args.grad_input);
+  context.for_each(s.n * s.c, workers, [&](int64_t plane, int worker) {
+    T* out = grad_input + plane * inputs;
+    if constexpr (kDirect) {
+      clear(out, inputs);
+      scatter_plane<T, T>(args, grad + plane * outputs, plane * outputs, out);
+    } else {
+      A* sums = memory + worker * size;
+      clear(sums, inputs);
+      scatter_plane<T, A>(args, grad + plane * outputs, plane * outputs, sums);
+      for (int64_t i = 0; i < inputs; i += V::size) {
+        const int count = static_cast<int>(min_of(V::size, inputs - i));
+        store(out + i, load(sums + i, count), count);
+      }
+    }
+  });
+}
+
+// Windows of stride >= kernel in both directions: every input element is in one window at most, and written once.
+template <class T>
+void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
+  const PoolShape& s = args.shape;
+  const PoolAxis &rows = s.rows, &columns = s.columns;
+  const int64_t workers = workers_for(8.0 * s.n * s.c * rows.inputs * columns.inputs, context.threads);
+  const int64_t planes = s.n * s.c, tasks = workers <= 1 ? 1 : min_of(planes, 8 * workers);
+  const auto* grad = static_cast<const T*>(args.grad);
+  auto* grad_input = static_cast<T*>(args.grad_input);
+  int32_t place[256];
+  for (int64_t t = 0; t < 256; ++t) {
+    const int64_t tap = t < rows.kernel * columns.kernel ? t : 0;
+    place[t] = static_cast<int32_t>(tap / columns.kernel * rows.dilation * columns.inputs + tap % columns.kernel * columns.dilation);
+  }
+  context.for_each(tasks, workers, [&](int64_t task, int) {
+    for (int64_t plane = task * planes / tasks; plane < (task + 1) * planes / tasks; ++plane) {
+      T* out = grad_input + plane * rows.inputs * columns.inputs;
+      int64_t cleared = 0;
+      for (int64_t u = 0; u < rows.outputs; ++u) {
+        const int64_t top = rows.start(u);
+        // Rows up to the end of this window, just before they are written.
+        const int64_t end = u + 1 < rows.outputs ? min_of(rows.inputs, max_of(0, rows.start(u + 1))) : rows.inputs;
+        clear(out + cleared * columns.inputs, (end - cleared) * columns.inputs);
+        cleared = end;
+        const int64_t at = (plane * rows.outputs + u) * columns.outputs;
+        T* to = out + top * columns.inputs - columns.padding;
+        const int64_t v0 = columns.first_inside(), v1 = columns.end_inside();
+        const bool inside = top >= 0 && top + (rows.kernel - 1) * rows.dilation < rows.inputs;
+        if (inside) {
+          for (int64_t v = v0; v < v1; ++v) to[v * columns.stride + place[args.locations[at + v]]] = grad[at + v];
+        }
+        for (int64_t v = 0; v < columns.outputs; ++v) {
+          if (inside && v == v0) v = v1;
+          if (v >= columns.outputs) break;
+          const int64_t tap = args.locations[at + v];
+          const int64_t row = top + tap / columns.kernel * rows.dilation;
+          const int64_t column = columns.start(v) + tap % columns.kernel * columns.dilation;
+          if (row < 0 || row >= rows.inputs || column < 0 || column >= columns.inputs) continue;
+          out[row * columns.inputs + column] = grad[at + v];
+        }
+      }
+    }
+  });
+}
+
+// [n, h, w, c]: a task owns a block of channels of an image; taps are compared a vector of channels at a time.
+template <class T>
+void backward_channels_last(const MaxPoolBackwardArgs& args, const Context& context) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const PoolShape& s = args.shape;
+  const PoolAxis &rows = s.rows, &columns = s.columns;
+  const int64_t inputs = rows.inputs * columns.inputs;
+  const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context.threads);
+  const int64_t block = s.n >= 2 * workers ? round_up(min_of(s.c, 256), V::size) : min_of(round_up(s.c, V::size), 4 * V::size);
+  const int64_t blocks = ceil_div(s.c, block);
+  A* memory = context.scratch<A>(workers * inputs * block);
+  const auto* grad = static_cast<const T*>(args.grad);
+  auto* grad_input = static_cast<T*>(args.grad_input);
+  context.for_each(s.n * blocks, workers, [&](int64_t task, int worker) {
+    const int64_t n = task / blocks, c0 = task % blocks * block, channels = min_of(block, s.c - c0);
+    A* sums = memory + worker * inputs * block;
+    clear(sums, inputs * block);
+    for (int64_t u = 0; u < rows.outputs; ++u) {
+      for (int64_t v = 0; v < columns.outputs; ++v) {
+        const int64_t at = ((n * rows.outputs + u) * columns.outputs + v) * s.c + c0;
+        if (args.indices != nullptr) {
+          for (int64_t c = 0; c < channels; ++c) {
+            const int64_t place = args.indices[at + c];
+            if (place >= 0 && place < inputs) sums[place * block + c] += to_acc(grad[at + c]);
+          }
+          continue;
+        }
+        const int64_t top = rows.start(u), left = columns.start(v);
+        const int64_t r1 = rows.end_tap(u), k0 = columns.first_tap(v), k1 = columns.end_tap(v);
+        for (int64_t c = 0; c < channels; c += V::size) {
+          const int count = static_cast<int>(min_of(V::size, channels - c));
+          const V x = load(grad + at + c, count), tap = load_bytes<A>(args.locations + at + c, count);
+          for (int64_t r = rows.first_tap(u); r < r1; ++r) {
+            A* to = sums + ((top + r * rows.dilation) * columns.inputs + left) * block + c;
+            for (int64_t k = k0; k < k1; ++k) {
+              A* p = to + k * columns.dilation * block;
+              store(p, load(p) + select(tap == splat(static_cast<A>(r * columns.kernel + k)), x, zero<A>()));
+            }
+          }
+        }
+      }
+    }
+    for (int64_t p = 0; p < inputs; ++p) {
+      T* out = grad_input + (n * inputs + p) * s.c + c0;
+      for (int64_t c = 0; c < channels; c += V::size) {
+        store(out + c, load(sums + p * block + c), static_cast<int>(min_of(V::size, channels - c)));
+      }
+    }
+  });
+}
+
+// The same where windows are apart: rows of the input belong to one row of windows, and are written once.
+template <class T>
+void backward_channels_last_apart(const MaxPoolBackwardArgs& args, const Context& context) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const PoolShape& s = args.shape;
+  const PoolAxis &rows = s.rows, &columns = s.columns;
+  const int64_t line = columns.inputs * s.c;
+  const int64_t workers = workers_for(8.0 * s.n * rows.inputs * line, context.threads);
+  const auto* grad = static_cast<const T*>(args.grad);
+  auto* grad_input = static_cast<T*>(args.grad_input);
+  context.for_each(s.n * rows.outputs, workers, [&](int64_t task, int) {
+    const int64_t n = task / rows.outputs, u = task % rows.outputs, top = rows.start(u);
+    const int64_t begin = u == 0 ? 0 : min_of(rows.inputs, max_of(0, top));
+    const int64_t end = u + 1 < rows.outputs ? min_of(rows.inputs, max_of(0, rows.start(u + 1))) : rows.inputs;
+    T* image = grad_input + n * rows.inputs * line;
+    // Where the windows leave no gap, every element is written below.
+    const bool gaps = rows.stride != rows.kernel || columns.stride != columns.kernel || rows.dilation != 1 || columns.dilation != 1 ||
+                      columns.start(columns.outputs - 1) + columns.kernel < columns.inputs || top + rows.kernel < end;
+    if (gaps) clear(image + begin * line, (end - begin) * line);
+    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u);
+    for (int64_t v = 0; v < columns.outputs; ++v) {
+      const int64_t at = (task * columns.outputs + v) * s.c, left = columns.start(v);
+      const int64_t k0 = columns.first_tap(v), k1 = columns.end_tap(v);
+      for (int64_t c = 0; c < s.c; c += V::size) {
+        const int count = static_cast<int>(min_of(V::size, s.c - c));
+        const V x = load(grad + at + c, count), tap = load_bytes<A>(args.locations + at + c, count);
+        for (int64_t r = r0; r < r1; ++r) {
+          for (int64_t k = k0; k < k1; ++k) {
+            T* to = image + (top + r * rows.dilation) * line + (left + k * columns.dilation) * s.c + c;
+            store(to, select(tap == splat(static_cast<A>(r * columns.kernel + k)), x, zero<A>()), count);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void backward(const MaxPoolBackwardArgs& args, const Context& context) {
+  const PoolShape& s = args.shape;
+  if (s.n * s.c * s.rows.inputs * s.columns.inputs == 0) return;
+  if (s.rows.outputs * s.columns.outputs == 0) {
+    return clear(static_cast<T*>(args.grad_input), s.n * s.c * s.rows.inputs * s.columns.inputs);
+  }
+  const auto apart = [](const PoolAxis& a) { return !a.adaptive && a.stride >= a.dilation * (a.kernel - 1) + 1; };
+  const bool once = args.locations != nullptr && apart(s.rows) && apart(s.columns);
+  if (s.channels_last) return once ? backward_channels_last_apart<T>(args, context) : backward_channels_last<T>(args, context);
+  if (once) return backward_apart<T>(args, context);
+  backward_planes<T>(args, context);
+}
+
+}  // namespace
+
+void max_pool_forward(const MaxPoolArgs& args, const Context& context) {
+  dispatch(args.dtype, [&]<class T>() { MaxPool<T>{args}(context); });
+}
+
+void max_pool_backward(const MaxPoolBackwardArgs& args, const Context& context) {
+  dispatch(args.dtype, [&]<class T>() { backward<T>(args, context); });
+}
+
+}  // namespace fastnn::FASTNN_ISA_NS

@@ -1,0 +1,824 @@
+"""Pooling: maximum and average, over windows and to a given output size, of images and of sequences."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastnn.ops._declare import Cost, declare, tensor_bytes
+
+__all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "max_pool1d",
+    "max_pool2d",
+]
+
+# One byte tells a place in windows of up to this many elements.
+_MOST_LOCATIONS = 256
+
+
+def _is_pair(values, least):
+    return type(values) in (tuple, list) and len(values) == 2 and values[0] >= least and values[1] >= least
+
+
+def _outputs(size, kernel, stride, padding, dilation, ceil_mode):
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    out = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (out - 1) * stride >= size + padding:
+        out -= 1
+    return out
+
+
+def _shape(input, kernel_size, stride, padding, dilation, ceil_mode):
+    h, w = (
+        _outputs(input.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode)
+        for i in (0, 1)
+    )
+    return input.shape[0], input.shape[1], h, w
+
+
+def _memory_format(input):
+    return torch._prims_common.suggest_memory_format(input)
+
+
+def _is_channels_last(input):
+    return _memory_format(input) is torch.channels_last
+
+
+def _empty(input, shape, memory_format, dtype=None):
+    return input.new_empty(shape, dtype=dtype).to(memory_format=memory_format)
+
+
+def _unfit(input, kernel_size, stride, padding, dilation=(1, 1)):
+    if input.dim() != 4:
+        return "not an image batch of 4 dimensions"
+    if input.numel() == 0:
+        return "an empty input"
+    if not (
+        _is_pair(kernel_size, 1) and _is_pair(stride, 1) and _is_pair(padding, 0) and _is_pair(dilation, 1)
+    ):
+        return "not two numbers in range for window, stride, padding or dilation"
+    for i in (0, 1):
+        if 2 * padding[i] > kernel_size[i]:
+            return "padding over half the window"
+        if input.shape[2 + i] + 2 * padding[i] < dilation[i] * (kernel_size[i] - 1) + 1:
+            return "a window larger than the padded input"
+    return None
+
+
+# ---- maximum ----
+
+
+def _unsupported_max(input, kernel_size, stride, padding, dilation, ceil_mode):
+    return _unfit(input, kernel_size, stride, padding, dilation)
+
+
+def _unsupported_locations(input, kernel_size, stride, padding, dilation, ceil_mode):
+    reason = _unfit(input, kernel_size, stride, padding, dilation)
+    if reason is None and kernel_size[0] * kernel_size[1] > _MOST_LOCATIONS:
+        return f"a window of more than {_MOST_LOCATIONS} elements"
+    return reason
+
+
+def _cost_max(bytes_per_place):
+    def cost(input, kernel_size, stride, padding, dilation, ceil_mode):
+        n, c, h, w = _shape(input, kernel_size, stride, padding, dilation, ceil_mode)
+        outputs = n * c * h * w
+        return Cost(
+            float(outputs * kernel_size[0] * kernel_size[1]),
+            tensor_bytes(input) + outputs * (input.element_size() + bytes_per_place),
+        )
+
+    return cost
+
+
+def _fake_max(place_dtype):
+    def fake(input, *window):
+        shape, memory_format = _shape(input, *window), _memory_format(input)
+        values = _empty(input, shape, memory_format)
+        return values if place_dtype is None else (values, _empty(input, shape, memory_format, place_dtype))
+
+    return fake
+
+
+def _stock_max(input, kernel_size, stride, padding, dilation, ceil_mode):
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _stock_max_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode):
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
+
+
+def _keep_places(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.input_size, ctx.window = tuple(inputs[0].shape[2:]), inputs[1:]
+
+
+def _locations_grad(ctx, grad, _):
+    to_input = None
+    if grad is not None:
+        (locations,) = ctx.saved_tensors
+        to_input = max_pool2d_backward(grad, locations, ctx.input_size, *ctx.window)
+    return (to_input, *(None,) * 5)
+
+
+def _indices_grad(ctx, grad, _):
+    to_input = None
+    if grad is not None:
+        (indices,) = ctx.saved_tensors
+        to_input = max_pool2d_indices_backward(grad, indices, ctx.input_size)
+    return (to_input, *(None,) * len(ctx.window))
+
+
+def _keep_input(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+    ctx.window = inputs[1:]
+
+
+def _max_grad(ctx, grad):
+    """For calls of the op itself; the public function keeps the locations instead of the input."""
+    to_input = None
+    if grad is not None:
+        (input,) = ctx.saved_tensors
+        _, indices = _max_pool2d_with_indices(input.detach(), *ctx.window)
+        to_input = max_pool2d_indices_backward(grad, indices, tuple(input.shape[2:]))
+    return (to_input, *(None,) * 5)
+
+
+_max_pool2d = declare(
+    "max_pool2d",
+    stock=_stock_max,
+    unsupported=_unsupported_max,
+    fake=_fake_max(None),
+    cost=_cost_max(0),
+    keep=_keep_input,
+    backward=_max_grad,
+)
+
+_max_pool2d_with_locations = declare(
+    "max_pool2d_with_locations",
+    stock=_stock_max_with_indices,
+    unsupported=_unsupported_locations,
+    fake=_fake_max(torch.uint8),
+    cost=_cost_max(1),
+    keep=_keep_places,
+    backward=_locations_grad,
+)
+
+_max_pool2d_with_indices = declare(
+    "max_pool2d_with_indices",
+    stock=_stock_max_with_indices,
+    unsupported=_unsupported_max,
+    fake=_fake_max(torch.int64),
+    cost=_cost_max(8),
+    keep=_keep_places,
+    backward=_indices_grad,
+)
+
+
+def _flat_indices(locations, input_size, kernel_size, stride, padding, dilation, ceil_mode):
+    """Where in the image the maxima stood, from their places in the windows."""
+    rows = torch.arange(locations.shape[2], device=locations.device)[:, None] * stride[0] - padding[0]
+    columns = torch.arange(locations.shape[3], device=locations.device) * stride[1] - padding[1]
+    place = locations.long()
+    rows = rows + place // kernel_size[1] * dilation[0]
+    return rows * input_size[1] + columns + place % kernel_size[1] * dilation[1]
+
+
+def _scatter(grad, indices, input_size):
+    out = grad.new_zeros(*grad.shape[:2], input_size[0] * input_size[1])
+    return out.scatter_add(2, indices.flatten(2), grad.flatten(2)).view(*grad.shape[:2], *input_size)
+
+
+def _gather(grad_grad, indices):
+    return grad_grad.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+
+
+def _keep_max_backward(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+    ctx.rest = inputs[2:]
+
+
+def _max_backward_grad(ctx, grad_grad):
+    to_grad = None
+    if grad_grad is not None:
+        (locations,) = ctx.saved_tensors
+        to_grad = _gather(grad_grad, _flat_indices(locations, *ctx.rest))
+    return (to_grad, *(None,) * 7)
+
+
+def _fits_max_backward(grad, locations, input_size, *window):
+    if locations.dtype is not torch.uint8 or locations.shape != grad.shape or grad.dim() != 4:
+        return "locations that are not one byte per element of the gradient"
+    if not _is_pair(input_size, 1) or grad.numel() == 0:
+        return "an empty gradient or input"
+    if not all(_is_pair(v, 0) for v in window[:4]):
+        return "not two numbers for window, stride, padding or dilation"
+    return None
+
+
+def _fake_max_backward(grad, places, input_size, *window):
+    return _empty(grad, (*grad.shape[:2], *input_size), _memory_format(places))
+
+
+def _cost_max_backward(grad, places, input_size, *window):
+    n, c = grad.shape[:2]
+    return Cost(
+        float(grad.numel()),
+        tensor_bytes(grad, places) + n * c * input_size[0] * input_size[1] * grad.element_size(),
+    )
+
+
+max_pool2d_backward = declare(
+    "max_pool2d_backward",
+    stock=lambda grad, locations, input_size, *window: _scatter(
+        grad, _flat_indices(locations, input_size, *window), input_size
+    ),
+    unsupported=_fits_max_backward,
+    fake=_fake_max_backward,
+    cost=_cost_max_backward,
+    keep=_keep_max_backward,
+    backward=_max_backward_grad,
+    own_dtype=("locations",),
+)
+
+
+def _indices_backward_grad(ctx, grad_grad):
+    to_grad = None
+    if grad_grad is not None:
+        (indices,) = ctx.saved_tensors
+        to_grad = _gather(grad_grad, indices)
+    return to_grad, None, None
+
+
+def _fits_indices_backward(grad, indices, input_size):
+    if indices.dtype is not torch.int64 or indices.shape != grad.shape or grad.dim() != 4:
+        return "indices that are not one int64 per element of the gradient"
+    if not _is_pair(input_size, 1) or grad.numel() == 0:
+        return "an empty gradient or input"
+    return None
+
+
+max_pool2d_indices_backward = declare(
+    "max_pool2d_indices_backward",
+    stock=_scatter,
+    unsupported=_fits_indices_backward,
+    fake=_fake_max_backward,
+    cost=_cost_max_backward,
+    keep=_keep_max_backward,
+    backward=_indices_backward_grad,
+    own_dtype=("indices",),
+)
+
+# ---- average ----
+
+
+def _unsupported_avg(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+    if divisor_override == 0:
+        return "a divisor of 0"
+    return _unfit(input, kernel_size, stride, padding)
+
+
+def _avg_shape(input, kernel_size, stride, padding, ceil_mode):
+    return _shape(input, kernel_size, stride, padding, (1, 1), ceil_mode)
+
+
+def _fake_avg(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+    return _empty(input, _avg_shape(input, kernel_size, stride, padding, ceil_mode), _memory_format(input))
+
+
+def _cost_avg(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+    n, c, h, w = _avg_shape(input, kernel_size, stride, padding, ceil_mode)
+    outputs = n * c * h * w
+    return Cost(
+        float(outputs * kernel_size[0] * kernel_size[1]),
+        tensor_bytes(input) + outputs * input.element_size(),
+    )
+
+
+def _keep_avg(ctx, inputs, output):
+    ctx.input_size, ctx.window = tuple(inputs[0].shape[2:]), inputs[1:]
+    ctx.channels_last = _is_channels_last(inputs[0])
+
+
+def _avg_grad(ctx, grad):
+    to_input = None
+    if grad is not None:
+        to_input = avg_pool2d_backward(grad, ctx.input_size, *ctx.window, ctx.channels_last)
+    return (to_input, *(None,) * 6)
+
+
+def _keep_avg_backward(ctx, inputs, output):
+    ctx.window = inputs[2:-1]
+
+
+def _avg_backward_grad(ctx, grad_grad):
+    return (None if grad_grad is None else _avg_pool2d(grad_grad, *ctx.window), *(None,) * 8)
+
+
+def _stock_avg_backward(grad, input_size, *rest):
+    *window, channels_last = rest
+    like = grad.new_empty((*grad.shape[:2], *input_size)).to(memory_format=_format(channels_last))
+    return torch.ops.aten.avg_pool2d_backward(grad, like, *window)
+
+
+def _format(channels_last):
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _fits_avg_backward(grad, input_size, kernel_size, stride, padding, ceil_mode, *rest):
+    if grad.dim() != 4 or grad.numel() == 0 or not _is_pair(input_size, 1):
+        return "not an image batch of 4 dimensions with elements"
+    if not (_is_pair(kernel_size, 1) and _is_pair(stride, 1) and _is_pair(padding, 0)):
+        return "not two numbers in range for window, stride or padding"
+    return None
+
+
+avg_pool2d_backward = declare(
+    "avg_pool2d_backward",
+    stock=_stock_avg_backward,
+    unsupported=_fits_avg_backward,
+    fake=lambda grad, input_size, *rest: _empty(grad, (*grad.shape[:2], *input_size), _format(rest[-1])),
+    cost=lambda grad, input_size, *rest: Cost(
+        float(grad.numel()),
+        tensor_bytes(grad)
+        + grad.shape[0] * grad.shape[1] * input_size[0] * input_size[1] * grad.element_size(),
+    ),
+    keep=_keep_avg_backward,
+    backward=_avg_backward_grad,
+)
+
+_avg_pool2d = declare(
+    "avg_pool2d",
+    stock=lambda input, *window: F.avg_pool2d(input, *window),
+    unsupported=_unsupported_avg,
+    fake=_fake_avg,
+    cost=_cost_avg,
+    keep=_keep_avg,
+    backward=_avg_grad,
+)
+
+# ---- to a given output size ----
+
+
+def _unsupported_adaptive(input, output_size):
+    if input.dim() != 4:
+        return "not an image batch of 4 dimensions"
+    if input.numel() == 0 or not _is_pair(output_size, 1):
+        return "an empty input or output"
+    return None
+
+
+def _adaptive_shape(input, output_size):
+    return input.shape[0], input.shape[1], *output_size
+
+
+def _cost_adaptive(bytes_per_place):
+    def cost(input, output_size):
+        outputs = input.shape[0] * input.shape[1] * output_size[0] * output_size[1]
+        return Cost(
+            float(input.numel()), tensor_bytes(input) + outputs * (input.element_size() + bytes_per_place)
+        )
+
+    return cost
+
+
+def _adaptive_avg_grad(ctx, grad):
+    to_input = None
+    if grad is not None:
+        to_input = adaptive_avg_pool2d_backward(grad, ctx.input_size, ctx.channels_last)
+    return to_input, None
+
+
+def _keep_adaptive_backward(ctx, inputs, output):
+    ctx.output_size = tuple(inputs[0].shape[2:])
+
+
+def _adaptive_backward_grad(ctx, grad_grad):
+    return None if grad_grad is None else _adaptive_avg_pool2d(grad_grad, ctx.output_size), None, None
+
+
+def _stock_adaptive_backward(grad, input_size, channels_last):
+    like = grad.new_empty((*grad.shape[:2], *input_size)).to(memory_format=_format(channels_last))
+    return torch.ops.aten._adaptive_avg_pool2d_backward(grad, like)
+
+
+adaptive_avg_pool2d_backward = declare(
+    "adaptive_avg_pool2d_backward",
+    stock=_stock_adaptive_backward,
+    unsupported=lambda grad, input_size, channels_last: (
+        None
+        if grad.dim() == 4 and grad.numel() > 0 and _is_pair(input_size, 1)
+        else "not an image batch of 4 dimensions with elements"
+    ),
+    fake=lambda grad, input_size, channels_last: _empty(
+        grad, (*grad.shape[:2], *input_size), _format(channels_last)
+    ),
+    cost=lambda grad, input_size, channels_last: Cost(
+        float(grad.numel()),
+        tensor_bytes(grad)
+        + grad.shape[0] * grad.shape[1] * input_size[0] * input_size[1] * grad.element_size(),
+    ),
+    keep=_keep_adaptive_backward,
+    backward=_adaptive_backward_grad,
+)
+
+_adaptive_avg_pool2d = declare(
+    "adaptive_avg_pool2d",
+    stock=F.adaptive_avg_pool2d,
+    unsupported=_unsupported_adaptive,
+    fake=lambda input, output_size: _empty(input, _adaptive_shape(input, output_size), _memory_format(input)),
+    cost=_cost_adaptive(0),
+    keep=_keep_avg,
+    backward=_adaptive_avg_grad,
+)
+
+_adaptive_max_pool2d = declare(
+    "adaptive_max_pool2d",
+    stock=lambda input, output_size: F.adaptive_max_pool2d(input, output_size, return_indices=True),
+    unsupported=_unsupported_adaptive,
+    fake=lambda input, output_size: (
+        _empty(input, _adaptive_shape(input, output_size), _memory_format(input)),
+        _empty(input, _adaptive_shape(input, output_size), _memory_format(input), torch.int64),
+    ),
+    cost=_cost_adaptive(8),
+    keep=_keep_places,
+    backward=_indices_grad,
+)
+
+# ---- what users call ----
+
+
+def _pair(value):
+    if type(value) is int:
+        return (value, value)
+    if isinstance(value, (tuple, list)):
+        return (value[0], value[0]) if len(value) == 1 else value
+    return (value, value)
+
+
+def _one(value):
+    return value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
+
+
+def _stride(stride, kernel_size):
+    if stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0):
+        return kernel_size
+    return _pair(stride)
+
+
+def _max_pool(input, window, return_indices):
+    if return_indices:
+        return _max_pool2d_with_indices(input, *window)
+    if input.requires_grad and torch.is_grad_enabled():
+        return _max_pool2d_with_locations(input, *window)[0]
+    return _max_pool2d(input, *window)
+
+
+def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    """Take the maximum of each window of an image.
+
+    Takes and gives what :func:`torch.nn.functional.max_pool2d` does. For backward, one byte per output element is kept.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(N, C, H, W)`` or ``(C, H, W)``.
+    kernel_size : int or (int, int)
+        Size of the window.
+    stride : int or (int, int), optional
+        Step from window to window; `kernel_size` by default.
+    padding : int or (int, int)
+        Implicit padding by minus infinity on both sides, at most half the window.
+    dilation : int or (int, int)
+        Step between the elements of a window.
+    ceil_mode : bool
+        Round the output's size up: windows may start inside and end outside.
+    return_indices : bool
+        Give the place of each maximum in its image too, ``row * W + column``.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Shape ``(N, C, H_out, W_out)`` or ``(C, H_out, W_out)``; indices are int64. A tie takes the first element, and
+        NaN counts as largest.
+
+    Raises
+    ------
+    RuntimeError
+        If the window is larger than the padded input, or the padding over half the window.
+    """
+    if not isinstance(input, torch.Tensor) or input.dim() != 4:
+        if isinstance(input, torch.Tensor) and input.dim() == 3 and input.numel() > 0:
+            out = max_pool2d(
+                input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices
+            )
+            return tuple(t.squeeze(0) for t in out) if return_indices else out.squeeze(0)
+        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    kernel_size = _pair(kernel_size)
+    window = (
+        kernel_size,
+        _stride(stride, kernel_size),
+        _pair(padding),
+        _pair(dilation),
+        bool(ceil_mode),
+    )
+    return _max_pool(input, window, return_indices)
+
+
+def max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    """Take the maximum of each window of a sequence.
+
+    Takes and gives what :func:`torch.nn.functional.max_pool1d` does; parameters as :func:`max_pool2d`'s.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(N, C, L)`` or ``(C, L)``.
+    kernel_size, stride, padding, dilation : int or (int,)
+        The window.
+    ceil_mode, return_indices : bool
+        As :func:`max_pool2d`'s.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Shape ``(N, C, L_out)`` or ``(C, L_out)``.
+
+    Raises
+    ------
+    RuntimeError
+        If the window is larger than the padded input, or the padding over half the window.
+    """
+    values = [_one(v) for v in (kernel_size, padding, dilation)]
+    step = _one(stride) if stride is not None and stride != () and stride != [] else values[0]
+    if (
+        not isinstance(input, torch.Tensor)
+        or input.dim() not in (2, 3)
+        or not all(type(v) is int for v in (*values, step))
+    ):
+        return F.max_pool1d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    window = ((1, values[0]), (1, step), (0, values[1]), (1, values[2]), bool(ceil_mode))
+    batched = input.dim() == 3
+    out = _max_pool(input[:, :, None] if batched else input[None, :, None], window, return_indices)
+    parts = out if return_indices else (out,)
+    parts = tuple(t[:, :, 0] if batched else t[0, :, 0] for t in parts)
+    return parts if return_indices else parts[0]
+
+
+def avg_pool2d(
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor_override=None,
+):
+    """Take the average of each window of an image.
+
+    Takes and gives what :func:`torch.nn.functional.avg_pool2d` does. Backward keeps nothing.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(N, C, H, W)`` or ``(C, H, W)``.
+    kernel_size, stride, padding : int or (int, int)
+        The window, as :func:`max_pool2d`'s; padding counts as 0.
+    ceil_mode : bool
+        Round the output's size up.
+    count_include_pad : bool
+        Whether padding counts in the divisor.
+    divisor_override : int, optional
+        The divisor, instead of the number of elements.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(N, C, H_out, W_out)`` or ``(C, H_out, W_out)``.
+
+    Raises
+    ------
+    RuntimeError
+        If the window is larger than the padded input, or the padding over half the window.
+    """
+    if not isinstance(input, torch.Tensor) or input.dim() != 4:
+        if isinstance(input, torch.Tensor) and input.dim() == 3 and input.numel() > 0:
+            return avg_pool2d(
+                input.unsqueeze(0),
+                kernel_size,
+                stride,
+                padding,
+                ceil_mode,
+                count_include_pad,
+                divisor_override,
+            ).squeeze(0)
+        return F.avg_pool2d(
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
+    kernel_size = _pair(kernel_size)
+    return _avg_pool2d(
+        input,
+        kernel_size,
+        _stride(stride, kernel_size),
+        _pair(padding),
+        bool(ceil_mode),
+        bool(count_include_pad),
+        divisor_override,
+    )
+
+
+def avg_pool1d(input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True):
+    """Take the average of each window of a sequence.
+
+    Takes and gives what :func:`torch.nn.functional.avg_pool1d` does; parameters as :func:`avg_pool2d`'s.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(N, C, L)`` or ``(C, L)``.
+    kernel_size, stride, padding : int or (int,)
+        The window.
+    ceil_mode, count_include_pad : bool
+        As :func:`avg_pool2d`'s.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(N, C, L_out)`` or ``(C, L_out)``.
+
+    Raises
+    ------
+    RuntimeError
+        If the window is larger than the padded input, or the padding over half the window.
+    """
+    kernel, pad = _one(kernel_size), _one(padding)
+    step = _one(stride) if stride is not None and stride != () and stride != [] else kernel
+    if (
+        not isinstance(input, torch.Tensor)
+        or input.dim() not in (2, 3)
+        or not all(type(v) is int for v in (kernel, step, pad))
+    ):
+        return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+    batched = input.dim() == 3
+    out = _avg_pool2d(
+        input[:, :, None] if batched else input[None, :, None],
+        (1, kernel),
+        (1, step),
+        (0, pad),
+        bool(ceil_mode),
+        bool(count_include_pad),
+        None,
+    )
+    return out[:, :, 0] if batched else out[0, :, 0]
+
+
+def _output_size(input, output_size):
+    """Two numbers, None standing for the input's size; None for what only torch can judge."""
+    if type(output_size) is int:
+        return (output_size, output_size)
+    if not isinstance(output_size, (tuple, list)) or len(output_size) not in (1, 2):
+        return None
+    if len(output_size) == 1:
+        output_size = (output_size[0], output_size[0])
+    return tuple(size if o is None else o for o, size in zip(output_size, input.shape[-2:], strict=True))
+
+
+def adaptive_avg_pool2d(input, output_size):
+    """Average an image over as many windows as the output has elements.
+
+    Takes and gives what :func:`torch.nn.functional.adaptive_avg_pool2d` does.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(N, C, H, W)`` or ``(C, H, W)``.
+    output_size : int or (int or None, int or None)
+        Size of the output; None keeps the input's.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(N, C, *output_size)`` or ``(C, *output_size)``.
+
+    Raises
+    ------
+    RuntimeError
+        If the input has another number of dimensions, or no pixels.
+    """
+    size = (
+        _output_size(input, output_size)
+        if isinstance(input, torch.Tensor) and input.dim() in (3, 4)
+        else None
+    )
+    if size is None:
+        return F.adaptive_avg_pool2d(input, output_size)
+    if input.dim() == 3:
+        return _adaptive_avg_pool2d(input.unsqueeze(0), size).squeeze(0)
+    return _adaptive_avg_pool2d(input, size)
+
+
+def adaptive_avg_pool1d(input, output_size):
+    """Average a sequence over as many windows as the output has elements.
+
+    Takes and gives what :func:`torch.nn.functional.adaptive_avg_pool1d` does.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(N, C, L)`` or ``(C, L)``.
+    output_size : int or (int,)
+        Length of the output.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(N, C, output_size)`` or ``(C, output_size)``.
+
+    Raises
+    ------
+    RuntimeError
+        If the input has another number of dimensions, or no elements.
+    """
+    size = _one(output_size)
+    if not isinstance(input, torch.Tensor) or input.dim() not in (2, 3) or type(size) is not int:
+        return F.adaptive_avg_pool1d(input, output_size)
+    batched = input.dim() == 3
+    out = _adaptive_avg_pool2d(input[:, :, None] if batched else input[None, :, None], (1, size))
+    return out[:, :, 0] if batched else out[0, :, 0]
+
+
+def adaptive_max_pool2d(input, output_size, return_indices=False):
+    """Take the maxima of an image over as many windows as the output has elements.
+
+    Takes and gives what :func:`torch.nn.functional.adaptive_max_pool2d` does.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(N, C, H, W)`` or ``(C, H, W)``.
+    output_size : int or (int or None, int or None)
+        Size of the output; None keeps the input's.
+    return_indices : bool
+        Give the place of each maximum in its image too, ``row * W + column``.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Shape ``(N, C, *output_size)`` or ``(C, *output_size)``.
+
+    Raises
+    ------
+    RuntimeError
+        If the input has another number of dimensions, or no pixels.
+    """
+    size = (
+        _output_size(input, output_size)
+        if isinstance(input, torch.Tensor) and input.dim() in (3, 4)
+        else None
+    )
+    if size is None:
+        return F.adaptive_max_pool2d(input, output_size, return_indices)
+    if input.dim() == 3:
+        parts = tuple(t.squeeze(0) for t in _adaptive_max_pool2d(input.unsqueeze(0), size))
+    else:
+        parts = _adaptive_max_pool2d(input, size)
+    return parts if return_indices else parts[0]
+
+
+def adaptive_max_pool1d(input, output_size, return_indices=False):
+    """Take the maxima of a sequence over as many windows as the output has elements.
+
+    Takes and gives what :func:`torch.nn.functional.adaptive_max_pool1d` does.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(N, C, L)`` or ``(C, L)``.
+    output_size : int or (int,)
+        Length of the output.
+    return_indices : bool
+        Give the place of each maximum too.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Shape ``(N, C, output_size)`` or ``(C, output_size)``.
+
+    Raises
+    ------
+    RuntimeError
+        If the input has another number of dimensions, or no elements.
+    """
+    size = _one(output_size)
+    if not isinstance(input, torch.Tensor) or input.dim() not in (2, 3) or type(size) is not int:
+        return F.adaptive_max_pool1d(input, output_size, return_indices)
+    batched = input.dim() == 3
+    parts = _adaptive_max_pool2d(input[:, :, None] if batched else input[None, :, None], (1, size))
+    parts = tuple(t[:, :, 0] if batched else t[0, :, 0] for t in parts)
+    return parts if return_indices else parts[0]
