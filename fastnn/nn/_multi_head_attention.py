@@ -12,11 +12,11 @@ from torch.nn.functional import (
     _none_or_dtype,
     dropout,
     pad,
-    scaled_dot_product_attention,
     softmax,
 )
 from torch.nn.functional import multi_head_attention_forward as _torchs
 
+from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.linear import linear
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 from fastnn.nn import _stand_in
 from fastnn.nn._multi_head_attention import multi_head_attention_forward
+from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.conv import conv1d, conv2d, conv2d_relu, conv2d_relu_max_pool2d
 from fastnn.ops.linear import linear, linear_relu
 from fastnn.ops.pool import (
@@ -41,6 +42,7 @@ __all__ = [
     "max_pool1d",
     "max_pool2d",
     "multi_head_attention_forward",
+    "scaled_dot_product_attention",
 ]
 
 #: The functions that are fastnn's; every other name of this module is torch's.

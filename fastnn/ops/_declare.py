@@ -118,7 +118,9 @@ def _save_as_function(op: Op, raw) -> type[torch.autograd.Function]:
         ctx.set_materialize_grads(False)
         out = raw(*args)
         if isinstance(out, tuple):
-            ctx.mark_non_differentiable(*(t for t in out if not t.is_floating_point()))
+            ctx.mark_non_differentiable(
+                *(t for t in out if not t.is_floating_point())
+            )  # keep() may mark others
         op.keep(ctx, args, out)
         return out
 

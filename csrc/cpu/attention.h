@@ -1,0 +1,57 @@
+// Scaled dot product attention: softmax(query key^T * scale + mask) value, without the matrix of scores.
+#pragma once
+
+#include "cpu/context.h"
+#include "cpu/isa.h"
+#include "cpu/types.h"
+
+namespace fastnn {
+
+// A tensor [batch, heads, rows, width] with dense rows: where its rows start, in elements.
+struct HeadStrides {
+  int64_t batch, head, row;
+};
+
+struct AttentionShape {
+  int64_t batch, heads, key_heads;  // heads is a multiple of key_heads; consecutive heads share one
+  int64_t queries, keys;
+  int64_t width, value_width;
+};
+
+struct AttentionMask {
+  const void* data = nullptr;  // or no mask
+  bool boolean = false;        // bytes, 0 for no part; else elements of the dtype, which are added
+  int64_t batch = 0, head = 0, row = 0, column = 0;  // strides in elements; column is 0 or 1
+};
+
+struct AttentionArgs {
+  DType dtype;
+  AttentionShape shape;
+  const void *query, *key, *value;
+  HeadStrides query_strides, key_strides, value_strides;
+  AttentionMask mask;
+  bool causal;  // query i sees keys 0 to i
+  double scale;
+  void* output;  // [batch, heads, queries, value_width]
+  HeadStrides output_strides;
+  // [batch, heads, queries] of the type of sums: the logarithm of the sum of exponentials; -inf where no key takes part.
+  void* logsumexp;
+};
+
+struct AttentionBackwardArgs {
+  DType dtype;
+  AttentionShape shape;
+  const void *grad, *query, *key, *value, *output;
+  HeadStrides grad_strides, query_strides, key_strides, value_strides, output_strides;
+  const void* logsumexp;
+  AttentionMask mask;
+  bool causal;
+  double scale;
+  void *grad_query, *grad_key, *grad_value;
+  HeadStrides grad_query_strides, grad_key_strides, grad_value_strides;
+};
+
+FASTNN_KERNEL(attention_forward, AttentionArgs)
+FASTNN_KERNEL(attention_backward, AttentionBackwardArgs)
+
+}  // namespace fastnn

@@ -1,0 +1,133 @@
+// What the forward and the backward pass of attention share: products of blocks, and the scores of a block.
+#pragma once
+
+#include "cpu/attention.h"
+#include "cpu/gemm_tile.h"
+#include "cpu/simd_math.h"
+
+namespace fastnn::FASTNN_ISA_NS {
+
+// Queries and keys of a block of scores: 96 x 128 floats, 48 KiB.
+inline constexpr int64_t kQueryBlock = 8 * kMR;
+inline constexpr int64_t kKeyBlock = 128;
+
+// What becomes of a block's product: it replaces C, is added to it, or to C times a factor per row.
+enum class Into { replace, add, add_to_scaled };
+
+template <class T, int MR, bool kDense, Into kInto>
+FASTNN_INLINE void block_tile(int64_t elems, const typename Gemm<T>::Elem* a, int64_t row, int64_t step,
+                              const typename Gemm<T>::Elem* b, acc_t<T>* c, int64_t c_row, const acc_t<T>* factor) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  Tile<T, MR> tile;
+  tile.clear();
+  tile.template multiply<kDense>(elems, a, row, step, b);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kNV; ++j) {
+      A* p = c + i * c_row + j * V::size;
+      V x = tile.sum[i][j];
+      if constexpr (kInto == Into::add) x = x + load(p);
+      if constexpr (kInto == Into::add_to_scaled) x = fma(load(p), splat(factor[i]), x);
+      store(p, x);
+    }
+  }
+}
+
+// C[m, n] from A[m, elems] and packed panels of B. Rows are done in tiles of a few heights only: up to kMR - 1 rows
+// more than m of A are read and of C (and of `factor`) written, and columns up to whole panels.
+template <class T, bool kDense, Into kInto>
+inline void block_product(int64_t m, int64_t n, int64_t elems, const typename Gemm<T>::Elem* a, int64_t row, int64_t step,
+                          const typename Gemm<T>::Elem* b, int64_t panel, acc_t<T>* c, int64_t c_row,
+                          const acc_t<T>* factor = nullptr) {
+  constexpr int kTwoThirds = kMR * 2 / 3, kThird = kMR / 3;
+  for (int64_t j = 0; j < n; j += kNR<T>, b += panel) {
+    for (int64_t i = 0; i < m;) {
+      const auto* from = a + i * row;
+      auto* to = c + i * c_row + j;
+      const auto* f = factor == nullptr ? nullptr : factor + i;
+      const int64_t left = m - i;
+      if (left > kTwoThirds) {
+        block_tile<T, kMR, kDense, kInto>(elems, from, row, step, b, to, c_row, f);
+        i += kMR;
+      } else if (left > kThird) {
+        block_tile<T, kTwoThirds, kDense, kInto>(elems, from, row, step, b, to, c_row, f);
+        i += kTwoThirds;
+      } else if (left > 1) {
+        block_tile<T, kThird, kDense, kInto>(elems, from, row, step, b, to, c_row, f);
+        i += kThird;
+      } else {
+        block_tile<T, 1, kDense, kInto>(elems, from, row, step, b, to, c_row, f);
+        i += 1;
+      }
+    }
+  }
+}
+
+// Packs columns of B[k, n], at b[p * b_k + j * b_n], into panels of k products each.
+template <class T>
+inline void pack_panels(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, typename Gemm<T>::Elem* out) {
+  for (int64_t j = 0; j < n; j += kNR<T>, out += packed_k<T>(k) * kNR<T>) {
+    pack_b_panel<T>(b + j * b_n, b_k, b_n, k, static_cast<int>(min_of(kNR<T>, n - j)), out);
+  }
+}
+
+template <class T>
+FASTNN_INLINE const T* head_of(const void* data, const HeadStrides& strides, int64_t b, int64_t h, int64_t row = 0) {
+  return static_cast<const T*>(data) + b * strides.batch + h * strides.head + row * strides.row;
+}
+template <class T>
+FASTNN_INLINE T* head_of(void* data, const HeadStrides& strides, int64_t b, int64_t h, int64_t row = 0) {
+  return static_cast<T*>(data) + b * strides.batch + h * strides.head + row * strides.row;
+}
+
+// One row of scores, already the product of query `q` with keys [first, first + n): times scale, plus mask, -inf for what
+// takes no part, up to whole vectors. Returns the largest.
+template <class T>
+FASTNN_INLINE acc_t<T> mask_scores(acc_t<T>* s, const AttentionMask& mask, bool causal, acc_t<T> scale, int64_t b, int64_t h, int64_t q,
+                                   int64_t first, int64_t n, int64_t padded) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const A kMinus = -__builtin_huge_val();
+  const int64_t seen = causal ? max_of(0, min_of(n, q + 1 - first)) : n;
+  V most = splat(kMinus);
+  const V by = splat(scale);
+  const int64_t at = b * mask.batch + h * mask.head + q * mask.row + first * mask.column;
+  int64_t j = 0;
+  if (mask.data == nullptr) {
+    for (; j + V::size <= seen; j += V::size) {
+      const V x = load(s + j) * by;
+      store(s + j, x);
+      most = max(x, most);
+    }
+  } else if (!mask.boolean && mask.column == 1) {
+    const T* added = static_cast<const T*>(mask.data) + at;
+    for (; j + V::size <= seen; j += V::size) {
+      const V x = fma(load(s + j), by, load(added + j));
+      store(s + j, x);
+      most = max(x, most);
+    }
+  }
+  A largest = reduce_max(most);
+  for (; j < seen; ++j) {
+    A x = s[j] * scale;
+    if (mask.data != nullptr) {
+      const int64_t here = at + j * mask.column;
+      if (mask.boolean) {
+        if (static_cast<const uint8_t*>(mask.data)[here] == 0) x = kMinus;
+      } else {
+        x += to_acc(static_cast<const T*>(mask.data)[here]);
+      }
+    }
+    s[j] = x;
+    if (x > largest) largest = x;
+  }
+  for (; j < padded; ++j) s[j] = kMinus;
+  return largest;
+}
+
+// Whether every query of [first, first + count) is before every key from `key` on.
+FASTNN_INLINE bool all_later(bool causal, int64_t first, int64_t count, int64_t key) { return causal && key > first + count - 1; }
+
+}  // namespace fastnn::FASTNN_ISA_NS

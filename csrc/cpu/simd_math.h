@@ -1,0 +1,89 @@
+// Elementary functions of vectors.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace fastnn::FASTNN_ISA_NS {
+
+// x * 2^n for whole n in the exponent's range, or below it, where the result is 0.
+FASTNN_INLINE F scale_by_power(F x, F n) {
+#if FASTNN_ISA_LEVEL >= 2
+  return {_mm512_scalef_ps(x.v, n.v)};
+#elif FASTNN_ISA_LEVEL == 1
+  const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(x.v, _mm256_castsi256_ps(bits))};
+#else
+  F out;
+  for (int i = 0; i < F::size; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23;
+    float power;
+    __builtin_memcpy(&power, &bits, 4);
+    out.v[i] = x.v[i] * power;
+  }
+  return out;
+#endif
+}
+FASTNN_INLINE D scale_by_power(D x, D n) {
+#if FASTNN_ISA_LEVEL >= 2
+  return {_mm512_scalef_pd(x.v, n.v)};
+#else
+  double lane[D::size], power[D::size];
+  __builtin_memcpy(lane, &n.v, sizeof(lane));
+  for (int i = 0; i < D::size; ++i) {
+    const uint64_t bits = static_cast<uint64_t>(static_cast<int64_t>(lane[i]) + 1023) << 52;
+    __builtin_memcpy(&power[i], &bits, 8);
+  }
+  return x * load(power);
+#endif
+}
+
+// To the nearest whole number, for values far below 2^22: adding 1.5 * 2^(mantissa bits) rounds in the adder.
+FASTNN_INLINE F nearest(F x) {
+#if FASTNN_ISA_LEVEL >= 2
+  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+#else
+  const F magic = splat(12582912.0f);
+  return (x + magic) - magic;
+#endif
+}
+FASTNN_INLINE D nearest(D x) {
+  const D magic = splat(6755399441055744.0);
+  return (x + magic) - magic;
+}
+
+// e^x for x <= 0 (and NaN): 0 below the least normal number. Range reduction by the nearest multiple of ln 2 in two parts
+// (Cody and Waite), and the Taylor polynomial on [-ln 2 / 2, ln 2 / 2].
+FASTNN_INLINE F exp_negative(F x) {
+  const F low = splat(-87.0f);
+  const auto tiny = low > x;
+  const F y = select(is_nan(x), x, max(x, low));
+  const F n = nearest(y * splat(1.44269504088896341f));
+  F r = fma(n, splat(-0.693359375f), y);
+  r = fma(n, splat(2.12194440e-4f), r);
+  F p = splat(1.0f / 5040);
+  p = fma(p, r, splat(1.0f / 720));
+  p = fma(p, r, splat(1.0f / 120));
+  p = fma(p, r, splat(1.0f / 24));
+  p = fma(p, r, splat(1.0f / 6));
+  p = fma(p, r, splat(0.5f));
+  p = fma(r * r, p, r) + splat(1.0f);  // the small terms first: one rounding of size 1 is left
+  return select(tiny, zero<float>(), scale_by_power(p, select(is_nan(x), zero<float>(), n)));
+}
+FASTNN_INLINE D exp_negative(D x) {
+  const D low = splat(-708.0);
+  const auto tiny = low > x;
+  const D y = select(is_nan(x), x, max(x, low));
+  const D n = nearest(y * splat(1.4426950408889634074));
+  D r = fma(n, splat(-6.93145751953125e-1), y);
+  r = fma(n, splat(-1.42860682030941723212e-6), r);
+  constexpr double kInverse[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
+                                 1.0 / 40320.0,      1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,
+                                 1.0 / 6.0,          0.5};
+  D p = splat(kInverse[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < 12; ++i) p = fma(p, r, splat(kInverse[i]));
+  p = fma(r * r, p, r) + splat(1.0);
+  return select(tiny, zero<double>(), scale_by_power(p, select(is_nan(x), zero<double>(), n)));
+}
+
+}  // namespace fastnn::FASTNN_ISA_NS
