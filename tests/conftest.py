@@ -28,8 +28,8 @@ def threads():
     torch.set_num_threads(before)
 
 
-def assert_as_good(ours, stock, exact):
-    """The error against float64 is at most twice stock's, beside one rounding of the largest value.
+def assert_as_good(ours, stock, exact, roundings=1):
+    """The error against float64 is at most twice stock's, beside a rounding (or some) of the largest value.
 
     Where the dtype is float64 itself, the exact value is not known better: a few roundings of a sum are allowed.
     """
@@ -40,7 +40,7 @@ def assert_as_good(ours, stock, exact):
     finite = torch.isfinite(exact)
     assert torch.equal(torch.isnan(ours), torch.isnan(stock))
     largest = exact[finite].abs().max().item() if finite.any() else 0.0
-    floor = torch.finfo(ours.dtype).eps * max(largest, 1.0) * (8 if ours.dtype is torch.float64 else 1)
+    floor = torch.finfo(ours.dtype).eps * max(largest, 1.0) * (8 if ours.dtype is torch.float64 else roundings)
     error = (ours.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
     allowed = 2 * ((stock.double() - exact)[finite].abs().max().item() if finite.any() else 0.0) + floor
     assert error <= allowed, f"error {error:.3g}, stock's bound {allowed:.3g}"

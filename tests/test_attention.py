@@ -49,14 +49,14 @@ def compare(q, k, v, mask=None, **options):
     y = sdpa(*ours, mask, **options)
     s = TF.scaled_dot_product_attention(*theirs, mask, **options)
     e = exact_of(*exact, mask, **options)
-    assert_as_good(y, s, e.detach())
+    assert_as_good(y, s, e.detach(), roundings=2)
     (upstream,) = inputs(y.shape, dtype=y.dtype, seed=1)
     gradients = [
         torch.autograd.grad(out, leaves, upstream.to(out.dtype))
         for out, leaves in ((y, ours), (s, theirs), (e, exact))
     ]
     for a, b, c in zip(*gradients, strict=True):
-        assert_as_good(a, b, c)
+        assert_as_good(a, b, c, roundings=4)  # differences of sums of larger numbers
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
