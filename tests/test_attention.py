@@ -42,7 +42,7 @@ def exact_of(query, key, value, mask=None, *, is_causal=False, scale=None, enabl
     return weights @ value
 
 
-def compare(q, k, v, mask=None, **options):
+def compare(q, k, v, mask=None, roundings=4, **options):
     """Result and gradients: as good as torch's against float64."""
     ours, theirs, exact = ([t.detach().clone().requires_grad_() for t in (q, k, v)] for _ in range(3))
     exact = [t.detach().double().requires_grad_() for t in exact]
@@ -56,7 +56,7 @@ def compare(q, k, v, mask=None, **options):
         for out, leaves in ((y, ours), (s, theirs), (e, exact))
     ]
     for a, b, c in zip(*gradients, strict=True):
-        assert_as_good(a, b, c, roundings=4)  # differences of sums of larger numbers
+        assert_as_good(a, b, c, roundings)  # differences of sums of larger numbers
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -318,7 +318,9 @@ def test_the_op_itself_refuses_too():
     width=st.integers(1, 70),
     value_width=st.integers(1, 70),
     mask=st.sampled_from(["none", "causal", "boolean", "added"]),
-    dtype=st.sampled_from((torch.float32, torch.float64)),  # in 16 bits, the error of so few numbers is a matter of luck
+    dtype=st.sampled_from(
+        (torch.float32, torch.float64)
+    ),  # in 16 bits, the error of so few numbers is a matter of luck
     isa=st.sampled_from(_library.ISA_LEVELS[: _library.ISA_LEVELS.index(_library.detected_isa()) + 1]),
 )
 def test_any_shape(batch, heads, queries, keys, width, value_width, mask, dtype, isa):
@@ -340,6 +342,7 @@ def test_any_shape(batch, heads, queries, keys, width, value_width, mask, dtype,
     before = _library.current_isa()
     _library.set_isa(isa)
     try:
-        compare(q, k, v, options.pop("mask", None), **options)
+        # With few keys the gradients of scores are differences that nearly vanish, of sums over the width.
+        compare(q, k, v, options.pop("mask", None), roundings=4 + value_width, **options)
     finally:
         _library.set_isa(before)

@@ -653,6 +653,7 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         if total % 2:
             input = F.pad(input, (0, 1))
         padding = total // 2
+    input = input.contiguous()  # the output of torch's is, whatever the input
     images = input[:, :, None] if input.dim() == 3 else input[None, :, None]
     out = _conv2d(images, weight[:, :, None], bias, (1, stride), (0, padding), (1, dilation), groups)
     return out[:, :, 0] if input.dim() == 3 else out[0, :, 0]

@@ -565,6 +565,7 @@ def max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
         return F.max_pool1d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     window = ((1, values[0]), (1, step), (0, values[1]), (1, values[2]), bool(ceil_mode))
     batched = input.dim() == 3
+    input = input.contiguous()  # the output of torch's is, whatever the input
     out = _max_pool(input[:, :, None] if batched else input[None, :, None], window, return_indices)
     parts = out if return_indices else (out,)
     parts = tuple(t[:, :, 0] if batched else t[0, :, 0] for t in parts)
