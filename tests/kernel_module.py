@@ -40,4 +40,5 @@ EPS = {"float32": 2**-23, "bfloat16": 2**-7, "float16": 2**-10, "float64": 2**-5
 def bound(dtype, terms, scale):
     """One rounding of the result, and the accumulation's in float or double."""
     accumulated = (2**-52 if dtype == "float64" else 2**-23) * (terms + 8)
-    return (EPS[dtype] + accumulated) * scale
+    subnormal = 2**-24 if dtype == "float16" else 0
+    return (EPS[dtype] + accumulated) * scale + subnormal

@@ -14,5 +14,8 @@ PYBIND11_MODULE(fastnn_kernels, m) {
     }
     return names;
   });
+  fastnn::tests::bind_attention(m);
+  fastnn::tests::bind_conv(m);
   fastnn::tests::bind_linear(m);
+  fastnn::tests::bind_pool(m);
 }

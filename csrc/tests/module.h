@@ -3,6 +3,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdlib>
 #include <new>
@@ -26,7 +27,10 @@ namespace fastnn::tests {
 namespace py = pybind11;
 
 // Each family's file adds its functions.
+void bind_attention(py::module_& m);
+void bind_conv(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_pool(py::module_& m);
 
 // bfloat16 arrays come as ml_dtypes.bfloat16, whose numpy kind pybind11 does not know: the dtype is told by its name.
 inline DType dtype_of(const py::array& a) {

@@ -1,0 +1,401 @@
+"""Convolutions, alone and fused, against torch and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from conftest import DTYPES, assert_as_good
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastnn import _library
+from fastnn.ops import _declare, conv
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+BOTH_LAYOUTS = pytest.mark.parametrize("layout", LAYOUTS, ids=("nchw", "channels_last"))
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def stock_relu(*args):
+    return torch.relu(TF.conv2d(*args))
+
+
+def stock_pooled(*args, kernel_size=2, pool_stride=None, pool_padding=0):
+    return TF.max_pool2d(stock_relu(*args), kernel_size, pool_stride, pool_padding)
+
+
+STOCK = {
+    conv.conv2d: TF.conv2d,
+    conv.conv2d_relu: stock_relu,
+    conv.conv2d_relu_max_pool2d: stock_pooled,
+}
+EVERY_OP = pytest.mark.parametrize("op", STOCK, ids=lambda op: op.__name__)
+
+
+@pytest.fixture
+def native():
+    """The ops called, each with the reason why it went to torch; None where a kernel took it."""
+    seen = []
+    _declare.recorder = lambda op, args, reason: seen.append((op.name, reason))
+    yield seen
+    _declare.recorder = None
+
+
+def inputs(x, w, bias=True, dtype=torch.float32, layout=torch.contiguous_format, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    out = [torch.randn(s, generator=generator, dtype=torch.float64) for s in (x, w, w[:1])]
+    out[1] /= (w[1] * w[2] * w[3]) ** 0.5
+    out = [t.to(dtype) for t in out]
+    out[:2] = [t.contiguous(memory_format=layout) for t in out[:2]]
+    return out if bias else out[:2]
+
+
+def strides(t):
+    """Strides of the dimensions that have more than one element: the others may be any."""
+    return [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
+
+
+def compare(op, tensors, *args, gradients=True, roundings=2, **kwargs):
+    """Values and gradients: as good as torch's against float64."""
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    bias = () if len(tensors) == 3 else (None,)
+    y, s, e = (
+        f(*t, *bias, *args, **kwargs) for f, t in ((op, leaves), (STOCK[op], leaves), (STOCK[op], exact))
+    )
+    assert strides(y) == strides(s)
+    assert_as_good(y, s, e.detach(), roundings)
+    if not gradients:
+        return
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    # Where rounding alone decides what passes the ReLU, the gradients are not comparable.
+    if op is conv.conv2d_relu:
+        upstream[((y > 0) != (s > 0)) | ((y > 0) != (e > 0))] = 0
+    grads = [
+        torch.autograd.grad(out, t, upstream.to(out.dtype))
+        for out, t in ((y, leaves), (s, leaves), (e, exact))
+    ]
+    for a, b, c, t in zip(*grads, tensors, strict=True):
+        assert strides(a) == strides(t)
+        assert_as_good(a, b, c, roundings)
+
+
+# Input, weight, stride, padding, dilation, groups: tails of every tile, strides over and under the kernel, few channels
+# and many, depthwise, one pixel.
+CASES = [
+    ((2, 3, 32, 30), (6, 3, 5, 5), 1, 0, 1, 1),
+    ((1, 17, 14, 14), (33, 17, 3, 3), 1, 1, 1, 1),
+    ((2, 8, 23, 9), (16, 8, 3, 2), (2, 1), (1, 2), 1, 1),
+    ((1, 5, 20, 20), (4, 5, 3, 3), 3, 2, (2, 1), 1),
+    ((2, 12, 9, 11), (18, 4, 3, 3), 1, 1, 1, 3),
+    ((2, 20, 13, 13), (20, 1, 3, 3), 1, 1, 1, 20),
+    ((1, 6, 8, 8), (12, 1, 5, 5), 2, 2, 1, 6),
+    ((3, 40, 7, 7), (24, 40, 1, 1), 1, 0, 1, 1),
+    ((2, 16, 9, 9), (8, 16, 1, 1), 2, 0, 1, 1),
+    ((1, 300, 5, 5), (10, 300, 3, 3), 1, 1, 1, 1),
+    ((2, 4, 6, 6), (9, 4, 1, 1), 1, 1, 1, 1),
+    ((1, 1, 1, 1), (1, 1, 1, 1), 1, 0, 1, 1),
+]
+
+
+@BOTH_LAYOUTS
+@EVERY_DTYPE
+@pytest.mark.parametrize("op", [conv.conv2d, conv.conv2d_relu], ids=lambda op: op.__name__)
+def test_as_good_as_stock(op, dtype, layout, level, native):
+    for x, w, *options in CASES:
+        for bias in (True, False):
+            compare(op, inputs(x, w, bias, dtype, layout), *options)
+    assert {reason for _, reason in native} == {None}
+
+
+@BOTH_LAYOUTS
+@EVERY_DTYPE
+def test_pooled(dtype, layout, level, native):
+    """Maxima of 16-bit numbers tie where the oracle's do not: their gradients go elsewhere, so only values are compared."""
+    precise = dtype in (torch.float32, torch.float64)
+    for pool in (
+        {},
+        dict(kernel_size=3, pool_stride=2, pool_padding=1),
+        dict(kernel_size=(2, 3), pool_stride=(1, 4), pool_padding=(1, 0)),
+    ):
+        for x, w, *options in (*CASES[:7], ((2, 3, 37, 70), (5, 3, 3, 3), 1, 1, 1, 1)):
+            tensors = inputs(x, w, True, dtype, layout)
+            compare(conv.conv2d_relu_max_pool2d, tensors, *options, gradients=precise, **pool)
+    assert {reason for _, reason in native} == {None}
+
+
+@EVERY_OP
+@pytest.mark.parametrize("padding", ["same", "valid", (1, 0), [2]])
+def test_forms_of_padding(op, padding):
+    for kernel in ((3, 3), (2, 4), (1, 5)):
+        compare(op, inputs((2, 3, 9, 12), (4, 3, *kernel)), 1, padding, (2, 1))
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", 0, (1,)])
+def test_conv1d(padding, native):
+    for x, w, stride, dilation, groups in (
+        ((2, 6, 50), (8, 6, 3), 1, 1, 1),
+        ((6, 31), (9, 2, 4), (1,), 2, 3),
+        ((1, 3, 40), (5, 3, 4), 1 if padding == "same" else 2, 1, 1),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        leaves = [torch.randn(s, generator=generator).requires_grad_() for s in (x, w, w[:1])]
+        ours, stock = (f(*leaves, stride, padding, dilation, groups) for f in (conv.conv1d, TF.conv1d))
+        torch.testing.assert_close(ours, stock)
+        for a, b in zip(
+            torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(stock.sum(), leaves), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+    assert {reason for _, reason in native} == {None}
+
+
+@EVERY_OP
+def test_images_without_batch_and_strided_inputs(op):
+    w, b = torch.randn(4, 3, 3, 3), torch.randn(4)
+    for x in (
+        torch.randn(3, 9, 11),
+        torch.randn(2, 3, 18, 22)[:, :, ::2, 1::2],
+        torch.randn(1, 3, 1, 22).expand(2, 3, 9, 22),
+        torch.randn(2, 9, 11, 3).permute(0, 3, 1, 2),
+    ):
+        for weight in (w, w.contiguous(memory_format=torch.channels_last), w.flip(0).transpose(2, 3)):
+            leaves = [t.detach().requires_grad_() for t in (x, weight, b[:1].expand(4))]
+            ours, stock = op(*leaves, 1, 1), STOCK[op](*leaves, 1, 1)
+            torch.testing.assert_close(ours, stock)
+            for a, c in zip(
+                torch.autograd.grad(ours.sum(), leaves),  # a gradient of stride 0
+                torch.autograd.grad(stock.sum(), leaves),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4)
+
+
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity(special, layout, level):
+    """What is not finite reaches the outputs and gradients that see it, and no others."""
+    for at in ((0, 1, 4, 5), (1, 0, 8, 10), (0, 2, 0, 0)):
+        x, w, b = inputs((2, 3, 9, 11), (5, 3, 3, 3), layout=layout)
+        x[at] = special
+        leaves = [t.requires_grad_() for t in (x, w, b)]
+        for args in ((1, 0), (2, 0)):
+            for op in (conv.conv2d, conv.conv2d_relu):
+                ours, stock = op(*leaves, *args), STOCK[op](*leaves, *args)
+                torch.testing.assert_close(ours, stock, equal_nan=True, rtol=1e-4, atol=1e-5)
+            y = conv.conv2d(*leaves, *args)
+            ours = torch.autograd.grad(y, leaves, torch.ones_like(y))
+            stock = torch.autograd.grad(TF.conv2d(*leaves, *args), leaves, torch.ones_like(y))
+            for a, c in zip(ours, stock, strict=True):
+                torch.testing.assert_close(a, c, equal_nan=True, rtol=1e-4, atol=1e-4)
+            pooled, expected = (f(*leaves, *args) for f in (conv.conv2d_relu_max_pool2d, stock_pooled))
+            torch.testing.assert_close(pooled, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@EVERY_OP
+def test_empty(op):
+    for x, w in (((0, 3, 8, 8), (4, 3, 3, 3)), ((2, 3, 8, 8), (0, 3, 3, 3))):
+        leaves = [t.requires_grad_() for t in inputs(x, w)] if w[0] else None
+        if leaves is None:
+            with pytest.raises(Exception) as stock:
+                STOCK[op](torch.zeros(x), torch.zeros(w))
+            with pytest.raises(stock.type):
+                op(torch.zeros(x), torch.zeros(w))
+            continue
+        assert op(*leaves).shape == STOCK[op](*leaves).shape
+        for a, b in zip(
+            torch.autograd.grad(op(*leaves).sum(), leaves),
+            torch.autograd.grad(STOCK[op](*leaves).sum(), leaves),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+def test_ties_take_the_first():
+    x = torch.ones(1, 1, 6, 6, requires_grad=True)
+    w = torch.ones(2, 1, 1, 1)
+    y = conv.conv2d_relu_max_pool2d(x, w)
+    (ours,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(ours, torch.autograd.grad(stock_pooled(x, w).sum(), x)[0])
+    negative = conv.conv2d_relu_max_pool2d(x, -w)
+    assert not torch.autograd.grad(negative.sum(), x)[0].any()
+
+
+def test_what_the_fused_op_keeps():
+    """Input, weight, and one byte per pooled element."""
+    kept = []
+    x, w, b = (t.requires_grad_() for t in inputs((2, 3, 12, 12), (4, 3, 3, 3)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = conv.conv2d_relu_max_pool2d(x, w, b)
+    assert [t.shape for t in kept] == [x.shape, w.shape, y.shape]
+    assert kept[2].dtype is torch.uint8
+
+
+OPTIONS = [((1, 1), (0, 1), (1, 1), 1), ((2, 1), (1, 1), (1, 2), 2)]
+
+
+@EVERY_OP
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients(op, options):
+    leaves = [
+        t.requires_grad_() for t in inputs((2, 4, 6, 5), (2, 4 // options[-1], 3, 2), dtype=torch.float64)
+    ]
+    assert torch.autograd.gradcheck(lambda *t: op(*t, *options), leaves)
+    assert torch.autograd.gradgradcheck(lambda *t: op(*t, *options), leaves)
+    assert torch.autograd.gradgradcheck(lambda w: op(leaves[0].detach(), w, None, *options), leaves[1:2])
+
+
+def test_opcheck():
+    ops = torch.ops.fastnn
+    options = ([1, 2], [1, 0], [1, 1], 1)
+    pool = ([2, 2], [2, 2], [0, 0])
+    for layout in LAYOUTS:
+        x, w, b = inputs((2, 3, 9, 10), (4, 3, 3, 3), layout=layout)
+        for tensors in ((x, w, b), (x.clone().requires_grad_(), w.clone().requires_grad_(), None)):
+            torch.library.opcheck(ops.conv2d.default, (*tensors, *options))
+            torch.library.opcheck(ops.conv2d_relu.default, (*tensors, *options))
+            torch.library.opcheck(ops.conv2d_relu_max_pool2d.default, (*tensors, *options, *pool))
+        y = ops.conv2d_relu(x, w, b, *options)
+        p, locations = ops.conv2d_relu_max_pool2d(x, w, b, *options, *pool)
+        for wanted in ((True, True, True), (False, True, False)):
+            torch.library.opcheck(ops.conv2d_backward.default, (y, x, w, *options, *wanted))
+            torch.library.opcheck(ops.conv2d_relu_backward.default, (y, x, w, y, *options, *wanted))
+            torch.library.opcheck(
+                ops.conv2d_relu_max_pool2d_backward.default, (p, x, w, locations, *options, *pool, *wanted)
+            )
+
+
+@EVERY_OP
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_in_one_graph(op, dynamic):
+    torch._dynamo.reset()  # recompilations are counted by code
+    leaves = [t.requires_grad_() for t in inputs((2, 3, 9, 10), (4, 3, 3, 3))]
+    y = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*leaves, 1, "same")
+    torch.testing.assert_close(y, op(*leaves, 1, "same"))
+    for a, b in zip(
+        torch.autograd.grad(y.sum(), leaves),
+        torch.autograd.grad(op(*leaves, 1, "same").sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@EVERY_OP
+def test_autocast(op, native):
+    leaves = [t.requires_grad_() for t in inputs((2, 3, 9, 10), (4, 3, 3, 3))]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, stock = op(*leaves), STOCK[op](*leaves)
+    assert y.dtype == stock.dtype == torch.bfloat16
+    torch.testing.assert_close(y, stock, rtol=3e-2, atol=3e-2)
+    y.sum().backward()
+    assert [t.grad.dtype for t in leaves] == [torch.float32] * 3
+    assert {reason for _, reason in native} == {None}
+
+
+@EVERY_OP
+@BOTH_LAYOUTS
+def test_threads_change_no_bit(op, layout, threads):
+    for x, w, groups in (
+        ((2, 16, 40, 40), (24, 16, 3, 3), 1),
+        ((1, 64, 9, 9), (70, 64, 3, 3), 1),
+        ((2, 30, 30, 30), (30, 1, 3, 3), 30),
+    ):
+        leaves = [t.requires_grad_() for t in inputs(x, w, layout=layout)]
+        results = []
+        for count in (1, 2, 3):
+            threads(count)
+            y = op(*leaves, 1, 1, 1, groups)
+            results.append((y, *torch.autograd.grad(y, leaves, y)))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@EVERY_OP
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda x, w, b: (x[:, :2], w, b),
+        lambda x, w, b: (x, w, b[:3]),
+        lambda x, w, b: (x, w.double(), b),
+        lambda x, w, b: (x[0, 0], w, b),
+        lambda x, w, b: (x, w[0], b),
+        lambda x, w, b: (x[:, :, :2], w, b),
+        lambda x, w, b: (x, w, b, 0),
+        lambda x, w, b: (x, w, b, -1),
+        lambda x, w, b: (x, w, b, 1, -1),
+        lambda x, w, b: (x, w, b, 1, 0, 0),
+        lambda x, w, b: (x, w, b, 1, 0, 1, 2),
+        lambda x, w, b: (x, w, b, 1, 0, 1, 0),
+        lambda x, w, b: (x, w, b, 2, "same"),
+        lambda x, w, b: (x, w, b, 1, "some"),
+        lambda x, w, b: (x, w, b, (1, 1, 1)),
+        lambda x, w, b: ("x", w, b),
+        lambda x, w, b: (x.long(), w, b),
+    ],
+)
+def test_refused_as_torch_refuses(op, bad):
+    args = bad(*inputs((2, 3, 6, 7), (4, 3, 3, 3)))
+    with pytest.raises(Exception) as stock:
+        STOCK[op](*args)
+    with pytest.raises(stock.type):
+        op(*args)
+
+
+def test_the_op_itself_refuses_too():
+    x, w, b = inputs((2, 3, 6, 7), (4, 3, 3, 3))
+    one, none = [1, 1], [0, 0]
+    ops = torch.ops.fastnn
+    with pytest.raises(RuntimeError, match=r"input of 3 channels.*got shape \[2, 2, 6, 7\]"):
+        ops.conv2d(x[:, :2], w, b, one, none, one, 1)
+    with pytest.raises(RuntimeError, match="larger than the padded input"):
+        ops.conv2d(x[:, :, :2], w, b, one, none, one, 1)
+    with pytest.raises(RuntimeError, match="stride must be at least 1"):
+        ops.conv2d(x, w, b, none, none, one, 1)
+    with pytest.raises(RuntimeError, match="dtype"):
+        ops.conv2d_relu(x, w.double(), b, one, none, one, 1)
+    with pytest.raises(RuntimeError, match="half the window"):
+        ops.conv2d_relu_max_pool2d(x, w, b, one, none, one, 1, [2, 2], [2, 2], [2, 2])
+    y = torch.zeros(2, 4, 2, 2)
+    with pytest.raises(RuntimeError, match="uint8 locations"):
+        ops.conv2d_relu_max_pool2d_backward(
+            y, x, w, y, one, none, one, 1, [2, 2], [2, 2], none, True, True, True
+        )
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    channels=st.integers(1, 20),
+    outputs=st.integers(1, 20),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    layout=st.sampled_from(LAYOUTS),
+    op=st.sampled_from([conv.conv2d, conv.conv2d_relu]),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+    isa=st.sampled_from(_library.ISA_LEVELS[: _library.ISA_LEVELS.index(_library.detected_isa()) + 1]),
+)
+def test_any_shape(
+    n, groups, channels, outputs, size, kernel, stride, padding, dilation, layout, op, dtype, isa
+):
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    if any(s + 2 * p < r for s, p, r in zip(size, padding, reach, strict=True)):
+        return
+    tensors = inputs(
+        (n, groups * channels, *size),
+        (groups * outputs, channels, *kernel),
+        dtype=dtype,
+        layout=layout,
+        seed=channels,
+    )
+    before = _library.current_isa()
+    _library.set_isa(isa)
+    try:
+        # Sums over all pixels add up a rounding each.
+        compare(op, tensors, stride, padding, dilation, groups, roundings=8)
+    finally:
+        _library.set_isa(before)

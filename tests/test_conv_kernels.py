@@ -1,0 +1,219 @@
+"""The kernels of conv, without torch, at every level this machine can run, under sanitizers too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kernel_module import DTYPES, bound, kernels
+
+# n, c, h, w, k, kh, kw, stride, padding, dilation (rows, columns), groups: strides, dilation, depthwise, one pixel, tails.
+CASES = [
+    (1, 3, 12, 21, 6, 5, 5, 1, 1, 0, 0, 1, 1, 1),
+    (2, 5, 7, 9, 11, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (1, 4, 11, 8, 6, 3, 2, 2, 3, 1, 0, 1, 2, 2),
+    (2, 18, 5, 5, 17, 1, 1, 1, 1, 0, 0, 1, 1, 1),
+    (1, 4, 9, 9, 8, 3, 3, 1, 1, 1, 1, 2, 1, 4),
+    (1, 33, 4, 4, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (1, 2, 6, 70, 3, 1, 1, 2, 2, 0, 1, 1, 1, 1),
+    (1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1),
+]
+POOLS = [(2, 2, 2, 2, 0, 0), (3, 3, 2, 2, 1, 1), (2, 1, 1, 3, 1, 0)]
+
+
+def outputs(size, kernel, stride, padding, dilation=1):
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def sizes_of(case):
+    n, _, h, w, k, kh, kw, sh, sw, ph, pw, dh, dw, _ = case
+    oh, ow = outputs(h, kh, sh, ph, dh), outputs(w, kw, sw, pw, dw)
+    return (n, k, oh, ow), (*case, oh, ow)
+
+
+def taps(case, x):
+    """For every tap: the padded input's elements that it reads, [n, c, oh, ow]."""
+    n, c, h, w, _, kh, kw, sh, sw, ph, pw, dh, dw, _ = case
+    (_, _, oh, ow), _ = sizes_of(case)
+    padded = np.zeros((n, c, h + 2 * ph, w + 2 * pw))
+    padded[:, :, ph : ph + h, pw : pw + w] = x
+    for r in range(kh):
+        for s in range(kw):
+            rows = slice(r * dh, r * dh + (oh - 1) * sh + 1, sh)
+            columns = slice(s * dw, s * dw + (ow - 1) * sw + 1, sw)
+            yield r, s, padded, (slice(None), slice(None), rows, columns)
+
+
+def grouped(case, x, w):
+    """x of [n, c, ...] times w of [k, c / groups], summed over channels."""
+    groups = case[-1]
+    xs, ws = np.split(x, groups, 1), np.split(w, groups, 0)
+    return np.concatenate([np.einsum("nchw,kc->nkhw", a, b) for a, b in zip(xs, ws, strict=True)], 1)
+
+
+def conv(case, x, w):
+    return sum(grouped(case, padded[at], w[:, :, r, s]) for r, s, padded, at in taps(case, x))
+
+
+def gradients(case, x, w, g):
+    groups, (ph, pw) = case[-1], case[9:11]
+    gw = np.zeros_like(w)
+    gx = None
+    for r, s, padded, at in taps(case, x):
+        gx = np.zeros_like(padded) if gx is None else gx
+        xs, gs, ws = (
+            np.split(padded[at], groups, 1),
+            np.split(g, groups, 1),
+            np.split(w[:, :, r, s], groups, 0),
+        )
+        gw[:, :, r, s] = np.concatenate(
+            [np.einsum("nchw,nkhw->kc", a, b) for a, b in zip(xs, gs, strict=True)], 0
+        )
+        gx[at] += np.concatenate([np.einsum("nkhw,kc->nchw", a, b) for a, b in zip(gs, ws, strict=True)], 1)
+    h, width = case[2:4]
+    return gx[:, :, ph : ph + h, pw : pw + width], gw
+
+
+def max_pool(y, pool):
+    """Maxima, and where in its window each first stands."""
+    kh, kw, sh, sw, ph, pw = pool
+    n, k, h, w = y.shape
+    oh, ow = outputs(h, kh, sh, ph), outputs(w, kw, sw, pw)
+    padded = np.full((n, k, h + 2 * ph, w + 2 * pw), -np.inf)
+    padded[:, :, ph : ph + h, pw : pw + w] = y
+    windows = np.stack(
+        [
+            padded[:, :, r : r + (oh - 1) * sh + 1 : sh, s : s + (ow - 1) * sw + 1 : sw]
+            for r in range(kh)
+            for s in range(kw)
+        ]
+    )
+    return windows.max(0), windows.argmax(0)
+
+
+def unpool(g, places, pool, shape):
+    _, kw, sh, sw, ph, pw = pool
+    out = np.zeros(shape)
+    for n, k, u, v in np.ndindex(g.shape):
+        place = places[n, k, u, v]
+        if place != 255:
+            out[n, k, u * sh - ph + place // kw, v * sw - pw + place % kw] += g[n, k, u, v]
+    return out
+
+
+def laid_out(a, channels_last):
+    return np.ascontiguousarray(a.transpose(0, 2, 3, 1) if channels_last else a)
+
+
+def back(a, channels_last):
+    return (a.transpose(0, 3, 1, 2) if channels_last else a).astype(np.float64)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", kernels.levels())
+def test_conv(level, dtype, channels_last, case):
+    rng = np.random.default_rng(sum(case))
+    n, c, h, w, k, kh, kw = case[:7]
+    output, shape = sizes_of(case)
+    kind = DTYPES[dtype]
+    sizes = ((n, c, h, w), (k, c // case[-1], kh, kw), (k,), output)
+    x64, w64, b64, g64 = (rng.standard_normal(s).astype(kind).astype(np.float64) for s in sizes)
+    x, weight, g = (laid_out(a, channels_last).astype(kind) for a in (x64, w64, g64))
+    bias = b64.astype(kind)
+    exact = conv(case, x64, w64) + b64[:, None, None]
+    scale = conv(case, np.abs(x64), np.abs(w64)) + np.abs(b64)[:, None, None]
+    depth = c * kh * kw
+    results = []
+    for threads in (1, 3):
+        y = np.empty_like(g)
+        kernels.conv_forward(
+            level, threads, shape, channels_last, channels_last, x, weight, bias, True, y, [], None
+        )
+        assert np.all(np.abs(back(y, channels_last) - np.maximum(exact, 0)) <= bound(dtype, depth, scale))
+        gx, gw, gb = np.empty_like(x), np.empty_like(weight), np.empty_like(bias)
+        kernels.conv_backward(
+            level, threads, shape, channels_last, channels_last, g, y, [], None, x, weight, gx, gw, gb
+        )
+        masked = g64 * (back(y, channels_last) > 0)
+        for ours, want, size in zip(
+            (gx, gw),
+            gradients(case, x64, w64, masked),
+            gradients(case, *map(np.abs, (x64, w64, masked))),
+            strict=True,
+        ):
+            terms = k * kh * kw if ours is gx else n * output[2] * output[3]
+            assert np.all(np.abs(back(ours, channels_last) - want) <= bound(dtype, terms, size))
+        sums = bound(dtype, n * output[2] * output[3], np.abs(masked).sum((0, 2, 3)))
+        assert np.all(np.abs(gb.astype(np.float64) - masked.sum((0, 2, 3))) <= sums)
+        results.append((y, gx, gw, gb))
+    for one, three in zip(*results, strict=True):
+        assert one.tobytes() == three.tobytes()
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("level", kernels.levels())
+def test_conv_relu_max_pool(level, dtype, channels_last, pool):
+    for case in CASES[:3]:
+        rng = np.random.default_rng(sum(case))
+        n, c, h, w, k, kh, kw = case[:7]
+        output, shape = sizes_of(case)
+        kind = DTYPES[dtype]
+        x64, w64 = (
+            rng.standard_normal(s).astype(kind).astype(np.float64)
+            for s in ((n, c, h, w), (k, c // case[-1], kh, kw))
+        )
+        x, weight = (laid_out(a, channels_last).astype(kind) for a in (x64, w64))
+        y = np.empty((n, *output[2:], k) if channels_last else output, kind)
+        kernels.conv_forward(
+            level, 1, shape, channels_last, channels_last, x, weight, None, True, y, [], None
+        )
+        # The kernel pools what it would have stored.
+        best, where = max_pool(back(y, channels_last), pool)
+        where[best == 0] = 255
+        pooled = laid_out(best, channels_last).astype(kind)
+        window = (*pool, *best.shape[2:])
+        results = []
+        for threads in (1, 3):
+            p, places = np.empty_like(pooled), np.empty(pooled.shape, np.uint8)
+            kernels.conv_forward(
+                level, threads, shape, channels_last, channels_last, x, weight, None, True, p, window, places
+            )
+            assert p.tobytes() == pooled.tobytes()
+            assert np.array_equal(back(places, channels_last), where)
+            g64 = rng.standard_normal(best.shape).astype(kind).astype(np.float64)
+            gx, gw, gb = np.empty_like(x), np.empty_like(weight), np.empty(k, kind)
+            g = laid_out(g64, channels_last).astype(kind)
+            kernels.conv_backward(
+                level,
+                threads,
+                shape,
+                channels_last,
+                channels_last,
+                g,
+                None,
+                window,
+                places,
+                x,
+                weight,
+                gx,
+                gw,
+                gb,
+            )
+            spread, size = (unpool(a, where, pool, output) for a in (g64, np.abs(g64)))
+            kept = 2 * np.abs(spread).max() * (0 if dtype in ("float32", "float64") else 2**-8)
+            for ours, want, most in zip(
+                (gx, gw),
+                gradients(case, x64, w64, spread),
+                gradients(case, *map(np.abs, (x64, w64, size + kept))),
+                strict=True,
+            ):
+                assert np.all(np.abs(back(ours, channels_last) - want) <= 2 * bound(dtype, 999, most))
+            assert np.all(
+                np.abs(gb.astype(np.float64) - spread.sum((0, 2, 3)))
+                <= bound(dtype, 999, size.sum((0, 2, 3)))
+            )
+            results.append((p, places))
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(*results, strict=True))
