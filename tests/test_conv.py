@@ -248,8 +248,8 @@ def test_gradients(op, options):
 
 def test_opcheck():
     ops = torch.ops.fastnn
-    options = ([1, 2], [1, 0], [1, 1], 1)
-    pool = ([2, 2], [2, 2], [0, 0])
+    options = (1, 2, 1, 0, 1, 1, 1)
+    pool = (2, 2, 2, 2, 0, 0)
     for layout in LAYOUTS:
         x, w, b = inputs((2, 3, 9, 10), (4, 3, 3, 3), layout=layout)
         for tensors in ((x, w, b), (x.clone().requires_grad_(), w.clone().requires_grad_(), None)):
@@ -344,23 +344,21 @@ def test_refused_as_torch_refuses(op, bad):
 
 def test_the_op_itself_refuses_too():
     x, w, b = inputs((2, 3, 6, 7), (4, 3, 3, 3))
-    one, none = [1, 1], [0, 0]
+    plain = (1, 1, 0, 0, 1, 1, 1)
     ops = torch.ops.fastnn
     with pytest.raises(RuntimeError, match=r"input of 3 channels.*got shape \[2, 2, 6, 7\]"):
-        ops.conv2d(x[:, :2], w, b, one, none, one, 1)
+        ops.conv2d(x[:, :2], w, b, *plain)
     with pytest.raises(RuntimeError, match="larger than the padded input"):
-        ops.conv2d(x[:, :, :2], w, b, one, none, one, 1)
+        ops.conv2d(x[:, :, :2], w, b, *plain)
     with pytest.raises(RuntimeError, match="stride must be at least 1"):
-        ops.conv2d(x, w, b, none, none, one, 1)
+        ops.conv2d(x, w, b, 0, 1, 0, 0, 1, 1, 1)
     with pytest.raises(RuntimeError, match="dtype"):
-        ops.conv2d_relu(x, w.double(), b, one, none, one, 1)
+        ops.conv2d_relu(x, w.double(), b, *plain)
     with pytest.raises(RuntimeError, match="half the window"):
-        ops.conv2d_relu_max_pool2d(x, w, b, one, none, one, 1, [2, 2], [2, 2], [2, 2])
+        ops.conv2d_relu_max_pool2d(x, w, b, *plain, 2, 2, 2, 2, 2, 2)
     y = torch.zeros(2, 4, 2, 2)
     with pytest.raises(RuntimeError, match="uint8 locations"):
-        ops.conv2d_relu_max_pool2d_backward(
-            y, x, w, y, one, none, one, 1, [2, 2], [2, 2], none, True, True, True
-        )
+        ops.conv2d_relu_max_pool2d_backward(y, x, w, y, *plain, 2, 2, 2, 2, 0, 0, True, True, True)
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)

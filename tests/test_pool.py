@@ -224,31 +224,30 @@ def test_gradients(call):
 
 def test_opcheck():
     x = images(2, 3, 8, 9)
-    two, none, one = [2, 2], [0, 0], [1, 1]
     ops = torch.ops.fastnn
-    window = (two, two, none, one, False)
-    average = (two, two, none, False, True, None)
+    window = (2, 2, 2, 2, 0, 0, 1, 1, False)
+    average = (2, 2, 2, 2, 0, 0, False, True, None)
     for x_ in (x, x.contiguous(memory_format=torch.channels_last), x.clone().requires_grad_()):
         for op, args in (
             (ops.max_pool2d, window),
             (ops.max_pool2d_with_locations, window),
             (ops.max_pool2d_with_indices, window),
             (ops.avg_pool2d, average),
-            (ops.adaptive_avg_pool2d, (two,)),
-            (ops.adaptive_max_pool2d, (two,)),
+            (ops.adaptive_avg_pool2d, (2, 2)),
+            (ops.adaptive_max_pool2d, (2, 2)),
         ):
             torch.library.opcheck(op.default, (x_, *args))
     y, locations = ops.max_pool2d_with_locations(x, *window)
     _, indices = ops.max_pool2d_with_indices(x, *window)
-    torch.library.opcheck(ops.max_pool2d_backward.default, (y, locations, [8, 9], *window))
-    torch.library.opcheck(ops.max_pool2d_indices_backward.default, (y, indices, [8, 9]))
-    torch.library.opcheck(ops.avg_pool2d_backward.default, (y, [8, 9], *average, False))
-    torch.library.opcheck(ops.adaptive_avg_pool2d_backward.default, (y, [8, 9], True))
+    torch.library.opcheck(ops.max_pool2d_backward.default, (y, locations, 8, 9, *window))
+    torch.library.opcheck(ops.max_pool2d_indices_backward.default, (y, indices, 8, 9))
+    torch.library.opcheck(ops.avg_pool2d_backward.default, (y, 8, 9, *average, False))
+    torch.library.opcheck(ops.adaptive_avg_pool2d_backward.default, (y, 8, 9, True))
 
 
 def test_the_op_without_locations_has_a_gradient_too():
     x = images(2, 3, 9, 9).requires_grad_()
-    y = torch.ops.fastnn.max_pool2d(x, [3, 3], [2, 2], [1, 1], [1, 1], False)
+    y = torch.ops.fastnn.max_pool2d(x, 3, 3, 2, 2, 1, 1, 1, 1, False)
     (ours,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(ours, torch.autograd.grad(TF.max_pool2d(x, 3, 2, 1).sum(), x)[0])
 
@@ -334,22 +333,21 @@ def test_refused_as_torch_refuses(name, shape, args):
 
 def test_the_op_itself_refuses_too():
     x = images(1, 2, 6, 6)
-    two, none, one = [2, 2], [0, 0], [1, 1]
     ops = torch.ops.fastnn
+    window = (2, 2, 2, 2, 0, 0, 1, 1, False)
     with pytest.raises(RuntimeError, match="4 dimensions"):
-        ops.max_pool2d(x[0], two, two, none, one, False)
+        ops.max_pool2d(x[0], *window)
     with pytest.raises(RuntimeError, match="larger than the padded input"):
-        ops.max_pool2d(x, [7, 7], two, none, one, False)
+        ops.max_pool2d(x, 7, 7, *window[2:])
     with pytest.raises(RuntimeError, match="half the window"):
-        ops.avg_pool2d(x, two, two, two, False, True, None)
+        ops.avg_pool2d(x, 2, 2, 2, 2, 2, 2, False, True, None)
     with pytest.raises(RuntimeError, match="stride must be at least 1"):
-        ops.max_pool2d(x, two, none, none, one, False)
+        ops.max_pool2d(x, 2, 2, 0, 1, *window[4:])
+    locations = torch.zeros(1, 2, 3, 2, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="uint8 locations"):
-        ops.max_pool2d_backward(
-            x[:, :, :3, :3], torch.zeros(1, 2, 3, 2, dtype=torch.uint8), [6, 6], two, two, none, one, False
-        )
+        ops.max_pool2d_backward(x[:, :, :3, :3], locations, 6, 6, *window)
     with pytest.raises(RuntimeError, match="float32, bfloat16, float16 or float64"):
-        ops.avg_pool2d(x.long(), two, two, none, False, True, None)
+        ops.avg_pool2d(x.long(), *window[:6], False, True, None)
 
 
 def test_large_windows_and_integers_go_to_torch(native):

@@ -1,5 +1,5 @@
-// Forward pass, after Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), and Dao et al.,
-// "FlashAttention" (2022): scores exist one block at a time.
+// Forward pass, after Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), and Dao et
+// al., "FlashAttention" (2022): scores exist one block at a time.
 #include "cpu/attention.h"
 
 #include <math.h>
@@ -21,9 +21,9 @@ struct Forward {
   const AttentionArgs& args;
   const AttentionShape& s;
   int64_t query_block, key_block, key_blocks;
-  int64_t query_row;                 // packed queries
-  int64_t key_panel, key_size;       // packed keys: a panel, and those of a block
-  int64_t value_panel, value_size;   // packed values
+  int64_t query_row;                // packed queries
+  int64_t key_panel, key_size;      // packed keys: a panel, and those of a block
+  int64_t value_panel, value_size;  // packed values
   int64_t score_row, output_row, weight_row;
 
   explicit Forward(const AttentionArgs& a) : args(a), s(a.shape) {
@@ -46,11 +46,13 @@ struct Forward {
   void pack(int64_t b, int64_t h, int64_t j, Elem* out) const {
     const int64_t first = j * key_block, n = min_of(key_block, s.keys - first);
     Elem* to = out + j * (key_size + value_size);
-    pack_panels<T>(head_of<T>(args.key, args.key_strides, b, h, first), 1, args.key_strides.row, s.width, n, to);
+    pack_panels<T>(head_of<T>(args.key, args.key_strides, b, h, first), 1, args.key_strides.row, s.width, n,
+                   to);
     to += key_size;
     const T* value = head_of<T>(args.value, args.value_strides, b, h, first);
     for (int64_t d = 0; d < s.value_width; d += kNR<T>, to += value_panel) {
-      pack_b_panel<T>(value + d, args.value_strides.row, 1, n, static_cast<int>(min_of(kNR<T>, s.value_width - d)), to);
+      pack_b_panel<T>(value + d, args.value_strides.row, 1, n,
+                      static_cast<int>(min_of(kNR<T>, s.value_width - d)), to);
     }
   }
 
@@ -63,7 +65,8 @@ struct Forward {
   }
 
   // Queries [first, first + count) of head h.
-  void run(int64_t b, int64_t h, int64_t first, int64_t count, const Elem* packed, Elem* queries, A* sums) const {
+  void run(int64_t b, int64_t h, int64_t first, int64_t count, const Elem* packed, Elem* queries,
+           A* sums) const {
     const int64_t rows = round_up(query_block, kMR);
     A* scores = sums;
     A* output = scores + rows * score_row;
@@ -71,7 +74,8 @@ struct Forward {
     A* total = largest + rows;
     A* factor = total + rows;
     auto* narrow = reinterpret_cast<Elem*>(factor + 2 * rows);
-    pack_a<T>(head_of<T>(args.query, args.query_strides, b, h, first), args.query_strides.row, 1, count, s.width, queries, query_row);
+    pack_a<T>(head_of<T>(args.query, args.query_strides, b, h, first), args.query_strides.row, 1, count,
+              s.width, queries, query_row);
     const A kMinus = -__builtin_huge_val();
     for (int64_t i = 0; i < count; ++i) largest[i] = kMinus, total[i] = 0;
     bool started = false;
@@ -79,14 +83,17 @@ struct Forward {
       const int64_t key = j * key_block, n = min_of(key_block, s.keys - key), padded = round_up(n, kNR<T>);
       if (all_later(args.causal, first, count, key)) break;
       const Elem* keys = packed + j * (key_size + value_size);
-      block_product<T, true, Into::replace>(count, n, packed_k<T>(s.width), queries, query_row, 1, keys, key_panel, scores, score_row);
+      block_product<T, true, Into::replace>(count, n, packed_k<T>(s.width), queries, query_row, 1, keys,
+                                            key_panel, scores, score_row);
       for (int64_t i = 0; i < count; ++i) {
         A* x = scores + i * score_row;
-        const A here = mask_scores<T>(x, args.mask, args.causal, static_cast<A>(args.scale), b, h, first + i, key, n, padded);
+        const A here = mask_scores<T>(x, args.mask, args.causal, static_cast<A>(args.scale), b, h, first + i,
+                                      key, n, padded);
         const A most = here > largest[i] ? here : largest[i];
         // A row without any key so far has nothing to scale: exp(-inf - 0) is 0.
         const A base = most == kMinus ? A(0) : most;
-        factor[i] = total[i] > A(0) || total[i] != total[i] ? static_cast<A>(exp_one(largest[i] - base)) : A(0);
+        factor[i] =
+            total[i] > A(0) || total[i] != total[i] ? static_cast<A>(exp_one(largest[i] - base)) : A(0);
         largest[i] = most;
         const V minus = splat(base);
         V sum = zero<A>();
@@ -110,12 +117,12 @@ struct Forward {
       }
       const Elem* values = keys + key_size;
       if (!started) {
-        block_product<T, true, Into::replace>(count, s.value_width, packed_k<T>(n), weights, row, 1, values, value_panel, output,
-                                              output_row);
+        block_product<T, true, Into::replace>(count, s.value_width, packed_k<T>(n), weights, row, 1, values,
+                                              value_panel, output, output_row);
         started = true;
       } else {
-        block_product<T, true, Into::add_to_scaled>(count, s.value_width, packed_k<T>(n), weights, row, 1, values, value_panel, output,
-                                                    output_row, factor);
+        block_product<T, true, Into::add_to_scaled>(count, s.value_width, packed_k<T>(n), weights, row, 1,
+                                                    values, value_panel, output, output_row, factor);
       }
     }
     auto* logsumexp = static_cast<A*>(args.logsumexp) + (b * s.heads + h) * s.queries + first;
@@ -140,7 +147,8 @@ struct Forward {
 
   void operator()(const Context& context) const {
     if (s.batch == 0 || s.heads == 0 || s.queries == 0) return;
-    const int64_t share = s.heads / s.key_heads, heads = s.batch * s.key_heads, blocks = ceil_div(s.queries, query_block);
+    const int64_t share = s.heads / s.key_heads, heads = s.batch * s.key_heads,
+                  blocks = ceil_div(s.queries, query_block);
     const double work = 2.0 * s.batch * s.heads * s.queries * s.keys * (s.width + s.value_width + 8);
     const int64_t workers = workers_for(work, context.threads);
     Elem* queries = context.scratch<Elem>(workers * scratch_size());
@@ -154,7 +162,8 @@ struct Forward {
         for (int64_t j = 0; j < key_blocks; ++j) pack(b, k, j, mine);
         for (int64_t h = k * share; h < (k + 1) * share; ++h) {
           for (int64_t first = 0; first < s.queries; first += query_block) {
-            run(b, h, first, min_of(query_block, s.queries - first), mine, queries + worker * scratch_size(), sums + worker * sums_size());
+            run(b, h, first, min_of(query_block, s.queries - first), mine, queries + worker * scratch_size(),
+                sums + worker * sums_size());
           }
         }
       });
@@ -170,8 +179,9 @@ struct Forward {
       // Long rows of a causal block come first, so that the last tasks are short.
       const int64_t block = blocks - 1 - task / (s.batch * s.heads), head = task % (s.batch * s.heads);
       const int64_t b = head / s.heads, h = head % s.heads, first = block * query_block;
-      run(b, h, first, min_of(query_block, s.queries - first), packed + (b * s.key_heads + h / share) * packed_size(),
-          queries + worker * scratch_size(), sums + worker * sums_size());
+      run(b, h, first, min_of(query_block, s.queries - first),
+          packed + (b * s.key_heads + h / share) * packed_size(), queries + worker * scratch_size(),
+          sums + worker * sums_size());
     });
   }
 };

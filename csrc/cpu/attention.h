@@ -34,7 +34,8 @@ struct AttentionArgs {
   double scale;
   void* output;  // [batch, heads, queries, value_width]
   HeadStrides output_strides;
-  // [batch, heads, queries] of the type of sums: the logarithm of the sum of exponentials; -inf where no key takes part.
+  // [batch, heads, queries] of the type of sums: the logarithm of the sum of exponentials; -inf where no key
+  // takes part.
   void* logsumexp;
 };
 

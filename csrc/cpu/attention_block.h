@@ -16,7 +16,8 @@ enum class Into { replace, add, add_to_scaled };
 
 template <class T, int MR, bool kDense, Into kInto>
 FASTNN_INLINE void block_tile(int64_t elems, const typename Gemm<T>::Elem* a, int64_t row, int64_t step,
-                              const typename Gemm<T>::Elem* b, acc_t<T>* c, int64_t c_row, const acc_t<T>* factor) {
+                              const typename Gemm<T>::Elem* b, acc_t<T>* c, int64_t c_row,
+                              const acc_t<T>* factor) {
   using A = acc_t<T>;
   using V = Vec<A>;
   Tile<T, MR> tile;
@@ -35,12 +36,12 @@ FASTNN_INLINE void block_tile(int64_t elems, const typename Gemm<T>::Elem* a, in
   }
 }
 
-// C[m, n] from A[m, elems] and packed panels of B. Rows are done in tiles of a few heights only: up to kMR - 1 rows
-// more than m of A are read and of C (and of `factor`) written, and columns up to whole panels.
+// C[m, n] from A[m, elems] and packed panels of B. Rows are done in tiles of a few heights only: up to kMR -
+// 1 rows more than m of A are read and of C (and of `factor`) written, and columns up to whole panels.
 template <class T, bool kDense, Into kInto>
-inline void block_product(int64_t m, int64_t n, int64_t elems, const typename Gemm<T>::Elem* a, int64_t row, int64_t step,
-                          const typename Gemm<T>::Elem* b, int64_t panel, acc_t<T>* c, int64_t c_row,
-                          const acc_t<T>* factor = nullptr) {
+inline void block_product(int64_t m, int64_t n, int64_t elems, const typename Gemm<T>::Elem* a, int64_t row,
+                          int64_t step, const typename Gemm<T>::Elem* b, int64_t panel, acc_t<T>* c,
+                          int64_t c_row, const acc_t<T>* factor = nullptr) {
   constexpr int kTwoThirds = kMR * 2 / 3, kThird = kMR / 3;
   for (int64_t j = 0; j < n; j += kNR<T>, b += panel) {
     for (int64_t i = 0; i < m;) {
@@ -67,14 +68,16 @@ inline void block_product(int64_t m, int64_t n, int64_t elems, const typename Ge
 
 // Packs columns of B[k, n], at b[p * b_k + j * b_n], into panels of k products each.
 template <class T>
-inline void pack_panels(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n, typename Gemm<T>::Elem* out) {
+inline void pack_panels(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t n,
+                        typename Gemm<T>::Elem* out) {
   for (int64_t j = 0; j < n; j += kNR<T>, out += packed_k<T>(k) * kNR<T>) {
     pack_b_panel<T>(b + j * b_n, b_k, b_n, k, static_cast<int>(min_of(kNR<T>, n - j)), out);
   }
 }
 
 template <class T>
-FASTNN_INLINE const T* head_of(const void* data, const HeadStrides& strides, int64_t b, int64_t h, int64_t row = 0) {
+FASTNN_INLINE const T* head_of(const void* data, const HeadStrides& strides, int64_t b, int64_t h,
+                               int64_t row = 0) {
   return static_cast<const T*>(data) + b * strides.batch + h * strides.head + row * strides.row;
 }
 template <class T>
@@ -82,11 +85,12 @@ FASTNN_INLINE T* head_of(void* data, const HeadStrides& strides, int64_t b, int6
   return static_cast<T*>(data) + b * strides.batch + h * strides.head + row * strides.row;
 }
 
-// One row of scores, already the product of query `q` with keys [first, first + n): times scale, plus mask, -inf for what
-// takes no part, up to whole vectors. Returns the largest.
+// One row of scores, already the product of query `q` with keys [first, first + n): times scale, plus mask,
+// -inf for what takes no part, up to whole vectors. Returns the largest.
 template <class T>
-FASTNN_INLINE acc_t<T> mask_scores(acc_t<T>* s, const AttentionMask& mask, bool causal, acc_t<T> scale, int64_t b, int64_t h, int64_t q,
-                                   int64_t first, int64_t n, int64_t padded) {
+FASTNN_INLINE acc_t<T> mask_scores(acc_t<T>* s, const AttentionMask& mask, bool causal, acc_t<T> scale,
+                                   int64_t b, int64_t h, int64_t q, int64_t first, int64_t n,
+                                   int64_t padded) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const A kMinus = -__builtin_huge_val();
@@ -128,6 +132,8 @@ FASTNN_INLINE acc_t<T> mask_scores(acc_t<T>* s, const AttentionMask& mask, bool 
 }
 
 // Whether every query of [first, first + count) is before every key from `key` on.
-FASTNN_INLINE bool all_later(bool causal, int64_t first, int64_t count, int64_t key) { return causal && key > first + count - 1; }
+FASTNN_INLINE bool all_later(bool causal, int64_t first, int64_t count, int64_t key) {
+  return causal && key > first + count - 1;
+}
 
 }  // namespace fastnn::FASTNN_ISA_NS

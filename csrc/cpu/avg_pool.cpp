@@ -37,7 +37,8 @@ struct AvgPool {
 
   // One window of one channel of [n, c, h, w]: rows of it by vectors.
   A one(const T* plane, int64_t u, int64_t v) const {
-    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v), c1 = columns.end_tap(v);
+    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v),
+                  c1 = columns.end_tap(v);
     int64_t lines = r1 - r0, length = c1 - c0;
     const T* from = plane + (rows.start(u) + r0) * row_step + columns.start(v) + c0;
     if (length == columns.inputs) length *= lines, lines = lines > 0 ? 1 : 0;
@@ -54,7 +55,8 @@ struct AvgPool {
           sums[0] = sums[0] + load(from + c);
           sums[1] = sums[1] + load(from + c + V::size);
         }
-        for (; c < length; c += V::size) sums[0] = sums[0] + load(from + c, static_cast<int>(min_of(V::size, length - c)));
+        for (; c < length; c += V::size)
+          sums[0] = sums[0] + load(from + c, static_cast<int>(min_of(V::size, length - c)));
       }
       sum = reduce_add(sums[0] + sums[1]);
     }
@@ -87,14 +89,17 @@ struct AvgPool {
 
   template <int N>
   void across(const T* image, int64_t u, int64_t v, T* out, int64_t channel, int count) const {
-    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v), c1 = columns.end_tap(v);
+    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v),
+                  c1 = columns.end_tap(v);
     V sum[N];
     for (int i = 0; i < N; ++i) sum[i] = zero<A>();
     for (int64_t r = r0; r < r1; ++r) {
-      const T* from = image + (rows.start(u) + r) * row_step + (columns.start(v) + c0) * column_step + channel;
+      const T* from =
+          image + (rows.start(u) + r) * row_step + (columns.start(v) + c0) * column_step + channel;
       for (int64_t c = c0; c < c1; ++c, from += column_step) {
 #pragma GCC unroll 4
-        for (int i = 0; i < N; ++i) sum[i] = sum[i] + (N > 1 || count == V::size ? load(from + i * V::size) : load(from, count));
+        for (int i = 0; i < N; ++i)
+          sum[i] = sum[i] + (N > 1 || count == V::size ? load(from + i * V::size) : load(from, count));
       }
     }
     const V divisor = splat(divisor_of<T>(args, u, v));
@@ -103,7 +108,8 @@ struct AvgPool {
 
   void operator()(const Context& context) const {
     if (shape.n * shape.c * rows.outputs * columns.outputs == 0) return;
-    const int64_t read = shape.n * shape.c * max_of(rows.inputs * columns.inputs, rows.outputs * columns.outputs);
+    const int64_t read =
+        shape.n * shape.c * max_of(rows.inputs * columns.inputs, rows.outputs * columns.outputs);
     const int64_t workers = workers_for(4.0 * read, context.threads);
     const auto* input = static_cast<const T*>(args.input);
     auto* output = static_cast<T*>(args.output);
@@ -112,15 +118,18 @@ struct AvgPool {
     const bool vectors = !columns.adaptive && (columns.outputs >= 4 || columns.kernel < 4);
     const int64_t low = vectors ? columns.first_inside() : 0, high = vectors ? columns.end_inside() : 0;
     context.for_each(tasks, workers, [&](int64_t task, int) {
-      for (int64_t line = task * lines / tasks; line < (task + 1) * lines / tasks; ++line) {
-        const int64_t u = line % rows.outputs, plane = line / rows.outputs;
+      const int64_t begin = task * lines / tasks, end = (task + 1) * lines / tasks;
+      int64_t u = begin % rows.outputs, plane = begin / rows.outputs;
+      for (int64_t line = begin; line < end;
+           ++line, plane += ++u == rows.outputs, u = u == rows.outputs ? 0 : u) {
         const T* from = input + plane * rows.inputs * columns.inputs * (shape.channels_last ? shape.c : 1);
         if (shape.channels_last) {
           for (int64_t v = 0; v < columns.outputs; ++v) {
             T* out = output + (line * columns.outputs + v) * shape.c;
             int64_t c = 0;
             for (; c + 4 * V::size <= shape.c; c += 4 * V::size) across<4>(from, u, v, out, c, V::size);
-            for (; c < shape.c; c += V::size) across<1>(from, u, v, out, c, static_cast<int>(min_of(V::size, shape.c - c)));
+            for (; c < shape.c; c += V::size)
+              across<1>(from, u, v, out, c, static_cast<int>(min_of(V::size, shape.c - c)));
           }
           continue;
         }
@@ -144,7 +153,8 @@ FASTNN_INLINE void add_run(A* out, const A* from, int64_t count) {
   for (; i < count; ++i) out[i] += from[i];
 }
 
-// [n, c, h, w]: a row of windows is spread over a row of sums, which is added to each row of the input that it covers.
+// [n, c, h, w]: a row of windows is spread over a row of sums, which is added to each row of the input that
+// it covers.
 template <class T>
 void backward_planes(const AvgPoolBackwardArgs& args, const Context& context) {
   using A = acc_t<T>;
@@ -183,7 +193,8 @@ void backward_planes(const AvgPoolBackwardArgs& args, const Context& context) {
         for (int64_t c = start + columns.first_tap(v); c < end; ++c) row[c] += x;
       }
       const int64_t top = rows.start(u), bottom = top + rows.end_tap(u);
-      for (int64_t r = top + rows.first_tap(u); r < bottom; ++r) add_run(sums + r * columns.inputs, row, columns.inputs);
+      for (int64_t r = top + rows.first_tap(u); r < bottom; ++r)
+        add_run(sums + r * columns.inputs, row, columns.inputs);
     }
     T* out = grad_input + plane * inputs;
     for (int64_t i = 0; i < inputs; i += V::size) {
@@ -241,7 +252,8 @@ void backward(const AvgPoolBackwardArgs& args, const Context& context) {
   const PoolShape& s = args.shape;
   if (s.n * s.c * s.rows.inputs * s.columns.inputs == 0) return;
   if (s.rows.outputs * s.columns.outputs == 0) {
-    __builtin_memset(args.grad_input, 0, static_cast<size_t>(s.n * s.c * s.rows.inputs * s.columns.inputs) * sizeof(T));
+    __builtin_memset(args.grad_input, 0,
+                     static_cast<size_t>(s.n * s.c * s.rows.inputs * s.columns.inputs) * sizeof(T));
     return;
   }
   if (s.channels_last) return backward_channels_last<T>(args, context);

@@ -9,10 +9,11 @@ namespace fastnn {
 struct Context {
   // Most workers that run() may be asked for.
   int threads = 1;
-  // Calls task(closure, worker) once for each worker in [0, workers), possibly at the same time, and returns when all
-  // are done.
+  // Calls task(closure, worker) once for each worker in [0, workers), possibly at the same time, and returns
+  // when all are done.
   void (*run)(void* self, int workers, void (*task)(void* closure, int worker), void* closure) = nullptr;
-  // Uninitialised memory, aligned to 64 bytes, that lives until the kernel returns. Not to be called from a task.
+  // Uninitialised memory, aligned to 64 bytes, that lives until the kernel returns. Not to be called from a
+  // task.
   void* (*allocate)(void* self, size_t bytes) = nullptr;
   void* self = nullptr;
 
@@ -21,8 +22,9 @@ struct Context {
     return static_cast<T*>(allocate(self, static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)));
   }
 
-  // f(task, worker) for every task in [0, tasks), on at most `workers` workers, each taking the next task that is left.
-  // Which worker runs a task is left to chance, so f may use `worker` only to choose scratch memory.
+  // f(task, worker) for every task in [0, tasks), on at most `workers` workers, each taking the next task
+  // that is left. Which worker runs a task is left to chance, so f may use `worker` only to choose scratch
+  // memory.
   template <class F>
   void for_each(int64_t tasks, int64_t workers, const F& f) const {
     if (workers > tasks) workers = tasks;
@@ -55,8 +57,8 @@ struct Context {
   }
 };
 
-// Work below this many nanoseconds-worth of arithmetic is not worth waking a second thread for (about 5 us a wake).
-// `cost` is an estimate in floating-point operations or bytes moved; returns how many workers to use.
+// Work below this many nanoseconds-worth of arithmetic is not worth waking a second thread for (about 5 us a
+// wake). `cost` is an estimate in floating-point operations or bytes moved; returns how many workers to use.
 static inline int64_t workers_for(double cost, int64_t threads) {
   constexpr double kCostPerWorker = 64 * 1024;
   const double wanted = cost / kCostPerWorker;

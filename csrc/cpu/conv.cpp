@@ -20,7 +20,8 @@ struct WeightRows {
 
 // Float weights are read where they lie, unless their rows would all fall into the same few cache sets.
 template <class T>
-WeightRows<T> weight_rows(const ConvArgs& args, int64_t taps, int64_t channels, int64_t pixels, const Context& context) {
+WeightRows<T> weight_rows(const ConvArgs& args, int64_t taps, int64_t channels, int64_t pixels,
+                          const Context& context) {
   using Elem = typename Gemm<T>::Elem;
   constexpr int kPer = Gemm<T>::kPerElem;
   const auto* weight = static_cast<const T*>(args.weight);
@@ -40,7 +41,8 @@ WeightRows<T> weight_rows(const ConvArgs& args, int64_t taps, int64_t channels, 
       if constexpr (kPer == 1) {
         pack_a<T>(from, from_row, 1, 1, from_row, to, row);
       } else if (args.weight_channels_last) {
-        for (int64_t t = 0; t < taps; ++t) pack_a<T>(from + t * channels, 0, 1, 1, channels, to + t * ceil_div(channels, kPer), row);
+        for (int64_t t = 0; t < taps; ++t)
+          pack_a<T>(from + t * channels, 0, 1, 1, channels, to + t * ceil_div(channels, kPer), row);
       } else {
         for (int64_t c = 0; c < channels; c += kPer) {
           for (int64_t t = 0; t < taps; ++t) *to++ = pack_one<T>(from + c * taps + t, taps, channels - c);
@@ -55,29 +57,32 @@ WeightRows<T> weight_rows(const ConvArgs& args, int64_t taps, int64_t channels, 
 template <class T>
 bool planes_in_place(const ConvArgs& args) {
   const ConvShape& s = args.shape;
-  return kPlanesInPlace<T> && (!args.channels_last || s.c == 1) && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0 &&
-         s.c * s.h * s.w < (int64_t{1} << 31);
+  return kPlanesInPlace<T> && (!args.channels_last || s.c == 1) && s.sh == 1 && s.sw == 1 && s.ph == 0 &&
+         s.pw == 0 && s.c * s.h * s.w < (int64_t{1} << 31);
 }
 
-// How the work is cut: bands of rows (of the pooling's, where there is one), and parts of the output channels.
+// How the work is cut: bands of rows (of the pooling's, where there is one), and parts of the output
+// channels.
 struct Cut {
   int64_t unit_rows;  // rows of the output in a band
   int64_t conv_rows;  // rows of the convolution that they need, at most
   int64_t bands, parts;
 };
 
-Cut cut(const ConvArgs& args, int64_t plane_row_bytes, int64_t sum_row_bytes, int64_t width, int64_t groups_of_panels,
-        int64_t workers) {
+Cut cut(const ConvArgs& args, int64_t plane_row_bytes, int64_t sum_row_bytes, int64_t width,
+        int64_t groups_of_panels, int64_t workers) {
   const ConvShape& s = args.shape;
   const int64_t rows = args.pool != nullptr ? args.pool->oh : s.oh;
-  const int64_t step = args.pool != nullptr ? args.pool->sh : 1, reach = args.pool != nullptr ? args.pool->kh : 1;
+  const int64_t step = args.pool != nullptr ? args.pool->sh : 1,
+                reach = args.pool != nullptr ? args.pool->kh : 1;
   const auto conv_rows = [&](int64_t units) { return min_of(s.oh, (units - 1) * step + reach); };
   const int64_t most = min_of(kPlaneBytes / max_of(plane_row_bytes, 1), kSumBytes / max_of(sum_row_bytes, 1));
   int64_t units = max_of(1, min_of(rows, (most - reach) / step + 1));
   units = ceil_div(rows, ceil_div(rows, units));
   // Enough tasks to share out, as long as a band fills a few tiles.
   const int64_t images = s.n * s.groups;
-  while (units > 1 && images * ceil_div(rows, units) < 2 * workers && conv_rows(units) * width > 256) units = ceil_div(units, 2);
+  while (units > 1 && images * ceil_div(rows, units) < 2 * workers && conv_rows(units) * width > 256)
+    units = ceil_div(units, 2);
   const int64_t bands = ceil_div(rows, units);
   const int64_t parts = workers <= 1 ? 1 : min_of(groups_of_panels, ceil_div(2 * workers, images * bands));
   return {units, conv_rows(units), bands, parts};
@@ -92,25 +97,29 @@ void forward(const ConvArgs& args, const Context& context) {
   const ConvPool* pool = args.pool;
   if (s.n == 0 || s.k == 0 || s.oh == 0 || s.ow == 0) return;
   const int64_t channels = s.c / s.groups, outputs = s.k / s.groups, taps = s.kh * s.kw;
-  if (args.channels_last && taps == 1 && s.groups == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0 && pool == nullptr) {
+  if (args.channels_last && taps == 1 && s.groups == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0 &&
+      pool == nullptr) {
     // A fully connected layer over the pixels.
-    return FASTNN_ISA_NS::linear_forward({args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight, args.bias, args.relu, args.output},
-                          context);
+    return FASTNN_ISA_NS::linear_forward(
+        {args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight, args.bias, args.relu, args.output},
+        context);
   }
   const int64_t workers = workers_for(2.0 * s.n * s.k * s.oh * s.ow * (channels * taps + 4), context.threads);
   const bool in_place = planes_in_place<T>(args);
   const Axis rows{s.kh, s.sh, s.dh, s.ph, s.oh, s.h}, columns{s.kw, s.sw, s.dw, s.pw, s.ow, s.w};
   const Planes one(rows, columns, 1);
   const int64_t plane_count = ceil_div(channels, kPer);
-  const int64_t plane_row =
-      in_place ? 0 : plane_count * one.row_phases * one.column_phases * one.width * static_cast<int64_t>(sizeof(Elem));
+  const int64_t plane_row = in_place ? 0
+                                     : plane_count * one.row_phases * one.column_phases * one.width *
+                                           static_cast<int64_t>(sizeof(Elem));
   const int64_t width = in_place ? s.w : one.width;
   // Panels whose sums are drained together: channels_last stores whole vectors of channels.
   const Panels panels(outputs);
   const int64_t together = args.channels_last ? max_of(1, 2 * kLanes / kConvRows) : 1;
   const int64_t together_rows = together * kConvRows;
   const int64_t groups_of_panels = ceil_div(panels.number, together);
-  const Cut by = cut(args, plane_row, together_rows * width * static_cast<int64_t>(sizeof(A)), width, groups_of_panels, workers);
+  const Cut by = cut(args, plane_row, together_rows * width * static_cast<int64_t>(sizeof(A)), width,
+                     groups_of_panels, workers);
   const Planes planes(rows, columns, by.conv_rows);
 
   const WeightRows<T> weights = weight_rows<T>(args, taps, channels, s.n * s.oh * s.ow, context);
@@ -121,7 +130,8 @@ void forward(const ConvArgs& args, const Context& context) {
     const int64_t at = in_place ? r * s.dh * s.w + c * s.dw : planes.offset(r, c);
     const int64_t step = in_place ? s.h * s.w : planes.channel;
     for (int64_t p = 0; p < plane_count; ++p) {
-      offset[args.weight_channels_last ? t * plane_count + p : p * taps + t] = static_cast<int32_t>(at + p * step);
+      offset[args.weight_channels_last ? t * plane_count + p : p * taps + t] =
+          static_cast<int32_t>(at + p * step);
     }
   }
   A* bias = nullptr;
@@ -131,7 +141,8 @@ void forward(const ConvArgs& args, const Context& context) {
   }
   const int64_t plane_size = in_place ? 0 : plane_count * planes.channel + kPlaneSlack;
   Elem* plane_memory = context.scratch<Elem>(min_of(workers, context.threads) * plane_size);
-  const int64_t y_row = round_up(by.conv_rows * width, kLanes) + kLanes + (pool != nullptr ? pool_slack(*pool) : 0);
+  const int64_t y_row =
+      round_up(by.conv_rows * width, kLanes) + kLanes + (pool != nullptr ? pool_slack(*pool) : 0);
   const int64_t y_size = round_up(together_rows * y_row, 16);
   A* y_memory = context.scratch<A>(workers * y_size);
   const int64_t pooled_row = pool != nullptr ? round_up(pool->ow, kLanes) + kLanes : 0;
@@ -148,7 +159,8 @@ void forward(const ConvArgs& args, const Context& context) {
       row1 = min_of(s.oh, (unit1 - 1) * pool->sh - pool->ph + pool->kh);
     }
     if (row1 <= row0) row1 = row0;
-    const Image<T> image = image_of<T>(args.input, args.channels_last, n, s.c, g * channels, channels, s.h, s.w);
+    const Image<T> image =
+        image_of<T>(args.input, args.channels_last, n, s.c, g * channels, channels, s.h, s.w);
     const Elem* band_planes = nullptr;
     if (!in_place) {
       Elem* mine = plane_memory + worker * plane_size;
@@ -162,15 +174,17 @@ void forward(const ConvArgs& args, const Context& context) {
     T* output = static_cast<T*>(args.output) + n * s.k * out_rows * out_columns;
     const Target<T> to = args.channels_last ? Target<T>{output, 1, out_columns * s.k, s.k}
                                             : Target<T>{output, out_rows * out_columns, out_columns, 1};
-    const int64_t first_group = part * groups_of_panels / by.parts, last_group = (part + 1) * groups_of_panels / by.parts;
+    const int64_t first_group = part * groups_of_panels / by.parts,
+                  last_group = (part + 1) * groups_of_panels / by.parts;
     for (int64_t group = first_group; group < last_group; ++group) {
       const int64_t p0 = group * together, p1 = min_of(panels.number, p0 + together);
       const int64_t k0 = panels.start(p0);
       const int count = static_cast<int>(panels.start(p1) - k0);
       for (int64_t p = p0; p < p1; ++p) {
         const int64_t k = g * outputs + panels.start(p);
-        conv_rows(ConvTileArgs<Elem>{depth, weights.data + k * weights.row, weights.row, offset, bias != nullptr ? bias + k : nullptr,
-                                  args.relu, y + (panels.start(p) - k0) * y_row, y_row},
+        conv_rows(ConvTileArgs<Elem>{depth, weights.data + k * weights.row, weights.row, offset,
+                                     bias != nullptr ? bias + k : nullptr, args.relu,
+                                     y + (panels.start(p) - k0) * y_row, y_row},
                   panels.rows(p), band_planes, pixels, in_place);
       }
       const int64_t channel = g * outputs + k0;
@@ -192,18 +206,21 @@ void forward(const ConvArgs& args, const Context& context) {
       A* place = best + together_rows * pooled_row;
       for (int64_t u = unit0; u < unit1; ++u) {
         for (int c = 0; c < count; ++c) {
-          pool_row<A>(*pool, y + c * y_row, row0, width, s.oh, s.ow, u, best + c * pooled_row, place + c * pooled_row);
+          pool_row<A>(*pool, y + c * y_row, row0, width, s.oh, s.ow, u, best + c * pooled_row,
+                      place + c * pooled_row);
         }
         drain(to, channel, count, u, 1, pool->ow, best, pooled_row, pool->ow);
         if (args.locations == nullptr) continue;
-        uint8_t* locations = args.locations + (to.data - static_cast<T*>(args.output)) + channel * to.channel_step + u * to.row_step;
+        uint8_t* locations = args.locations + (to.data - static_cast<T*>(args.output)) +
+                             channel * to.channel_step + u * to.row_step;
         for (int c = 0; c < count; ++c) {
           const A* from = place + c * pooled_row;
           uint8_t* out = locations + c * to.channel_step;
           if (to.column_step == 1) {
             for (int64_t v = 0; v < pool->ow; ++v) out[v] = static_cast<uint8_t>(static_cast<int>(from[v]));
           } else {
-            for (int64_t v = 0; v < pool->ow; ++v) out[v * to.column_step] = static_cast<uint8_t>(static_cast<int>(from[v]));
+            for (int64_t v = 0; v < pool->ow; ++v)
+              out[v * to.column_step] = static_cast<uint8_t>(static_cast<int>(from[v]));
           }
         }
       }

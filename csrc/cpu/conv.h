@@ -1,4 +1,5 @@
-// Two-dimensional convolutions (cross-correlations, as torch's), alone or with the ReLU and the max-pooling behind them.
+// Two-dimensional convolutions (cross-correlations, as torch's), alone or with the ReLU and the max-pooling
+// behind them.
 #pragma once
 
 #include "cpu/context.h"
@@ -8,11 +9,11 @@
 namespace fastnn {
 
 struct ConvShape {
-  int64_t n, c, h, w;                 // input
-  int64_t k, kh, kw;                  // output channels and kernel
-  int64_t sh, sw, ph, pw, dh, dw;     // stride, padding on both sides, dilation
-  int64_t groups;                     // c and k are multiples of it
-  int64_t oh, ow;                     // output
+  int64_t n, c, h, w;              // input
+  int64_t k, kh, kw;               // output channels and kernel
+  int64_t sh, sw, ph, pw, dh, dw;  // stride, padding on both sides, dilation
+  int64_t groups;                  // c and k are multiples of it
+  int64_t oh, ow;                  // output
 };
 
 // A max-pooling of the [oh, ow] output; padding counts as minus infinity.
@@ -35,7 +36,7 @@ struct ConvArgs {
   bool relu;
   void* output;          // of the convolution, or of the pooling where there is one
   const ConvPool* pool;  // or null
-  uint8_t* locations;    // like the output: where in its window each maximum stood (row * kw + column); or null
+  uint8_t* locations;  // like the output: where in its window each maximum stood (row * kw + column); or null
 };
 
 struct ConvBackwardArgs {
@@ -44,14 +45,15 @@ struct ConvBackwardArgs {
   bool channels_last;         // layout of grad, output, locations, input and grad_input
   bool weight_channels_last;  // layout of weight and grad_weight
   const void* grad;           // of the output, or of the pooling's
-  const void* output;         // of the convolution, where a ReLU followed (no gradient passes where it is 0), or null
-  const ConvPool* pool;       // or null
-  const uint8_t* locations;   // where there is a pooling
-  const void* input;          // read only for grad_weight
-  const void* weight;         // read only for grad_input
-  void* grad_input;           // or null
-  void* grad_weight;          // or null
-  void* grad_bias;            // [k] or null
+  const void*
+      output;  // of the convolution, where a ReLU followed (no gradient passes where it is 0), or null
+  const ConvPool* pool;      // or null
+  const uint8_t* locations;  // where there is a pooling
+  const void* input;         // read only for grad_weight
+  const void* weight;        // read only for grad_input
+  void* grad_input;          // or null
+  void* grad_weight;         // or null
+  void* grad_bias;           // [k] or null
 };
 
 FASTNN_KERNEL(conv_forward, ConvArgs)

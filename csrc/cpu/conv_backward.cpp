@@ -8,8 +8,8 @@
 namespace fastnn::FASTNN_ISA_NS {
 namespace {
 
-// Input positions of equal remainder p modulo the stride, along one axis. Each is the sum over some taps of the gradient
-// at a constant shift: a convolution of stride 1.
+// Input positions of equal remainder p modulo the stride, along one axis. Each is the sum over some taps of
+// the gradient at a constant shift: a convolution of stride 1.
 struct PhaseTaps {
   const Axis& axis;
   int64_t p;
@@ -52,8 +52,9 @@ struct PhaseProduct {
 };
 
 template <class T>
-PhaseProduct<T> phase_product(const ConvBackwardArgs& args, const PhaseTaps& down, const PhaseTaps& across, int64_t row_shift,
-                              int64_t column_shift, int64_t width, int64_t channel, const Context& context) {
+PhaseProduct<T> phase_product(const ConvBackwardArgs& args, const PhaseTaps& down, const PhaseTaps& across,
+                              int64_t row_shift, int64_t column_shift, int64_t width, int64_t channel,
+                              const Context& context) {
   using Elem = typename Gemm<T>::Elem;
   constexpr int kPer = Gemm<T>::kPerElem;
   const ConvShape& s = args.shape;
@@ -77,19 +78,22 @@ PhaseProduct<T> phase_product(const ConvBackwardArgs& args, const PhaseTaps& dow
   }
   Elem* a = context.scratch<Elem>(s.c * out.row);
   const auto* weight = static_cast<const T*>(args.weight);
-  const int64_t c_step = args.weight_channels_last ? 1 : taps, t_step = args.weight_channels_last ? channels : 1;
+  const int64_t c_step = args.weight_channels_last ? 1 : taps,
+                t_step = args.weight_channels_last ? channels : 1;
   const int64_t k_step = channels * taps;
-  context.for_each(ceil_div(s.c, 4), workers_for(8.0 * s.c * out.depth, context.threads), [&](int64_t task, int) {
-    const int64_t c0 = task * 4, c1 = min_of(s.c, c0 + 4);
-    for (int64_t p = 0; p < planes; ++p) {
-      for (int64_t c = c0; c < c1; ++c) {
-        const int64_t g = c / channels;
-        const T* from = weight + (g * outputs + p * kPer) * k_step + (c - g * channels) * c_step;
-        Elem* to = a + c * out.row + p * used;
-        for (int64_t i = 0; i < used; ++i) to[i] = pack_one<T>(from + place[i] * t_step, k_step, outputs - p * kPer);
-      }
-    }
-  });
+  context.for_each(
+      ceil_div(s.c, 4), workers_for(8.0 * s.c * out.depth, context.threads), [&](int64_t task, int) {
+        const int64_t c0 = task * 4, c1 = min_of(s.c, c0 + 4);
+        for (int64_t p = 0; p < planes; ++p) {
+          for (int64_t c = c0; c < c1; ++c) {
+            const int64_t g = c / channels;
+            const T* from = weight + (g * outputs + p * kPer) * k_step + (c - g * channels) * c_step;
+            Elem* to = a + c * out.row + p * used;
+            for (int64_t i = 0; i < used; ++i)
+              to[i] = pack_one<T>(from + place[i] * t_step, k_step, outputs - p * kPer);
+          }
+        }
+      });
   out.a = a;
   out.offset = offset;
   return out;
@@ -104,37 +108,43 @@ void input_gradient(const ConvBackwardArgs& args, const T* grad, const Context& 
   const int64_t channels = s.c / s.groups, outputs = s.k / s.groups;
   const Axis down{s.kh, s.sh, s.dh, s.ph, s.oh, s.h}, across{s.kw, s.sw, s.dw, s.pw, s.ow, s.w};
   const Span rows(down), columns(across);
-  const int64_t workers =
-      workers_for(2.0 * s.n * s.k * s.oh * s.ow * (static_cast<double>(channels) * s.kh * s.kw + 4), context.threads);
-  const bool in_place = kPlanesInPlace<T> && (!args.channels_last || s.k == 1) && s.kh == 1 && s.kw == 1 && s.sh == 1 && s.sw == 1 &&
-                        s.ph == 0 && s.pw == 0 && s.k * s.oh * s.ow < (int64_t{1} << 31);
+  const int64_t workers = workers_for(
+      2.0 * s.n * s.k * s.oh * s.ow * (static_cast<double>(channels) * s.kh * s.kw + 4), context.threads);
+  const bool in_place = kPlanesInPlace<T> && (!args.channels_last || s.k == 1) && s.kh == 1 && s.kw == 1 &&
+                        s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0 &&
+                        s.k * s.oh * s.ow < (int64_t{1} << 31);
   // Elements of a phase, and the width of the gradient's planes that they read.
   const int64_t phase_rows = ceil_div(s.h, s.sh), phase_columns = ceil_div(s.w, s.sw);
   const int64_t width = in_place ? s.ow : phase_columns + columns.most - columns.least;
   const int64_t plane_count = ceil_div(outputs, kPer);
 
   const Panels panels(channels);
-  const int64_t together = args.channels_last ? max_of(1, 2 * kLanes / kConvRows) : 1, together_rows = together * kConvRows;
+  const int64_t together = args.channels_last ? max_of(1, 2 * kLanes / kConvRows) : 1,
+                together_rows = together * kConvRows;
   const int64_t groups_of_panels = ceil_div(panels.number, together);
   // Bands: the planes and the sums of one stay in the second-level cache.
   const int64_t plane_row = in_place ? 0 : plane_count * width * static_cast<int64_t>(sizeof(Elem));
   const int64_t reach = rows.most - rows.least;
-  const int64_t fit = min_of((int64_t{384} << 10) / max_of(plane_row, 1) - reach,
-                             (int64_t{128} << 10) / max_of(together_rows * width * static_cast<int64_t>(sizeof(A)), 1));
+  const int64_t fit =
+      min_of((int64_t{384} << 10) / max_of(plane_row, 1) - reach,
+             (int64_t{128} << 10) / max_of(together_rows * width * static_cast<int64_t>(sizeof(A)), 1));
   int64_t band = max_of(1, min_of(phase_rows, fit));
   band = ceil_div(phase_rows, ceil_div(phase_rows, band));
   const int64_t images = s.n * s.groups;
-  while (band > 1 && images * ceil_div(phase_rows, band) < 2 * workers && band * width > 256) band = ceil_div(band, 2);
+  while (band > 1 && images * ceil_div(phase_rows, band) < 2 * workers && band * width > 256)
+    band = ceil_div(band, 2);
   const int64_t bands = ceil_div(phase_rows, band);
   const int64_t parts = workers <= 1 ? 1 : min_of(groups_of_panels, ceil_div(2 * workers, images * bands));
 
-  const Axis plane_rows{1, 1, 1, -rows.least, s.oh, s.oh}, plane_columns{1, 1, 1, -columns.least, width, s.ow};
+  const Axis plane_rows{1, 1, 1, -rows.least, s.oh, s.oh},
+      plane_columns{1, 1, 1, -columns.least, width, s.ow};
   const Planes planes(plane_rows, plane_columns, band + reach);
   const int64_t channel = in_place ? s.oh * s.ow : planes.channel;
   auto* products = context.scratch<PhaseProduct<T>>(s.sh * s.sw);
   for (int64_t a = 0; a < s.sh; ++a) {
     for (int64_t b = 0; b < s.sw; ++b) {
-      products[a * s.sw + b] = phase_product<T>(args, {down, a}, {across, b}, rows.least, columns.least, width, channel, context);
+      products[a * s.sw + b] =
+          phase_product<T>(args, {down, a}, {across, b}, rows.least, columns.least, width, channel, context);
     }
   }
   const int64_t plane_size = in_place ? 0 : plane_count * planes.channel + kPlaneSlack;
@@ -157,7 +167,8 @@ void input_gradient(const ConvBackwardArgs& args, const T* grad, const Context& 
     }
     A* y = y_memory + worker * y_size;
     T* base = result + n * s.c * s.h * s.w;
-    const int64_t first_group = part * groups_of_panels / parts, last_group = (part + 1) * groups_of_panels / parts;
+    const int64_t first_group = part * groups_of_panels / parts,
+                  last_group = (part + 1) * groups_of_panels / parts;
     for (int64_t group = first_group; group < last_group; ++group) {
       const int64_t p0 = group * together, p1 = min_of(panels.number, p0 + together);
       const int64_t c0 = panels.start(p0);
@@ -173,8 +184,10 @@ void input_gradient(const ConvBackwardArgs& args, const T* grad, const Context& 
             clear_plane(y, count * y_row);
           } else {
             for (int64_t p = p0; p < p1; ++p) {
-              conv_rows(ConvTileArgs<Elem>{product.depth, product.a + (g * channels + panels.start(p)) * product.row, product.row,
-                                           product.offset, nullptr, false, y + (panels.start(p) - c0) * y_row, y_row},
+              conv_rows(ConvTileArgs<Elem>{product.depth,
+                                           product.a + (g * channels + panels.start(p)) * product.row,
+                                           product.row, product.offset, nullptr, false,
+                                           y + (panels.start(p) - c0) * y_row, y_row},
                         panels.rows(p), band_planes, pixels, in_place);
             }
           }
@@ -195,16 +208,18 @@ void backward(const ConvBackwardArgs& args, const Context& context) {
   if (empty || s.c == 0) {
     // Sums of nothing.
     if (args.grad_input != nullptr) clear_plane(static_cast<T*>(args.grad_input), s.n * s.c * s.h * s.w);
-    if (args.grad_weight != nullptr) clear_plane(static_cast<T*>(args.grad_weight), s.k * (s.c / s.groups) * s.kh * s.kw);
+    if (args.grad_weight != nullptr)
+      clear_plane(static_cast<T*>(args.grad_weight), s.k * (s.c / s.groups) * s.kh * s.kw);
     if (args.grad_bias != nullptr && empty) clear_plane(static_cast<T*>(args.grad_bias), s.k);
     if (empty || args.grad_bias == nullptr) return;
   }
-  if (args.channels_last && s.kh == 1 && s.kw == 1 && s.groups == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0 &&
-      args.pool == nullptr && s.c > 0) {
+  if (args.channels_last && s.kh == 1 && s.kw == 1 && s.groups == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 &&
+      s.pw == 0 && args.pool == nullptr && s.c > 0) {
     // A fully connected layer over the pixels.
-    return FASTNN_ISA_NS::linear_backward({args.dtype, s.n * s.h * s.w, s.k, s.c, args.grad, args.output, args.input, args.weight,
-                                           args.grad_input, args.grad_weight, args.grad_bias},
-                                          context);
+    return FASTNN_ISA_NS::linear_backward(
+        {args.dtype, s.n * s.h * s.w, s.k, s.c, args.grad, args.output, args.input, args.weight,
+         args.grad_input, args.grad_weight, args.grad_bias},
+        context);
   }
   const T* grad = output_gradient<T>(args, context);
   if (s.c == 0) return;

@@ -1,4 +1,5 @@
-// The gradient of a convolution's output: back through the max-pooling and the ReLU, and added up for the bias.
+// The gradient of a convolution's output: back through the max-pooling and the ReLU, and added up for the
+// bias.
 #pragma once
 
 #include "cpu/conv.h"
@@ -77,7 +78,8 @@ inline void unpool(const ConvBackwardArgs& args, T* spread, int64_t workers, con
     for (int64_t n = 0; n < s.n; ++n) {
       clear_plane(y, size);
       const int64_t image = n * s.k * pool.oh * pool.ow;
-      const int64_t channel_step = args.channels_last ? 1 : pool.oh * pool.ow, pixel_step = args.channels_last ? s.k : 1;
+      const int64_t channel_step = args.channels_last ? 1 : pool.oh * pool.ow,
+                    pixel_step = args.channels_last ? s.k : 1;
       for (int64_t c = 0; c < channels; ++c) {
         const T* from = grad + image + (k0 + c) * channel_step;
         const uint8_t* location = args.locations + image + (k0 + c) * channel_step;
@@ -88,8 +90,10 @@ inline void unpool(const ConvBackwardArgs& args, T* spread, int64_t workers, con
             const int64_t at = (p * pool.ow + q) * pixel_step;
             const int64_t place = location[at];
             if (place == kNoLocation) continue;
-            const int64_t row = p * pool.sh - pool.ph + place / pool.kw, column = q * pool.sw - pool.pw + place % pool.kw;
-            if (row < 0 || row >= s.oh || column < 0 || column >= s.ow) continue;  // not written by the forward pass
+            const int64_t row = p * pool.sh - pool.ph + place / pool.kw,
+                          column = q * pool.sw - pool.pw + place % pool.kw;
+            if (row < 0 || row >= s.oh || column < 0 || column >= s.ow)
+              continue;  // not written by the forward pass
             const A x = to_acc(from[at]);
             y[c * y_row + row * s.ow + column] += x;
             row_sum += x;
@@ -99,7 +103,8 @@ inline void unpool(const ConvBackwardArgs& args, T* spread, int64_t workers, con
         total[c] += sum;
       }
       T* output = spread + n * s.k * pixels;
-      const Target<T> to = args.channels_last ? Target<T>{output, 1, s.ow * s.k, s.k} : Target<T>{output, pixels, s.ow, 1};
+      const Target<T> to =
+          args.channels_last ? Target<T>{output, 1, s.ow * s.k, s.k} : Target<T>{output, pixels, s.ow, 1};
       drain(to, k0, static_cast<int>(channels), 0, s.oh, s.ow, y, y_row, s.ow);
     }
     for (int64_t c = 0; c < channels; ++c) store_bias<T>(args, k0 + c, total[c]);

@@ -1,8 +1,10 @@
-// How a convolution sees an image: as planes, one per channel, in which every tap of the kernel is a constant offset.
+// How a convolution sees an image: as planes, one per channel, in which every tap of the kernel is a constant
+// offset.
 //
-// A plane holds a band of rows with its padding written out. Where the stride is more than 1, it is split into phases
-// (rows and columns of equal remainder), so that consecutive outputs read consecutive elements whatever the stride.
-// Output pixel (u, v) of the band is then number q = u * width + v of a flat sequence, and tap t of channel c reads
+// A plane holds a band of rows with its padding written out. Where the stride is more than 1, it is split
+// into phases (rows and columns of equal remainder), so that consecutive outputs read consecutive elements
+// whatever the stride. Output pixel (u, v) of the band is then number q = u * width + v of a flat sequence,
+// and tap t of channel c reads
 //
 //   plane[c * channel + offset(t) + q].
 //
@@ -24,8 +26,8 @@ struct Image {
 
 // Image `n` of a batch, channels [first, first + channels) of `all`.
 template <class T>
-FASTNN_INLINE Image<T> image_of(const void* data, bool channels_last, int64_t n, int64_t all, int64_t first, int64_t channels,
-                                int64_t rows, int64_t columns) {
+FASTNN_INLINE Image<T> image_of(const void* data, bool channels_last, int64_t n, int64_t all, int64_t first,
+                                int64_t channels, int64_t rows, int64_t columns) {
   const T* start = static_cast<const T*>(data) + n * all * rows * columns;
   if (channels_last) return {start + first, channels, rows, columns, 1, columns * all, all};
   return {start + first * rows * columns, channels, rows, columns, rows * columns, columns, 1};
@@ -75,7 +77,8 @@ struct Planes {
         channel(round_up(row_phases * column_phases * height * width, 16) + 16) {}
 
   int64_t offset(int64_t row_tap, int64_t column_tap) const {
-    const int64_t phase = rows.place(rows.phase(row_tap)) * column_phases + columns.place(columns.phase(column_tap));
+    const int64_t phase =
+        rows.place(rows.phase(row_tap)) * column_phases + columns.place(columns.phase(column_tap));
     return (phase * height + rows.shift(row_tap)) * width + columns.shift(column_tap);
   }
 };
@@ -119,7 +122,8 @@ FASTNN_INLINE void clear_plane(E* out, int64_t count) {
 
 // `count` elements of one row of channel `c`.
 template <class E, class T>
-FASTNN_INLINE void fill_run(E* out, const T* p, int64_t step, int64_t count, int64_t channel_step, int64_t channels_left) {
+FASTNN_INLINE void fill_run(E* out, const T* p, int64_t step, int64_t count, int64_t channel_step,
+                            int64_t channels_left) {
   int64_t i = 0;
   if (step == 1) {
     if constexpr (sizeof(E) == sizeof(T)) {
@@ -143,7 +147,8 @@ FASTNN_INLINE void fill_run(E* out, const T* p, int64_t step, int64_t count, int
 
 // One row of a phase for all channels, where channels are the innermost dimension.
 template <class E, class T>
-inline void fill_channels_last(E* out, int64_t channel, const T* p, int64_t step, int64_t count, int64_t channels) {
+inline void fill_channels_last(E* out, int64_t channel, const T* p, int64_t step, int64_t count,
+                               int64_t channels) {
   constexpr int kPer = kChannelsPer<E>;
   const int64_t planes = ceil_div(channels, kPer);
 #if FASTNN_ISA_LEVEL >= 1
@@ -187,7 +192,8 @@ inline void fill_channels_last(E* out, int64_t channel, const T* p, int64_t step
   }
 }
 
-// The planes of the band that starts at output row `first`: [channels][phases][height][width], zeros for padding.
+// The planes of the band that starts at output row `first`: [channels][phases][height][width], zeros for
+// padding.
 template <class E, class T>
 inline void fill_planes(const Image<T>& image, const Planes& planes, int64_t first, E* out) {
   constexpr int kPer = kChannelsPer<E>;
@@ -201,7 +207,8 @@ inline void fill_planes(const Image<T>& image, const Planes& planes, int64_t fir
       // Column v of the phase is input column v * stride + from.
       const int64_t from = b - columns.padding, stride = columns.stride;
       const int64_t low = min_of(width, from >= 0 ? 0 : ceil_div(-from, stride));
-      const int64_t high = max_of(low, min_of(width, image.columns > from ? ceil_div(image.columns - from, stride) : 0));
+      const int64_t high =
+          max_of(low, min_of(width, image.columns > from ? ceil_div(image.columns - from, stride) : 0));
       for (int64_t u = 0; u < planes.height; ++u) {
         const int64_t row = (first + u) * rows.stride + a - rows.padding;
         E* to = phase + u * width;
@@ -218,11 +225,13 @@ inline void fill_planes(const Image<T>& image, const Planes& planes, int64_t fir
         }
         if (high == low) continue;
         if (image.channel_step == 1 && image.channels > 1) {
-          fill_channels_last<E, T>(to + low, planes.channel, start, stride * image.column_step, high - low, image.channels);
+          fill_channels_last<E, T>(to + low, planes.channel, start, stride * image.column_step, high - low,
+                                   image.channels);
         } else {
           for (int64_t c = 0; c < count; ++c) {
-            fill_run<E, T>(to + c * planes.channel + low, start + c * kPer * image.channel_step, stride * image.column_step,
-                           high - low, image.channel_step, image.channels - c * kPer);
+            fill_run<E, T>(to + c * planes.channel + low, start + c * kPer * image.channel_step,
+                           stride * image.column_step, high - low, image.channel_step,
+                           image.channels - c * kPer);
           }
         }
       }

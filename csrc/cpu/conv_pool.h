@@ -10,12 +10,12 @@ namespace fastnn::FASTNN_ISA_NS {
 // Elements that may be read, never used, behind the last of a row of y.
 FASTNN_INLINE int64_t pool_slack(const ConvPool& pool) { return (Vec<float>::size + 1) * pool.sw + pool.kw; }
 
-// One pooled row of one channel. y: the convolution's rows after the ReLU, row `first` at y, `width` from row to row,
-// `columns` in each. The maximum goes to `best`, and where in its window it stood to `place`, as a number, or
-// kNoLocation where it is 0. Ties take the first place and NaN the last, as in torch.
+// One pooled row of one channel. y: the convolution's rows after the ReLU, row `first` at y, `width` from row
+// to row, `columns` in each. The maximum goes to `best`, and where in its window it stood to `place`, as a
+// number, or kNoLocation where it is 0. Ties take the first place and NaN the last, as in torch.
 template <class A>
-inline void pool_row(const ConvPool& pool, const A* y, int64_t first, int64_t width, int64_t rows, int64_t columns, int64_t row,
-                     A* best, A* place) {
+inline void pool_row(const ConvPool& pool, const A* y, int64_t first, int64_t width, int64_t rows,
+                     int64_t columns, int64_t row, A* best, A* place) {
   using V = Vec<A>;
   const int64_t top = row * pool.sh - pool.ph;
   const int64_t r0 = max_of(0, -top), r1 = min_of(pool.kh, rows - top);

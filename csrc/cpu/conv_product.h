@@ -1,10 +1,11 @@
-// The arithmetic of a convolution over planes: output channels are the rows of a register tile, pixels its columns.
+// The arithmetic of a convolution over planes: output channels are the rows of a register tile, pixels its
+// columns.
 //
 //   y[k, q] = sum_j a[k, j] * planes[offset[j] + q],   j over taps and channels
 //
-// Weights are read row by row in the order in which they lie in memory, so float weights need no packing; the table
-// `offset` follows that order. Sums of a band go to a scratch buffer in the second-level cache, and from there, row by
-// row, to the output in its layout and type.
+// Weights are read row by row in the order in which they lie in memory, so float weights need no packing; the
+// table `offset` follows that order. Sums of a band go to a scratch buffer in the second-level cache, and
+// from there, row by row, to the output in its layout and type.
 #pragma once
 
 #include "cpu/conv_planes.h"
@@ -138,8 +139,8 @@ inline ConvTileFn<E> conv_tile_of(int rows, int vectors) {
   return nullptr;
 }
 
-// y[0..rows, 0..pixels) for up to kConvRows rows. y rows hold round_up(pixels, V) elements. Where `exact`, planes end
-// with the last pixel that counts and are not read beyond.
+// y[0..rows, 0..pixels) for up to kConvRows rows. y rows hold round_up(pixels, V) elements. Where `exact`,
+// planes end with the last pixel that counts and are not read beyond.
 template <class E>
 inline void conv_rows(const ConvTileArgs<E>& args, int rows, const E* planes, int64_t pixels, bool exact) {
   constexpr int kLanes = Vec<typename SumType<E>::type>::size, kWide = kConvVectors * kLanes;
@@ -183,7 +184,8 @@ FASTNN_INLINE void store_run(T* out, const acc_t<T>* y, int64_t count) {
 
 // One row of pixels of `channels` channels to pixels `step` apart whose channels lie side by side.
 template <class T>
-inline void store_channels_last(T* out, int64_t step, const acc_t<T>* y, int64_t y_row, int64_t count, int channels) {
+inline void store_channels_last(T* out, int64_t step, const acc_t<T>* y, int64_t y_row, int64_t count,
+                                int channels) {
 #if FASTNN_ISA_LEVEL >= 1
   if constexpr (sizeof(acc_t<T>) == 4) {
     constexpr int kStep = F::size;
@@ -213,8 +215,8 @@ inline void store_channels_last(T* out, int64_t step, const acc_t<T>* y, int64_t
 
 // `rows` x `columns` pixels, `width` apart in y from row to row, of channels [first, first + channels).
 template <class T>
-inline void drain(const Target<T>& to, int64_t first, int channels, int64_t row, int64_t rows, int64_t columns, const acc_t<T>* y,
-                  int64_t y_row, int64_t width) {
+inline void drain(const Target<T>& to, int64_t first, int channels, int64_t row, int64_t rows,
+                  int64_t columns, const acc_t<T>* y, int64_t y_row, int64_t width) {
   T* start = to.data + first * to.channel_step + row * to.row_step;
   if (to.channel_step == 1 && channels > 1) {
     for (int64_t u = 0; u < rows; ++u) {

@@ -1,4 +1,5 @@
-// The gradient of a convolution's weight: dot products along pixels of the output's gradient with shifted planes.
+// The gradient of a convolution's weight: dot products along pixels of the output's gradient with shifted
+// planes.
 //
 //   grad_weight[k, (c, t)] = sum over images and q of grad[k, q] * planes[c * channel + offset(t) + q]
 //
@@ -10,7 +11,8 @@
 
 namespace fastnn::FASTNN_ISA_NS {
 
-// The element in which pixels are multiplied: pairs of neighbouring pixels where the level has BF16 dot products.
+// The element in which pixels are multiplied: pairs of neighbouring pixels where the level has BF16 dot
+// products.
 template <class T>
 struct DotElem {
   using type = acc_t<T>;
@@ -30,7 +32,8 @@ inline constexpr int kDotLanes = Vec<E>::size;
 #if FASTNN_ISA_LEVEL >= 3
 FASTNN_INLINE Pairs load_dot(const bf16* p) { return {_mm512_loadu_si512(p)}; }
 FASTNN_INLINE Pairs load_dot(const bf16* p, int n) {
-  return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>(_bzhi_u32(0xffffffffu, static_cast<uint32_t>(n))), p)};
+  return {
+      _mm512_maskz_loadu_epi16(static_cast<__mmask32>(_bzhi_u32(0xffffffffu, static_cast<uint32_t>(n))), p)};
 }
 template <>
 inline constexpr int kDotLanes<bf16> = 32;
@@ -55,16 +58,20 @@ FASTNN_INLINE void reduce_all(const Vec<A>* sums, int count, A* out) {
       for (int j = 0; j < 16; ++j) r[j] = sums[i + j];
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
-        s[j].v = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * j].v, r[2 * j + 1].v), _mm512_unpackhi_ps(r[2 * j].v, r[2 * j + 1].v));
+        s[j].v = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * j].v, r[2 * j + 1].v),
+                               _mm512_unpackhi_ps(r[2 * j].v, r[2 * j + 1].v));
       }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         t[j].v = _mm512_add_ps(_mm512_shuffle_ps(s[2 * j].v, s[2 * j + 1].v, 0x44),
                                _mm512_shuffle_ps(s[2 * j].v, s[2 * j + 1].v, 0xee));
       }
-      const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(t[0].v, t[1].v, 0x88), _mm512_shuffle_f32x4(t[0].v, t[1].v, 0xdd));
-      const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(t[2].v, t[3].v, 0x88), _mm512_shuffle_f32x4(t[2].v, t[3].v, 0xdd));
-      store(out + i, F{_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))});
+      const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(t[0].v, t[1].v, 0x88),
+                                       _mm512_shuffle_f32x4(t[0].v, t[1].v, 0xdd));
+      const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(t[2].v, t[3].v, 0x88),
+                                        _mm512_shuffle_f32x4(t[2].v, t[3].v, 0xdd));
+      store(out + i,
+            F{_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))});
     }
   }
 #endif
@@ -93,17 +100,19 @@ void conv_dot(const DotArgs<E>& args) {
   V sum[R * C];
 #pragma GCC unroll 32
   for (int i = 0; i < R * C; ++i) sum[i] = zero<A>();
-  const auto step = [&](const E* g, const E* const (&x)[C], int64_t q, auto get) __attribute__((always_inline)) {
-    decltype(get(g)) y[R];
+  const auto step = [&](const E* g, const E* const(&x)[C], int64_t q, auto get)
+                        __attribute__((always_inline)) {
+                          decltype(get(g)) y[R];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) y[i] = get(g + i * args.grad_step + q);
+                          for (int i = 0; i < R; ++i) y[i] = get(g + i * args.grad_step + q);
 #pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) {
-      const auto z = get(x[j] + q);
+                          for (int j = 0; j < C; ++j) {
+                            const auto z = get(x[j] + q);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) sum[i * C + j] = multiply_add(sum[i * C + j], y[i], z);
-    }
-  };
+                            for (int i = 0; i < R; ++i)
+                              sum[i * C + j] = multiply_add(sum[i * C + j], y[i], z);
+                          }
+                        };
   for (int64_t u = 0; u < args.rows; ++u) {
     const E* g = args.grad + u * args.grad_row;
     const E* x[C];
@@ -142,14 +151,16 @@ inline void conv_dot_any(int rows, int columns, const DotArgs<E>& args) {
   conv_dot_rows<E, 1>(rows, args);
 }
 
-// Returns false if the result is not finite. Where the sums run over whole bands (not `exact`), the products of dropped
-// pixels are 0 only if the input is finite, so the caller then asks again.
+// Returns false if the result is not finite. Where the sums run over whole bands (not `exact`), the products
+// of dropped pixels are 0 only if the input is finite, so the caller then asks again.
 template <class T>
-inline bool weight_gradient_pass(const ConvBackwardArgs& args, const T* grad, bool exact, const Context& context) {
+inline bool weight_gradient_pass(const ConvBackwardArgs& args, const T* grad, bool exact,
+                                 const Context& context) {
   using A = acc_t<T>;
   using E = typename DotElem<T>::type;
   const ConvShape& s = args.shape;
-  const int64_t channels = s.c / s.groups, outputs = s.k / s.groups, taps = s.kh * s.kw, depth = channels * taps;
+  const int64_t channels = s.c / s.groups, outputs = s.k / s.groups, taps = s.kh * s.kw,
+                depth = channels * taps;
   const Axis rows{s.kh, s.sh, s.dh, s.ph, s.oh, s.h}, columns{s.kw, s.sw, s.dw, s.pw, s.ow, s.w};
   // Pixels of a band: 8 rows of gradient stay in the first-level cache over all columns.
   constexpr int64_t kPixels = 768;
@@ -160,13 +171,17 @@ inline bool weight_gradient_pass(const ConvBackwardArgs& args, const T* grad, bo
   const Planes planes(rows, columns, band);
   // Channels at a time: their planes stay in the second-level cache.
   constexpr int64_t kBytes = int64_t{192} << 10;
-  int64_t block = max_of(min_of(channels, 4), min_of(channels, kBytes / max_of(planes.channel * static_cast<int64_t>(sizeof(E)), 1)));
+  int64_t block =
+      max_of(min_of(channels, 4),
+             min_of(channels, kBytes / max_of(planes.channel * static_cast<int64_t>(sizeof(E)), 1)));
   const int64_t blocks = ceil_div(channels, block);
   block = ceil_div(channels, blocks);
-  // Images and bands in runs with sums of their own, as many as the shape asks for, whatever the number of threads.
+  // Images and bands in runs with sums of their own, as many as the shape asks for, whatever the number of
+  // threads.
   const int64_t pieces = s.n * bands;
   int64_t runs = min_of(pieces, ceil_div(16, s.groups * blocks));
-  runs = max_of(1, min_of(runs, (int64_t{32} << 20) / max_of(s.k * depth * static_cast<int64_t>(sizeof(A)), 1)));
+  runs =
+      max_of(1, min_of(runs, (int64_t{32} << 20) / max_of(s.k * depth * static_cast<int64_t>(sizeof(A)), 1)));
   const int64_t workers = workers_for(2.0 * s.n * s.k * s.oh * s.ow * depth, context.threads);
   const bool as_it_lies = sizeof(E) == sizeof(T) && !args.channels_last && (exact || width == s.ow);
   // Gradient rows as wide as the planes', zeros where pixels are dropped.
@@ -197,7 +212,9 @@ inline bool weight_gradient_pass(const ConvBackwardArgs& args, const T* grad, bo
     for (int64_t piece = run * pieces / runs; piece < end; ++piece) {
       const int64_t n = piece / bands, first = piece % bands * band, count = min_of(band, s.oh - first);
       E* x = plane_memory + worker * plane_size;
-      fill_planes<E, T>(image_of<T>(args.input, args.channels_last, n, s.c, g * channels + c0, here, s.h, s.w), planes, first, x);
+      fill_planes<E, T>(
+          image_of<T>(args.input, args.channels_last, n, s.c, g * channels + c0, here, s.h, s.w), planes,
+          first, x);
       const Image<T> dy = image_of<T>(grad, args.channels_last, n, s.k, g * outputs, outputs, s.oh, s.ow);
       const E* y;
       int64_t y_channel = grad_channel;
@@ -213,9 +230,10 @@ inline bool weight_gradient_pass(const ConvBackwardArgs& args, const T* grad, bo
       const int64_t dot_rows = by_row ? count : 1, dot_columns = by_row ? s.ow : (count - 1) * width + s.ow;
       for (int64_t k = 0; k < outputs; k += kGradRows) {
         for (int64_t j = 0; j < wide; j += kGradColumns) {
-          conv_dot_any<E>(static_cast<int>(min_of(kGradRows, outputs - k)), static_cast<int>(min_of(kGradColumns, wide - j)),
-                          DotArgs<E>{dot_rows, dot_columns, y + k * y_channel, grad_row, y_channel, x, width, offset + j,
-                                     out + k * depth + j, depth});
+          conv_dot_any<E>(static_cast<int>(min_of(kGradRows, outputs - k)),
+                          static_cast<int>(min_of(kGradColumns, wide - j)),
+                          DotArgs<E>{dot_rows, dot_columns, y + k * y_channel, grad_row, y_channel, x, width,
+                                     offset + j, out + k * depth + j, depth});
         }
       }
     }
@@ -245,7 +263,8 @@ inline bool weight_gradient_pass(const ConvBackwardArgs& args, const T* grad, bo
 
 template <class T>
 inline void weight_gradient(const ConvBackwardArgs& args, const T* grad, const Context& context) {
-  if (!weight_gradient_pass<T>(args, grad, false, context)) weight_gradient_pass<T>(args, grad, true, context);
+  if (!weight_gradient_pass<T>(args, grad, false, context))
+    weight_gradient_pass<T>(args, grad, true, context);
 }
 
 }  // namespace fastnn::FASTNN_ISA_NS

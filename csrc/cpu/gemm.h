@@ -1,7 +1,7 @@
 // Whole matrix products over the register tile of gemm_tile.h.
 //
-// Blocking after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008); products of few rows
-// read B where it lies, once.
+// Blocking after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008); products
+// of few rows read B where it lies, once.
 #pragma once
 
 #include "cpu/gemm_tile.h"
@@ -32,9 +32,9 @@ inline constexpr int64_t kRows = kMR * (120 / kMR);
 inline constexpr int64_t kPackedBytes = int64_t{16} << 20;
 
 template <class T, int MR>
-FASTNN_INLINE void gemm_tile(const typename Gemm<T>::Elem* a, int64_t row, const typename Gemm<T>::Elem* b, int64_t elems,
-                             const acc_t<T>* partial, int64_t partial_row, const Epilogue<T>* last, acc_t<T>* sums, T* c,
-                             int64_t c_row, int n) {
+FASTNN_INLINE void gemm_tile(const typename Gemm<T>::Elem* a, int64_t row, const typename Gemm<T>::Elem* b,
+                             int64_t elems, const acc_t<T>* partial, int64_t partial_row,
+                             const Epilogue<T>* last, acc_t<T>* sums, T* c, int64_t c_row, int n) {
   Tile<T, MR> tile;
   tile.clear();
   tile.template multiply<true>(elems, a, row, 1, b);
@@ -60,9 +60,11 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
   constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
   const int64_t workers = workers_for(2.0 * g.m * g.n * (g.k + 8), context.threads);
   const int64_t panels = ceil_div(g.n, kWidth);
-  const int64_t depth = g.k <= kDepth + kDepth / 2 ? max_of(g.k, 1) : round_up(ceil_div(g.k, ceil_div(g.k, kDepth)), 16);
+  const int64_t depth =
+      g.k <= kDepth + kDepth / 2 ? max_of(g.k, 1) : round_up(ceil_div(g.k, ceil_div(g.k, kDepth)), 16);
   const int64_t elems = packed_k<T>(depth);
-  const int64_t a_row = round_up(elems, 16) + 16;  // an odd number of cache lines: rows do not share cache sets
+  const int64_t a_row =
+      round_up(elems, 16) + 16;  // an odd number of cache lines: rows do not share cache sets
   const bool split = depth < g.k;
   // Columns at a time, so that packed B stays within its bound.
   const int64_t per_panel = elems * kWidth * static_cast<int64_t>(sizeof(Elem));
@@ -118,9 +120,9 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
               sums = partial + worker * rows * wide * kWidth + i * wide * kWidth + p * kWidth;
               sums_row = wide * kWidth;
             }
-            gemm_tile_rows<T>(static_cast<int>(min_of(kMR, m - i)), static_cast<const Elem*>(a + i * a_row), a_row, b,
-                              (k + kPer - 1) / kPer, d > 0 ? static_cast<const A*>(sums) : nullptr, sums_row,
-                              last ? &epilogue : nullptr, sums, c, g.c_m, n);
+            gemm_tile_rows<T>(static_cast<int>(min_of(kMR, m - i)), static_cast<const Elem*>(a + i * a_row),
+                              a_row, b, (k + kPer - 1) / kPer, d > 0 ? static_cast<const A*>(sums) : nullptr,
+                              sums_row, last ? &epilogue : nullptr, sums, c, g.c_m, n);
           }
         }
       }
@@ -134,11 +136,12 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
 inline constexpr int64_t kDotMost = 24;
 // Rows of B that are packed at a time where it is used once: 64 x 32 floats are 8 KiB.
 inline constexpr int64_t kStretch = 64;
-// Products that a register adds up before the sum joins the total: one chain of 4096 would be 4 times as inexact.
+// Products that a register adds up before the sum joins the total: one chain of 4096 would be 4 times as
+// inexact.
 inline constexpr int64_t kChain = 4 * kStretch;
 
-// B dense along k (a linear layer's weight): dot products of kDotRows rows of A with kDotColumns columns of B, both read
-// where they lie.
+// B dense along k (a linear layer's weight): dot products of kDotRows rows of A with kDotColumns columns of
+// B, both read where they lie.
 template <class T, int R, int C>
 FASTNN_INLINE void dot_tile(const GemmArgs<T>& g, int64_t i, int64_t j) {
   using A = acc_t<T>;
@@ -167,16 +170,19 @@ FASTNN_INLINE void dot_tile(const GemmArgs<T>& g, int64_t i, int64_t j) {
   int64_t p = 0;
 #if FASTNN_ISA_LEVEL >= 3
   if constexpr (Gemm<T>::kPerElem == 2) {
-    for (; p + 32 <= g.k; p += 32) step(p, [](const T* q) __attribute__((always_inline)) { return Pairs{_mm512_loadu_si512(q)}; });
+    for (; p + 32 <= g.k; p += 32)
+      step(p, [](const T* q) __attribute__((always_inline)) { return Pairs{_mm512_loadu_si512(q)}; });
     if (p < g.k) {
       const __mmask32 mask = static_cast<__mmask32>(_bzhi_u32(0xffffffffu, static_cast<uint32_t>(g.k - p)));
-      step(p, [mask](const T* q) __attribute__((always_inline)) { return Pairs{_mm512_maskz_loadu_epi16(mask, q)}; });
+      step(p, [mask](const T* q)
+                  __attribute__((always_inline)) { return Pairs{_mm512_maskz_loadu_epi16(mask, q)}; });
       p = g.k;
     }
   }
 #endif
   if constexpr (Gemm<T>::kPerElem == 1) {
-    for (; p + V::size <= g.k; p += V::size) step(p, [](const T* q) __attribute__((always_inline)) { return load(q); });
+    for (; p + V::size <= g.k; p += V::size)
+      step(p, [](const T* q) __attribute__((always_inline)) { return load(q); });
     if (p < g.k) {
       const int left = static_cast<int>(g.k - p);
       step(p, [left](const T* q) __attribute__((always_inline)) { return load(q, left); });
@@ -224,11 +230,11 @@ inline void gemm_dot(const GemmArgs<T>& g, const Context& context) {
   });
 }
 
-// B dense along n and few rows: a tile reads B where it lies, or, where it must be converted, packs a short stretch of it
-// into the first-level cache just before use.
+// B dense along n and few rows: a tile reads B where it lies, or, where it must be converted, packs a short
+// stretch of it into the first-level cache just before use.
 template <class T, int MR>
-inline void few_rows_tile(const GemmArgs<T>& g, const typename Gemm<T>::Elem* a, int64_t a_row, typename Gemm<T>::Elem* packed,
-                          const acc_t<T>* bias, int64_t j0, int n) {
+inline void few_rows_tile(const GemmArgs<T>& g, const typename Gemm<T>::Elem* a, int64_t a_row,
+                          typename Gemm<T>::Elem* packed, const acc_t<T>* bias, int64_t j0, int n) {
   constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
   using A = acc_t<T>;
   Tile<T, MR> tile;
@@ -286,8 +292,9 @@ inline void gemm_few_rows(const GemmArgs<T>& g, const Context& context) {
   }
   context.for_each(panels, workers, [&](int64_t panel, int worker) {
     const int64_t j0 = panel * kWidth;
-    few_rows<T>(static_cast<int>(g.m), g, static_cast<const Elem*>(a), a_row, packed + worker * kStretch * kWidth,
-                bias != nullptr ? bias + j0 : nullptr, j0, static_cast<int>(min_of(kWidth, g.n - j0)));
+    few_rows<T>(static_cast<int>(g.m), g, static_cast<const Elem*>(a), a_row,
+                packed + worker * kStretch * kWidth, bias != nullptr ? bias + j0 : nullptr, j0,
+                static_cast<int>(min_of(kWidth, g.n - j0)));
   });
 }
 

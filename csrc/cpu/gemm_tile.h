@@ -2,11 +2,11 @@
 //
 //   C[m, n] = sum_k A[m, k] * B[k, n]
 //
-// B is packed into panels of kNR columns, k by k (`pack_b`), A into panels of kMR rows, each row dense (`pack_a`); both
-// in the element type in which the machine multiplies, `Gemm<T>::Elem`: float for float, bf16 and f16, double for
-// double, and a pair of bf16 (two consecutive k) where the level has BF16 dot products. The tile itself (`multiply`)
-// keeps kMR x kNR sums in registers and adds any number of products to them, so a convolution can add its taps up
-// before the only store.
+// B is packed into panels of kNR columns, k by k (`pack_b`), A into panels of kMR rows, each row dense
+// (`pack_a`); both in the element type in which the machine multiplies, `Gemm<T>::Elem`: float for float,
+// bf16 and f16, double for double, and a pair of bf16 (two consecutive k) where the level has BF16 dot
+// products. The tile itself (`multiply`) keeps kMR x kNR sums in registers and adds any number of products to
+// them, so a convolution can add its taps up before the only store.
 //
 // gemm.h blocks whole products over these.
 #pragma once
@@ -34,7 +34,8 @@ struct Gemm<bf16> {
 };
 #endif
 
-// Rows and column vectors of a register tile: kMR * kNV sums, kNV vectors of B and a broadcast of A fill the registers.
+// Rows and column vectors of a register tile: kMR * kNV sums, kNV vectors of B and a broadcast of A fill the
+// registers.
 #if FASTNN_ISA_LEVEL >= 2
 inline constexpr int kMR = 12, kNV = 2;
 #elif FASTNN_ISA_LEVEL == 1
@@ -78,8 +79,10 @@ FASTNN_INLINE Pairs load_packed(const bf16x2* p) { return {_mm512_loadu_si512(p)
 FASTNN_INLINE F multiply_add(F sum, Pairs a, Pairs b) {
 #if defined(FASTNN_EMULATE_BF16)
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  const F a1{_mm512_castsi512_ps(_mm512_and_si512(a.v, high))}, b1{_mm512_castsi512_ps(_mm512_and_si512(b.v, high))};
-  const F a0{_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}, b0{_mm512_castsi512_ps(_mm512_slli_epi32(b.v, 16))};
+  const F a1{_mm512_castsi512_ps(_mm512_and_si512(a.v, high))},
+      b1{_mm512_castsi512_ps(_mm512_and_si512(b.v, high))};
+  const F a0{_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))},
+      b0{_mm512_castsi512_ps(_mm512_slli_epi32(b.v, 16))};
   return fma(a0, b0, fma(a1, b1, sum));
 #else
   return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
@@ -102,12 +105,14 @@ struct Tile {
     }
   }
 
-  // Adds k products. Row i of A starts at a + i * row, and its element p is p * step further, or p where kDense. B has
-  // NV vectors for each k, b_step elements from one k to the next: packed panels follow on one another.
+  // Adds k products. Row i of A starts at a + i * row, and its element p is p * step further, or p where
+  // kDense. B has NV vectors for each k, b_step elements from one k to the next: packed panels follow on one
+  // another.
   template <bool kDense>
   FASTNN_INLINE void multiply(int64_t k, const Elem* a, int64_t row, int64_t step, const Elem* b,
                               int64_t b_step = NV * V::size) {
-    // Rows are addressed in threes from a shared base, which the addressing modes (base + index * 1, 2) cover.
+    // Rows are addressed in threes from a shared base, which the addressing modes (base + index * 1, 2)
+    // cover.
     constexpr int kGroups = (MR + 2) / 3;
     const Elem* base[kGroups];
 #pragma GCC unroll 8
@@ -217,7 +222,8 @@ FASTNN_INLINE void store_elem_vector(float* p, F x) { store(p, x); }
 FASTNN_INLINE void store_elem_vector(bf16x2* p, F x) { _mm512_storeu_ps(reinterpret_cast<float*>(p), x.v); }
 #endif
 
-// A vector of 4-byte packed elements: `count` of them, side by side at p, each of `left` products `step` elements apart.
+// A vector of 4-byte packed elements: `count` of them, side by side at p, each of `left` products `step`
+// elements apart.
 template <class T>
 FASTNN_INLINE F load_across(const T* p, int64_t step, int64_t left, int count) {
 #if FASTNN_ISA_LEVEL >= 3
@@ -233,9 +239,11 @@ FASTNN_INLINE F load_across(const T* p, int64_t step, int64_t left, int count) {
   return count >= F::size ? load(p) : load(p, count > 0 ? count : 0);
 }
 
-// Packs one panel: `n` columns (up to kNR) of k products, zeros in the rest. B[p, j] is at b[p * b_k + j * b_n].
+// Packs one panel: `n` columns (up to kNR) of k products, zeros in the rest. B[p, j] is at b[p * b_k + j *
+// b_n].
 template <class T>
-inline void pack_b_panel(const T* b, int64_t b_k, int64_t b_n, int64_t k, int n, typename Gemm<T>::Elem* out) {
+inline void pack_b_panel(const T* b, int64_t b_k, int64_t b_n, int64_t k, int n,
+                         typename Gemm<T>::Elem* out) {
   constexpr int kPer = Gemm<T>::kPerElem, kWidth = kNR<T>;
   const int64_t elems = packed_k<T>(k);
   if constexpr (kPer == 1) {
@@ -301,8 +309,8 @@ inline void pack_b_panel(const T* b, int64_t b_k, int64_t b_n, int64_t k, int n,
   }
 }
 
-// Packs `m` rows of A, each k products, row after row with `row` elements between their starts: at least packed_k(k)
-// rounded up to 16. A[i, p] is at a[i * a_m + p * a_k].
+// Packs `m` rows of A, each k products, row after row with `row` elements between their starts: at least
+// packed_k(k) rounded up to 16. A[i, p] is at a[i * a_m + p * a_k].
 template <class T>
 inline void pack_a(const T* a, int64_t a_m, int64_t a_k, int64_t m, int64_t k, typename Gemm<T>::Elem* out,
                    int64_t row) {
@@ -313,7 +321,8 @@ inline void pack_a(const T* a, int64_t a_m, int64_t a_k, int64_t m, int64_t k, t
     for (int64_t i = 0; i < m; ++i, a += a_m, out += row) {
       if constexpr (sizeof(Elem) == 4) {
         int64_t e = 0;
-        for (; e + F::size <= k / kPer; e += F::size) store_elem_vector(out + e, load_elems(a + e * kPer, F::size * kPer));
+        for (; e + F::size <= k / kPer; e += F::size)
+          store_elem_vector(out + e, load_elems(a + e * kPer, F::size * kPer));
         for (; e < elems; ++e) out[e] = pack_one<T>(a + e * kPer, 1, k - e * kPer);
       } else {
         __builtin_memcpy(out, a, static_cast<size_t>(k) * sizeof(Elem));
@@ -335,7 +344,8 @@ inline void pack_a(const T* a, int64_t a_m, int64_t a_k, int64_t m, int64_t k, t
             for (int q = 0; q < kStep; ++q) block[q] = load_across(from + q * kPer * a_k, a_k, kPer, kStep);
           } else {
             for (int q = 0; q < kStep; ++q) {
-              block[q] = e + q < elems ? load_across(from + q * kPer * a_k, a_k, k - (e + q) * kPer, rows) : zero<float>();
+              block[q] = e + q < elems ? load_across(from + q * kPer * a_k, a_k, k - (e + q) * kPer, rows)
+                                       : zero<float>();
             }
           }
           transpose(block);
@@ -364,8 +374,8 @@ struct Epilogue {
 };
 
 template <class T, class S, int MR, int NV>
-FASTNN_INLINE void finish(Tile<S, MR, NV>& tile, const acc_t<T>* partial, int64_t partial_row, const Epilogue<T>& last, T* c,
-                          int64_t c_row, int n) {
+FASTNN_INLINE void finish(Tile<S, MR, NV>& tile, const acc_t<T>* partial, int64_t partial_row,
+                          const Epilogue<T>& last, T* c, int64_t c_row, int n) {
   using V = Vec<acc_t<T>>;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {

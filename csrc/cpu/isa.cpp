@@ -43,7 +43,8 @@ Isa detected_isa() {
 Isa current_isa() { return static_cast<Isa>(level().load(std::memory_order_relaxed)); }
 
 bool set_isa(Isa wanted) {
-  if (static_cast<int>(wanted) < 0 || static_cast<int>(wanted) > static_cast<int>(detected_isa())) return false;
+  if (static_cast<int>(wanted) < 0 || static_cast<int>(wanted) > static_cast<int>(detected_isa()))
+    return false;
   level().store(static_cast<int>(wanted), std::memory_order_relaxed);
   return true;
 }

@@ -24,28 +24,28 @@ bool set_isa(Isa level);
 // A kernel `void name(const Args&, const Context&)` has one definition per level, each in the namespace of
 // the level; calling fastnn::name runs the current level's.
 #if defined(__x86_64__)
-#define FASTNN_KERNEL(name, Args)                                                                     \
-  namespace portable {                                                                                \
-  void name(const Args&, const Context&);                                                             \
-  }                                                                                                   \
-  namespace avx2 {                                                                                    \
-  void name(const Args&, const Context&);                                                             \
-  }                                                                                                   \
-  namespace avx512 {                                                                                  \
-  void name(const Args&, const Context&);                                                             \
-  }                                                                                                   \
-  namespace avx512_bf16 {                                                                             \
-  void name(const Args&, const Context&);                                                             \
-  }                                                                                                   \
-  inline void name(const Args& args, const Context& context) {                                        \
-    using Kernel = void (*)(const Args&, const Context&);                                             \
+#define FASTNN_KERNEL(name, Args)                                                                        \
+  namespace portable {                                                                                   \
+  void name(const Args&, const Context&);                                                                \
+  }                                                                                                      \
+  namespace avx2 {                                                                                       \
+  void name(const Args&, const Context&);                                                                \
+  }                                                                                                      \
+  namespace avx512 {                                                                                     \
+  void name(const Args&, const Context&);                                                                \
+  }                                                                                                      \
+  namespace avx512_bf16 {                                                                                \
+  void name(const Args&, const Context&);                                                                \
+  }                                                                                                      \
+  inline void name(const Args& args, const Context& context) {                                           \
+    using Kernel = void (*)(const Args&, const Context&);                                                \
     constexpr Kernel levels[kIsaLevels] = {portable::name, avx2::name, avx512::name, avx512_bf16::name}; \
-    levels[static_cast<int>(current_isa())](args, context);                                           \
+    levels[static_cast<int>(current_isa())](args, context);                                              \
   }
 #else
-#define FASTNN_KERNEL(name, Args)                                                                     \
-  namespace portable {                                                                                \
-  void name(const Args&, const Context&);                                                             \
-  }                                                                                                   \
+#define FASTNN_KERNEL(name, Args)         \
+  namespace portable {                    \
+  void name(const Args&, const Context&); \
+  }                                       \
   inline void name(const Args& args, const Context& context) { portable::name(args, context); }
 #endif

@@ -13,7 +13,8 @@ void backward(const LinearBackwardArgs& args, const Context& context) {
   if (args.output != nullptr) {
     T* masked = context.scratch<T>(m * n);
     if (args.grad_bias != nullptr) {
-      mask_and_sum<T, true, true>(m, n, grad, static_cast<const T*>(args.output), masked, static_cast<T*>(args.grad_bias), context);
+      mask_and_sum<T, true, true>(m, n, grad, static_cast<const T*>(args.output), masked,
+                                  static_cast<T*>(args.grad_bias), context);
     } else {
       mask_and_sum<T, true, false>(m, n, grad, static_cast<const T*>(args.output), masked, nullptr, context);
     }
@@ -22,11 +23,13 @@ void backward(const LinearBackwardArgs& args, const Context& context) {
     mask_and_sum<T, false, true>(m, n, grad, nullptr, nullptr, static_cast<T*>(args.grad_bias), context);
   }
   if (args.grad_input != nullptr) {
-    gemm(GemmArgs<T>{m, k, n, grad, n, 1, static_cast<const T*>(args.weight), k, 1, static_cast<T*>(args.grad_input), k},
+    gemm(GemmArgs<T>{m, k, n, grad, n, 1, static_cast<const T*>(args.weight), k, 1,
+                     static_cast<T*>(args.grad_input), k},
          context);
   }
   if (args.grad_weight != nullptr) {
-    gemm(GemmArgs<T>{n, k, m, grad, 1, n, static_cast<const T*>(args.input), k, 1, static_cast<T*>(args.grad_weight), k},
+    gemm(GemmArgs<T>{n, k, m, grad, 1, n, static_cast<const T*>(args.input), k, 1,
+                     static_cast<T*>(args.grad_weight), k},
          context);
   }
 }

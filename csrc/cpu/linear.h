@@ -20,13 +20,13 @@ struct LinearArgs {
 struct LinearBackwardArgs {
   DType dtype;
   int64_t m, n, k;
-  const void* grad;     // [m, n], of the output
-  const void* output;   // [m, n] where a ReLU followed (no gradient passes where it is 0), or null
-  const void* input;    // [m, k]; read only for grad_weight
-  const void* weight;   // [n, k]; read only for grad_input
-  void* grad_input;     // [m, k] or null
-  void* grad_weight;    // [n, k] or null
-  void* grad_bias;      // [n] or null
+  const void* grad;    // [m, n], of the output
+  const void* output;  // [m, n] where a ReLU followed (no gradient passes where it is 0), or null
+  const void* input;   // [m, k]; read only for grad_weight
+  const void* weight;  // [n, k]; read only for grad_input
+  void* grad_input;    // [m, k] or null
+  void* grad_weight;   // [n, k] or null
+  void* grad_bias;     // [n] or null
 };
 
 FASTNN_KERNEL(linear_forward, LinearArgs)

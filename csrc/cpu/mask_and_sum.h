@@ -6,13 +6,16 @@
 
 namespace fastnn::FASTNN_ISA_NS {
 
-// Rows that are added up before they join the total: the error of a long sum grows with the longer of the two chains.
+// Rows that are added up before they join the total: the error of a long sum grows with the longer of the two
+// chains.
 inline constexpr int64_t kSumRows = 64;
 
-// One pass over dY, [m, n]: masks it where the ReLU's output is not positive, into `masked` (or leaves it where it is), and adds
-// up its columns into the bias gradient. A task owns its columns, so the order of the sum is fixed.
+// One pass over dY, [m, n]: masks it where the ReLU's output is not positive, into `masked` (or leaves it
+// where it is), and adds up its columns into the bias gradient. A task owns its columns, so the order of the
+// sum is fixed.
 template <class T, bool kMask, bool kSum>
-inline void mask_and_sum(int64_t m, int64_t n, const T* grad, const T* output, T* masked, T* grad_bias, const Context& context) {
+inline void mask_and_sum(int64_t m, int64_t n, const T* grad, const T* output, T* masked, T* grad_bias,
+                         const Context& context) {
   using A = acc_t<T>;
   using V = Vec<A>;
   constexpr int kVectors = 4;

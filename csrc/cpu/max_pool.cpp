@@ -29,10 +29,12 @@ struct MaxPool {
 
   // One window of one channel of [n, c, h, w], tap by tap.
   void one(const T* plane, int64_t u, int64_t v, int64_t at) const {
-    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v), c1 = columns.end_tap(v);
+    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v),
+                  c1 = columns.end_tap(v);
     const int64_t top = rows.start(u), left = columns.start(v);
     A best = -__builtin_huge_val();
-    int64_t row = top + r0 * rows.dilation, column = left + c0 * columns.dilation, tap = r0 * columns.kernel + c0;
+    int64_t row = top + r0 * rows.dilation, column = left + c0 * columns.dilation,
+            tap = r0 * columns.kernel + c0;
     for (int64_t r = r0; r < r1; ++r) {
       const T* from = plane + (top + r * rows.dilation) * row_step;
       for (int64_t c = c0; c < c1; ++c) {
@@ -48,7 +50,8 @@ struct MaxPool {
 
   // A wide window of one channel: the maximum by vectors, then the place where it first stands.
   void wide(const T* plane, int64_t u, int64_t v, int64_t at) const {
-    const int64_t top = rows.start(u), left = columns.start(v), height = rows.end_tap(u), width = columns.end_tap(v);
+    const int64_t top = rows.start(u), left = columns.start(v), height = rows.end_tap(u),
+                  width = columns.end_tap(v);
     const bool dense = width == columns.inputs;
     const int64_t lines = dense ? 1 : height, length = dense ? height * width : width;
     V most = splat(static_cast<A>(-__builtin_huge_val()));
@@ -87,14 +90,16 @@ struct MaxPool {
     put(at, value, row, column, (row - top) * columns.kernel + column - left);
   }
 
-  // Windows [low, high) of row u, all inside the input along the columns, of one channel: a vector of windows at a time.
+  // Windows [low, high) of row u, all inside the input along the columns, of one channel: a vector of windows
+  // at a time.
   void run(const T* plane, int64_t u, int64_t low, int64_t high, int64_t at, const int64_t* tap_index) const {
     const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), stride = columns.stride;
     const int64_t top = rows.start(u);
     for (int64_t v = low; v < high; v += V::size) {
       const int count = static_cast<int>(min_of(V::size, high - v));
       // Whole vectors may read one element further than the last tap: not at the end of the plane.
-      const bool whole = count == V::size && (stride == 1 || v + V::size < high || top + (r1 - 1) * rows.dilation + 1 < rows.inputs);
+      const bool whole = count == V::size && (stride == 1 || v + V::size < high ||
+                                              top + (r1 - 1) * rows.dilation + 1 < rows.inputs);
       V best = splat(static_cast<A>(-__builtin_huge_val())), tap = splat(static_cast<A>(r0 * columns.kernel));
       for (int64_t r = r0; r < r1; ++r) {
         const T* from = plane + (top + r * rows.dilation) * row_step + v * stride - columns.padding;
@@ -111,7 +116,8 @@ struct MaxPool {
         A lane[V::size];
         store(lane, tap);
         const int64_t base = top * columns.inputs + v * stride - columns.padding;
-        for (int i = 0; i < count; ++i) args.indices[at + v + i] = base + i * stride + tap_index[static_cast<int64_t>(lane[i])];
+        for (int i = 0; i < count; ++i)
+          args.indices[at + v + i] = base + i * stride + tap_index[static_cast<int64_t>(lane[i])];
       }
     }
   }
@@ -128,9 +134,12 @@ struct MaxPool {
 
   // All channels of window (u, v) of [n, h, w, c].
   template <int N>
-  void across(const T* image, int64_t u, int64_t v, int64_t at, int64_t channel, int count, const int64_t* tap_index) const {
-    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v), c1 = columns.end_tap(v);
-    const int64_t top = rows.start(u), left = columns.start(v), taps = rows.adaptive ? columns.inputs : columns.kernel;
+  void across(const T* image, int64_t u, int64_t v, int64_t at, int64_t channel, int count,
+              const int64_t* tap_index) const {
+    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v),
+                  c1 = columns.end_tap(v);
+    const int64_t top = rows.start(u), left = columns.start(v),
+                  taps = rows.adaptive ? columns.inputs : columns.kernel;
     V best[N], tap[N];
     for (int i = 0; i < N; ++i) {
       best[i] = splat(static_cast<A>(-__builtin_huge_val()));
@@ -138,7 +147,8 @@ struct MaxPool {
     }
     for (int64_t r = r0; r < r1; ++r) {
       for (int64_t c = c0; c < c1; ++c) {
-        const T* from = image + (top + r * rows.dilation) * row_step + (left + c * columns.dilation) * column_step + channel;
+        const T* from = image + (top + r * rows.dilation) * row_step +
+                        (left + c * columns.dilation) * column_step + channel;
         const V here = splat(static_cast<A>(r * taps + c));
 #pragma GCC unroll 4
         for (int i = 0; i < N; ++i) {
@@ -165,12 +175,14 @@ struct MaxPool {
     const int64_t count = shape.n * shape.c * rows.outputs * columns.outputs;
     if (count == 0) return;
     // Where a tap lies, relative to tap 0.
-    const int64_t kernel_rows = rows.adaptive ? rows.inputs : rows.kernel, kernel_columns = rows.adaptive ? columns.inputs : columns.kernel;
+    const int64_t kernel_rows = rows.adaptive ? rows.inputs : rows.kernel,
+                  kernel_columns = rows.adaptive ? columns.inputs : columns.kernel;
     int64_t* tap_index = nullptr;
     if (args.indices != nullptr) {
       tap_index = context.scratch<int64_t>(kernel_rows * kernel_columns);
       for (int64_t t = 0; t < kernel_rows * kernel_columns; ++t) {
-        tap_index[t] = t / kernel_columns * rows.dilation * columns.inputs + t % kernel_columns * columns.dilation;
+        tap_index[t] =
+            t / kernel_columns * rows.dilation * columns.inputs + t % kernel_columns * columns.dilation;
       }
     }
     const int64_t read = shape.n * shape.c * rows.inputs * columns.inputs;
@@ -180,18 +192,23 @@ struct MaxPool {
     const int64_t lines = shape.n * (shape.channels_last ? 1 : shape.c) * rows.outputs;
     const int64_t tasks = workers <= 1 ? 1 : min_of(lines, 8 * workers);
     const bool vectors = !columns.adaptive && (columns.outputs >= 4 || columns.kernel < 4);
-    const bool dense_windows = columns.adaptive || (rows.padding == 0 && columns.padding == 0 && rows.dilation == 1 && columns.dilation == 1);
+    const bool dense_windows = columns.adaptive || (rows.padding == 0 && columns.padding == 0 &&
+                                                    rows.dilation == 1 && columns.dilation == 1);
     const int64_t low = vectors ? columns.first_inside() : 0, high = vectors ? columns.end_inside() : 0;
     context.for_each(tasks, workers, [&](int64_t task, int) {
-      for (int64_t line = task * lines / tasks; line < (task + 1) * lines / tasks; ++line) {
-        const int64_t u = line % rows.outputs, plane = line / rows.outputs;
+      const int64_t begin = task * lines / tasks, end = (task + 1) * lines / tasks;
+      int64_t u = begin % rows.outputs, plane = begin / rows.outputs;
+      for (int64_t line = begin; line < end;
+           ++line, plane += ++u == rows.outputs, u = u == rows.outputs ? 0 : u) {
         const T* from = input + plane * rows.inputs * columns.inputs * (shape.channels_last ? shape.c : 1);
         if (shape.channels_last) {
           for (int64_t v = 0; v < columns.outputs; ++v) {
             const int64_t at = (line * columns.outputs + v) * shape.c;
             int64_t c = 0;
-            for (; c + 4 * V::size <= shape.c; c += 4 * V::size) across<4>(from, u, v, at, c, V::size, tap_index);
-            for (; c < shape.c; c += V::size) across<1>(from, u, v, at, c, static_cast<int>(min_of(V::size, shape.c - c)), tap_index);
+            for (; c + 4 * V::size <= shape.c; c += 4 * V::size)
+              across<4>(from, u, v, at, c, V::size, tap_index);
+            for (; c < shape.c; c += V::size)
+              across<1>(from, u, v, at, c, static_cast<int>(min_of(V::size, shape.c - c)), tap_index);
           }
         } else {
           const int64_t at = line * columns.outputs;
@@ -277,7 +294,8 @@ void backward_planes(const MaxPoolBackwardArgs& args, const Context& context) {
   });
 }
 
-// Windows of stride >= kernel in both directions: every input element is in one window at most, and written once.
+// Windows of stride >= kernel in both directions: every input element is in one window at most, and written
+// once.
 template <class T>
 void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
   const PoolShape& s = args.shape;
@@ -289,7 +307,8 @@ void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
   int32_t place[256];
   for (int64_t t = 0; t < 256; ++t) {
     const int64_t tap = t < rows.kernel * columns.kernel ? t : 0;
-    place[t] = static_cast<int32_t>(tap / columns.kernel * rows.dilation * columns.inputs + tap % columns.kernel * columns.dilation);
+    place[t] = static_cast<int32_t>(tap / columns.kernel * rows.dilation * columns.inputs +
+                                    tap % columns.kernel * columns.dilation);
   }
   context.for_each(tasks, workers, [&](int64_t task, int) {
     for (int64_t plane = task * planes / tasks; plane < (task + 1) * planes / tasks; ++plane) {
@@ -298,7 +317,8 @@ void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
       for (int64_t u = 0; u < rows.outputs; ++u) {
         const int64_t top = rows.start(u);
         // Rows up to the end of this window, just before they are written.
-        const int64_t end = u + 1 < rows.outputs ? min_of(rows.inputs, max_of(0, rows.start(u + 1))) : rows.inputs;
+        const int64_t end =
+            u + 1 < rows.outputs ? min_of(rows.inputs, max_of(0, rows.start(u + 1))) : rows.inputs;
         clear(out + cleared * columns.inputs, (end - cleared) * columns.inputs);
         cleared = end;
         const int64_t at = (plane * rows.outputs + u) * columns.outputs;
@@ -306,7 +326,8 @@ void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
         const int64_t v0 = columns.first_inside(), v1 = columns.end_inside();
         const bool inside = top >= 0 && top + (rows.kernel - 1) * rows.dilation < rows.inputs;
         if (inside) {
-          for (int64_t v = v0; v < v1; ++v) to[v * columns.stride + place[args.locations[at + v]]] = grad[at + v];
+          for (int64_t v = v0; v < v1; ++v)
+            to[v * columns.stride + place[args.locations[at + v]]] = grad[at + v];
         }
         for (int64_t v = 0; v < columns.outputs; ++v) {
           if (inside && v == v0) v = v1;
@@ -322,7 +343,8 @@ void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
   });
 }
 
-// [n, h, w, c]: a task owns a block of channels of an image; taps are compared a vector of channels at a time.
+// [n, h, w, c]: a task owns a block of channels of an image; taps are compared a vector of channels at a
+// time.
 template <class T>
 void backward_channels_last(const MaxPoolBackwardArgs& args, const Context& context) {
   using A = acc_t<T>;
@@ -331,7 +353,8 @@ void backward_channels_last(const MaxPoolBackwardArgs& args, const Context& cont
   const PoolAxis &rows = s.rows, &columns = s.columns;
   const int64_t inputs = rows.inputs * columns.inputs;
   const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context.threads);
-  const int64_t block = s.n >= 2 * workers ? round_up(min_of(s.c, 256), V::size) : min_of(round_up(s.c, V::size), 4 * V::size);
+  const int64_t block =
+      s.n >= 2 * workers ? round_up(min_of(s.c, 256), V::size) : min_of(round_up(s.c, V::size), 4 * V::size);
   const int64_t blocks = ceil_div(s.c, block);
   A* memory = context.scratch<A>(workers * inputs * block);
   const auto* grad = static_cast<const T*>(args.grad);
@@ -388,11 +411,14 @@ void backward_channels_last_apart(const MaxPoolBackwardArgs& args, const Context
   context.for_each(s.n * rows.outputs, workers, [&](int64_t task, int) {
     const int64_t n = task / rows.outputs, u = task % rows.outputs, top = rows.start(u);
     const int64_t begin = u == 0 ? 0 : min_of(rows.inputs, max_of(0, top));
-    const int64_t end = u + 1 < rows.outputs ? min_of(rows.inputs, max_of(0, rows.start(u + 1))) : rows.inputs;
+    const int64_t end =
+        u + 1 < rows.outputs ? min_of(rows.inputs, max_of(0, rows.start(u + 1))) : rows.inputs;
     T* image = grad_input + n * rows.inputs * line;
     // Where the windows leave no gap, every element is written below.
-    const bool gaps = rows.stride != rows.kernel || columns.stride != columns.kernel || rows.dilation != 1 || columns.dilation != 1 ||
-                      columns.start(columns.outputs - 1) + columns.kernel < columns.inputs || top + rows.kernel < end;
+    const bool gaps = rows.stride != rows.kernel || columns.stride != columns.kernel || rows.dilation != 1 ||
+                      columns.dilation != 1 ||
+                      columns.start(columns.outputs - 1) + columns.kernel < columns.inputs ||
+                      top + rows.kernel < end;
     if (gaps) clear(image + begin * line, (end - begin) * line);
     const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u);
     for (int64_t v = 0; v < columns.outputs; ++v) {
@@ -419,9 +445,12 @@ void backward(const MaxPoolBackwardArgs& args, const Context& context) {
   if (s.rows.outputs * s.columns.outputs == 0) {
     return clear(static_cast<T*>(args.grad_input), s.n * s.c * s.rows.inputs * s.columns.inputs);
   }
-  const auto apart = [](const PoolAxis& a) { return !a.adaptive && a.stride >= a.dilation * (a.kernel - 1) + 1; };
+  const auto apart = [](const PoolAxis& a) {
+    return !a.adaptive && a.stride >= a.dilation * (a.kernel - 1) + 1;
+  };
   const bool once = args.locations != nullptr && apart(s.rows) && apart(s.columns);
-  if (s.channels_last) return once ? backward_channels_last_apart<T>(args, context) : backward_channels_last<T>(args, context);
+  if (s.channels_last)
+    return once ? backward_channels_last_apart<T>(args, context) : backward_channels_last<T>(args, context);
   if (once) return backward_apart<T>(args, context);
   backward_planes<T>(args, context);
 }

@@ -11,17 +11,22 @@ namespace fastnn {
 struct PoolAxis {
   int64_t inputs, outputs;
   int64_t kernel, stride, padding, dilation;
-  bool adaptive;  // output o covers [floor(o * inputs / outputs), ceil((o + 1) * inputs / outputs)); the rest is not read
+  bool adaptive;  // output o covers [floor(o * inputs / outputs), ceil((o + 1) * inputs / outputs)); the rest
+                  // is not read
 
-  // First tap of window o inside the input, and the number of taps up to the last inside: kernel taps without padding.
+  // First tap of window o inside the input, and the number of taps up to the last inside: kernel taps without
+  // padding.
   int64_t first_tap(int64_t o) const {
     const int64_t start = o * stride - padding;
-    return adaptive || start >= 0 ? 0 : (-start + dilation - 1) / dilation;
+    if (adaptive || start >= 0) return 0;
+    return dilation == 1 ? -start
+                         : (-start + dilation - 1) / dilation;  // a division costs more than a small window
   }
   int64_t end_tap(int64_t o) const {
     if (adaptive) return ((o + 1) * inputs + outputs - 1) / outputs - start(o);
     const int64_t room = inputs - start(o);
-    return room <= 0 ? 0 : min_of(kernel, (room + dilation - 1) / dilation);
+    if (room <= 0) return 0;
+    return min_of(kernel, dilation == 1 ? room : (room + dilation - 1) / dilation);
   }
   // Where tap 0 of window o lies; negative in the padding.
   int64_t start(int64_t o) const { return adaptive ? o * inputs / outputs : o * stride - padding; }

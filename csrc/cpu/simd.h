@@ -1,5 +1,6 @@
-// One vector type per element type and ISA level: Vec<float>, Vec<double>. All intrinsics of the floating-point kernels
-// stand here. Everything lives in the namespace of the level, so no two levels share a function.
+// One vector type per element type and ISA level: Vec<float>, Vec<double>. All intrinsics of the
+// floating-point kernels stand here. Everything lives in the namespace of the level, so no two levels share a
+// function.
 #pragma once
 
 #include <cstring>
@@ -69,8 +70,9 @@ FASTNN_INLINE f16 from_acc<f16>(float x) {
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (bits >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and above round to infinity
-  if (bits < 0x38800000u) {  // below the least normal half: let the float adder round
+  if (bits >= 0x477ff000u)
+    return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and above round to infinity
+  if (bits < 0x38800000u) {                          // below the least normal half: let the float adder round
     float value;
     __builtin_memcpy(&value, &bits, 4);
     value += 0.5f;
@@ -112,18 +114,28 @@ struct Mask<double> {
 using F = Vec<float>;
 using D = Vec<double>;
 
-FASTNN_INLINE __mmask16 first16(int n) { return static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<uint32_t>(n))); }
-FASTNN_INLINE __mmask8 first8(int n) { return static_cast<__mmask8>(_bzhi_u32(0xffu, static_cast<uint32_t>(n))); }
+FASTNN_INLINE __mmask16 first16(int n) {
+  return static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<uint32_t>(n)));
+}
+FASTNN_INLINE __mmask8 first8(int n) {
+  return static_cast<__mmask8>(_bzhi_u32(0xffu, static_cast<uint32_t>(n)));
+}
 
 FASTNN_INLINE F splat(float x) { return {_mm512_set1_ps(x)}; }
 FASTNN_INLINE D splat(double x) { return {_mm512_set1_pd(x)}; }
 
 FASTNN_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FASTNN_INLINE D load(const double* p) { return {_mm512_loadu_pd(p)}; }
-FASTNN_INLINE F widen(__m256i x, bf16) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))}; }
+FASTNN_INLINE F widen(__m256i x, bf16) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
 FASTNN_INLINE F widen(__m256i x, f16) { return {_mm512_cvtph_ps(x)}; }
-FASTNN_INLINE F load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), bf16{}); }
-FASTNN_INLINE F load(const f16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), f16{}); }
+FASTNN_INLINE F load(const bf16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), bf16{});
+}
+FASTNN_INLINE F load(const f16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), f16{});
+}
 
 // The first n elements, zeros behind; memory past them is not read. n may be 0 or more than the size.
 FASTNN_INLINE F load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first16(n), p)}; }
@@ -147,8 +159,12 @@ FASTNN_INLINE __m256i narrow(F x, f16) { return _mm512_cvtps_ph(x.v, _MM_FROUND_
 
 FASTNN_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x.v); }
 FASTNN_INLINE void store(double* p, D x) { _mm512_storeu_pd(p, x.v); }
-FASTNN_INLINE void store(bf16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, bf16{})); }
-FASTNN_INLINE void store(f16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, f16{})); }
+FASTNN_INLINE void store(bf16* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, bf16{}));
+}
+FASTNN_INLINE void store(f16* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, f16{}));
+}
 FASTNN_INLINE void store(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first16(n), x.v); }
 FASTNN_INLINE void store(double* p, D x, int n) { _mm512_mask_storeu_pd(p, first8(n), x.v); }
 FASTNN_INLINE void store(bf16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first16(n), narrow(x, bf16{})); }
@@ -176,10 +192,18 @@ FASTNN_INLINE Mask<float> operator==(F a, F b) { return {_mm512_cmp_ps_mask(a.v,
 FASTNN_INLINE Mask<double> operator==(D a, D b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 FASTNN_INLINE Mask<float> is_nan(F a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
 FASTNN_INLINE Mask<double> is_nan(D a) { return {_mm512_cmp_pd_mask(a.v, a.v, _CMP_UNORD_Q)}; }
-FASTNN_INLINE Mask<float> operator|(Mask<float> a, Mask<float> b) { return {static_cast<__mmask16>(a.m | b.m)}; }
-FASTNN_INLINE Mask<double> operator|(Mask<double> a, Mask<double> b) { return {static_cast<__mmask8>(a.m | b.m)}; }
-FASTNN_INLINE Mask<float> operator&(Mask<float> a, Mask<float> b) { return {static_cast<__mmask16>(a.m & b.m)}; }
-FASTNN_INLINE Mask<double> operator&(Mask<double> a, Mask<double> b) { return {static_cast<__mmask8>(a.m & b.m)}; }
+FASTNN_INLINE Mask<float> operator|(Mask<float> a, Mask<float> b) {
+  return {static_cast<__mmask16>(a.m | b.m)};
+}
+FASTNN_INLINE Mask<double> operator|(Mask<double> a, Mask<double> b) {
+  return {static_cast<__mmask8>(a.m | b.m)};
+}
+FASTNN_INLINE Mask<float> operator&(Mask<float> a, Mask<float> b) {
+  return {static_cast<__mmask16>(a.m & b.m)};
+}
+FASTNN_INLINE Mask<double> operator&(Mask<double> a, Mask<double> b) {
+  return {static_cast<__mmask8>(a.m & b.m)};
+}
 // a where the mask holds, else b.
 FASTNN_INLINE F select(Mask<float> m, F a, F b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
 FASTNN_INLINE D select(Mask<double> m, D a, D b) { return {_mm512_mask_blend_pd(m.m, b.v, a.v)}; }
@@ -228,7 +252,9 @@ FASTNN_INLINE D splat(double x) { return {_mm256_set1_pd(x)}; }
 
 FASTNN_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
 FASTNN_INLINE D load(const double* p) { return {_mm256_loadu_pd(p)}; }
-FASTNN_INLINE F widen(__m128i x, bf16) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))}; }
+FASTNN_INLINE F widen(__m128i x, bf16) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
+}
 FASTNN_INLINE F widen(__m128i x, f16) { return {_mm256_cvtph_ps(x)}; }
 template <class T>
 FASTNN_INLINE __m128i load_halves(const T* p, int n) {
@@ -237,8 +263,12 @@ FASTNN_INLINE __m128i load_halves(const T* p, int n) {
   for (int i = 0; i < n; ++i) buffer[i] = p[i].bits;
   return _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
 }
-FASTNN_INLINE F load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), bf16{}); }
-FASTNN_INLINE F load(const f16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), f16{}); }
+FASTNN_INLINE F load(const bf16* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), bf16{});
+}
+FASTNN_INLINE F load(const f16* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), f16{});
+}
 
 // The first n elements, zeros behind; memory past them is not read. n may be 0 or more than the size.
 FASTNN_INLINE F load(const float* p, int n) { return {_mm256_maskload_ps(p, first8(n))}; }
@@ -252,7 +282,8 @@ FASTNN_INLINE __m128i narrow(F x, bf16) {
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256 nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
-  const __m256i picked = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
+  const __m256i picked =
+      _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
   const __m256i high = _mm256_srli_epi32(picked, 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
@@ -326,8 +357,8 @@ FASTNN_INLINE D splat(double x) { return {D::reg{x, x}}; }
 
 // The first n elements, zeros behind; memory past them is not read. n may be 0 or more than the size.
 template <class T>
-FASTNN_INLINE Vec<acc_t<T>> load(const T* p, int n) {
-  using V = Vec<acc_t<T>>;
+FASTNN_INLINE Vec<acc_t<T> > load(const T* p, int n) {
+  using V = Vec<acc_t<T> >;
   V out{};
   for (int i = 0; i < V::size; ++i) {
     if (i < n) out.v[i] = to_acc(p[i]);
@@ -335,8 +366,8 @@ FASTNN_INLINE Vec<acc_t<T>> load(const T* p, int n) {
   return out;
 }
 template <class T>
-FASTNN_INLINE Vec<acc_t<T>> load(const T* p) {
-  using V = Vec<acc_t<T>>;
+FASTNN_INLINE Vec<acc_t<T> > load(const T* p) {
+  using V = Vec<acc_t<T> >;
   V out;
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
     __builtin_memcpy(&out.v, p, sizeof(out.v));
@@ -346,17 +377,17 @@ FASTNN_INLINE Vec<acc_t<T>> load(const T* p) {
   return out;
 }
 template <class T>
-FASTNN_INLINE void store(T* p, Vec<acc_t<T>> x, int n) {
-  for (int i = 0; i < Vec<acc_t<T>>::size; ++i) {
+FASTNN_INLINE void store(T* p, Vec<acc_t<T> > x, int n) {
+  for (int i = 0; i < Vec<acc_t<T> >::size; ++i) {
     if (i < n) p[i] = from_acc<T>(x.v[i]);
   }
 }
 template <class T>
-FASTNN_INLINE void store(T* p, Vec<acc_t<T>> x) {
+FASTNN_INLINE void store(T* p, Vec<acc_t<T> > x) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
     __builtin_memcpy(p, &x.v, sizeof(x.v));
   } else {
-    for (int i = 0; i < Vec<acc_t<T>>::size; ++i) p[i] = from_acc<T>(x.v[i]);
+    for (int i = 0; i < Vec<acc_t<T> >::size; ++i) p[i] = from_acc<T>(x.v[i]);
   }
 }
 

@@ -10,7 +10,8 @@ FASTNN_INLINE F scale_by_power(F x, F n) {
 #if FASTNN_ISA_LEVEL >= 2
   return {_mm512_scalef_ps(x.v, n.v)};
 #elif FASTNN_ISA_LEVEL == 1
-  const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  const __m256i bits =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(x.v, _mm256_castsi256_ps(bits))};
 #else
   F out;
@@ -51,8 +52,8 @@ FASTNN_INLINE D nearest(D x) {
   return (x + magic) - magic;
 }
 
-// e^x for x <= 0 (and NaN): 0 below the least normal number. Range reduction by the nearest multiple of ln 2 in two parts
-// (Cody and Waite), and the Taylor polynomial on [-ln 2 / 2, ln 2 / 2].
+// e^x for x <= 0 (and NaN): 0 below the least normal number. Range reduction by the nearest multiple of ln 2
+// in two parts (Cody and Waite), and the Taylor polynomial on [-ln 2 / 2, ln 2 / 2].
 FASTNN_INLINE F exp_negative(F x) {
   const F low = splat(-87.0f);
   const auto tiny = low > x;
@@ -76,9 +77,9 @@ FASTNN_INLINE D exp_negative(D x) {
   const D n = nearest(y * splat(1.4426950408889634074));
   D r = fma(n, splat(-6.93145751953125e-1), y);
   r = fma(n, splat(-1.42860682030941723212e-6), r);
-  constexpr double kInverse[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
-                                 1.0 / 40320.0,      1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,
-                                 1.0 / 6.0,          0.5};
+  constexpr double kInverse[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
+                                 1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
+                                 1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5};
   D p = splat(kInverse[0]);
 #pragma GCC unroll 16
   for (int i = 1; i < 12; ++i) p = fma(p, r, splat(kInverse[i]));

@@ -46,7 +46,8 @@ FASTNN_INLINE F load_even(const float* p, int n) {
   return even_of(load(p, 2 * n - 1).v, n > 4 ? load(p + 8, 2 * n - 9).v : _mm256_setzero_ps());
 }
 FASTNN_INLINE F load_even(const bf16* p) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16))};
+  return {
+      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16))};
 }
 FASTNN_INLINE F load_even(const bf16* p, int n) { return gather_every(p, 2, n); }
 FASTNN_INLINE F load_even(const f16* p) { return gather_every(p, 2, F::size); }
@@ -66,7 +67,8 @@ FASTNN_INLINE D load_even(const double* p) { return gather_every(p, 2, D::size);
 FASTNN_INLINE D load_even(const double* p, int n) { return gather_every(p, 2, n); }
 #endif
 
-// A vector of every `step`-th of the elements from p on. With a step of 2 the element behind the last may be read too.
+// A vector of every `step`-th of the elements from p on. With a step of 2 the element behind the last may be
+// read too.
 template <class T>
 FASTNN_INLINE Vec<acc_t<T>> load_every(const T* p, int64_t step) {
   if (step == 1) return load(p);

@@ -9,32 +9,40 @@
 namespace fastnn::ops {
 namespace {
 
-AttentionShape check(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, bool is_causal) {
+AttentionShape check(const Tensor& query, const Tensor& key, const Tensor& value,
+                     const std::optional<Tensor>& mask, bool is_causal) {
   dtype_of(query, "query");
   check_like(query, key, "key");
   check_like(query, value, "value");
-  FASTNN_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
-               "attention expects query, key and value of 4 dimensions (batch, heads, rows, width), got shapes ", shape(query), ", ",
-               shape(key), ", ", shape(value));
-  const AttentionShape s{query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
-  FASTNN_CHECK(key.size(0) == s.batch && value.size(0) == s.batch, "attention expects equal batches, got shapes ", shape(query), ", ",
-               shape(key), ", ", shape(value));
-  FASTNN_CHECK(key.size(3) == s.width, "attention expects a key as wide as the query, ", s.width, ", got shape ", shape(key));
-  FASTNN_CHECK(value.size(1) == s.key_heads && value.size(2) == s.keys, "attention expects a value with the key's heads and rows, got ",
-               shape(value), " for a key of ", shape(key));
-  FASTNN_CHECK(s.key_heads > 0 && s.heads % s.key_heads == 0, "attention expects the number of heads of the key (", s.key_heads,
+  FASTNN_CHECK(
+      query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+      "attention expects query, key and value of 4 dimensions (batch, heads, rows, width), got shapes ",
+      shape(query), ", ", shape(key), ", ", shape(value));
+  const AttentionShape s{query.size(0), query.size(1), key.size(1),  query.size(2),
+                         key.size(2),   query.size(3), value.size(3)};
+  FASTNN_CHECK(key.size(0) == s.batch && value.size(0) == s.batch,
+               "attention expects equal batches, got shapes ", shape(query), ", ", shape(key), ", ",
+               shape(value));
+  FASTNN_CHECK(key.size(3) == s.width, "attention expects a key as wide as the query, ", s.width,
+               ", got shape ", shape(key));
+  FASTNN_CHECK(value.size(1) == s.key_heads && value.size(2) == s.keys,
+               "attention expects a value with the key's heads and rows, got ", shape(value),
+               " for a key of ", shape(key));
+  FASTNN_CHECK(s.key_heads > 0 && s.heads % s.key_heads == 0,
+               "attention expects the number of heads of the key (", s.key_heads,
                ") to divide that of the query (", s.heads, ")");
   FASTNN_CHECK(!mask.has_value() || !is_causal, "attention expects a mask or is_causal, not both");
   if (mask.has_value()) {
     FASTNN_CHECK(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == query.scalar_type(),
-                 "attention expects a mask of dtype bool or the query's, got ScalarType ", static_cast<int>(mask->scalar_type()));
-    FASTNN_CHECK(mask->is_cpu() && mask->dim() >= 2 && mask->dim() <= 4, "attention expects a mask of 2 to 4 dimensions on the CPU, got shape ",
-                 shape(*mask));
+                 "attention expects a mask of dtype bool or the query's, got ScalarType ",
+                 static_cast<int>(mask->scalar_type()));
+    FASTNN_CHECK(mask->is_cpu() && mask->dim() >= 2 && mask->dim() <= 4,
+                 "attention expects a mask of 2 to 4 dimensions on the CPU, got shape ", shape(*mask));
     const int64_t full[4] = {s.batch, s.heads, s.queries, s.keys};
     for (int64_t d = 1; d <= mask->dim(); ++d) {
       const int64_t n = mask->size(mask->dim() - d);
-      FASTNN_CHECK(n == 1 || n == full[4 - d], "attention expects a mask that broadcasts to [", full[0], ", ", full[1], ", ", full[2], ", ",
-                   full[3], "], got ", shape(*mask));
+      FASTNN_CHECK(n == 1 || n == full[4 - d], "attention expects a mask that broadcasts to [", full[0], ", ",
+                   full[1], ", ", full[2], ", ", full[3], "], got ", shape(*mask));
     }
   }
   return s;
@@ -49,7 +57,8 @@ HeadStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.st
 Tensor empty_in_order(const Tensor& like, Sizes sizes) {
   int order[3] = {0, 1, 2};
   for (int i = 1; i < 3; ++i) {
-    for (int j = i; j > 0 && like.stride(order[j]) > like.stride(order[j - 1]); --j) std::swap(order[j], order[j - 1]);
+    for (int j = i; j > 0 && like.stride(order[j]) > like.stride(order[j - 1]); --j)
+      std::swap(order[j], order[j - 1]);
   }
   Tensor out = empty_like(like, {sizes[order[0]], sizes[order[1]], sizes[order[2]], sizes[3]});
   for (int d = 0; d < 3; ++d) {
@@ -69,7 +78,9 @@ AttentionMask mask_of(const std::optional<Tensor>& mask) {
   out.data = mask->const_data_ptr();
   out.boolean = mask->scalar_type() == ScalarType::Bool;
   const int64_t dims = mask->dim();
-  const auto stride = [&](int64_t d) { return d > dims || mask->size(dims - d) == 1 ? 0 : mask->stride(dims - d); };
+  const auto stride = [&](int64_t d) {
+    return d > dims || mask->size(dims - d) == 1 ? 0 : mask->stride(dims - d);
+  };
   out.column = stride(1);
   out.row = stride(2);
   out.head = stride(3);
@@ -88,52 +99,77 @@ double scale_of(const std::optional<double>& scale, const AttentionShape& s) {
   return scale.has_value() ? *scale : 1.0 / sqrt(static_cast<double>(s.width));
 }
 
-std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, bool is_causal,
-                                     std::optional<double> scale) {
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
+                                     bool is_causal, std::optional<double> scale) {
   const AttentionShape s = check(query, key, value, mask, is_causal);
   const Sizes sizes{s.batch, s.heads, s.queries, s.value_width};
-  Tensor output = s.value_width == s.width && query.stride(3) == 1 ? empty_in_order(query, sizes) : empty_like(query, sizes);
+  Tensor output = s.value_width == s.width && query.stride(3) == 1 ? empty_in_order(query, sizes)
+                                                                   : empty_like(query, sizes);
   Tensor logsumexp = empty(query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
                            {s.batch, s.heads, s.queries});
   const Tensor q = rows(query), k = rows(key), v = rows(value);
   const std::optional<Tensor> m = dense_mask(mask);
   TorchContext context;
-  attention_forward({dtype_of(query, "query"), s, q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), strides_of(q),
-                     strides_of(k), strides_of(v), mask_of(m), is_causal, scale_of(scale, s), output.mutable_data_ptr(),
-                     strides_of(output), logsumexp.mutable_data_ptr()},
+  attention_forward({dtype_of(query, "query"), s, q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(),
+                     strides_of(q), strides_of(k), strides_of(v), mask_of(m), is_causal, scale_of(scale, s),
+                     output.mutable_data_ptr(), strides_of(output), logsumexp.mutable_data_ptr()},
                     context);
   return {output, logsumexp};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
-                                                      Tensor output, Tensor logsumexp, bool is_causal, std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,
+                                                      std::optional<Tensor> mask, Tensor output,
+                                                      Tensor logsumexp, bool is_causal,
+                                                      std::optional<double> scale) {
   const AttentionShape s = check(query, key, value, mask, is_causal);
   const Sizes sizes{s.batch, s.heads, s.queries, s.value_width};
   check_like(query, grad, "grad");
   check_like(query, output, "output");
-  FASTNN_CHECK(sizes_of(grad) == sizes && sizes_of(output) == sizes, "attention's backward expects a gradient and an output of shape [",
-               s.batch, ", ", s.heads, ", ", s.queries, ", ", s.value_width, "], got ", shape(grad), " and ", shape(output));
+  FASTNN_CHECK(sizes_of(grad) == sizes && sizes_of(output) == sizes,
+               "attention's backward expects a gradient and an output of shape [", s.batch, ", ", s.heads,
+               ", ", s.queries, ", ", s.value_width, "], got ", shape(grad), " and ", shape(output));
   const ScalarType sums = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   FASTNN_CHECK(logsumexp.scalar_type() == sums && sizes_of(logsumexp) == (Sizes{s.batch, s.heads, s.queries}),
-               "attention's backward expects a logsumexp of shape [", s.batch, ", ", s.heads, ", ", s.queries, "], got ",
-               shape(logsumexp));
+               "attention's backward expects a logsumexp of shape [", s.batch, ", ", s.heads, ", ", s.queries,
+               "], got ", shape(logsumexp));
   Tensor grad_query = empty_in_order(query, sizes_of(query)), grad_key = empty_in_order(key, sizes_of(key)),
          grad_value = empty_in_order(value, sizes_of(value));
-  const Tensor g = rows(grad), q = rows(query), k = rows(key), v = rows(value), y = rows(output), l = dense(logsumexp);
+  const Tensor g = rows(grad), q = rows(query), k = rows(key), v = rows(value), y = rows(output),
+               l = dense(logsumexp);
   const std::optional<Tensor> m = dense_mask(mask);
   TorchContext context;
-  attention_backward({dtype_of(query, "query"), s, g.const_data_ptr(), q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(),
-                      y.const_data_ptr(), strides_of(g), strides_of(q), strides_of(k), strides_of(v), strides_of(y), l.const_data_ptr(),
-                      mask_of(m), is_causal, scale_of(scale, s), grad_query.mutable_data_ptr(), grad_key.mutable_data_ptr(),
-                      grad_value.mutable_data_ptr(), strides_of(grad_query), strides_of(grad_key), strides_of(grad_value)},
+  attention_backward({dtype_of(query, "query"),
+                      s,
+                      g.const_data_ptr(),
+                      q.const_data_ptr(),
+                      k.const_data_ptr(),
+                      v.const_data_ptr(),
+                      y.const_data_ptr(),
+                      strides_of(g),
+                      strides_of(q),
+                      strides_of(k),
+                      strides_of(v),
+                      strides_of(y),
+                      l.const_data_ptr(),
+                      mask_of(m),
+                      is_causal,
+                      scale_of(scale, s),
+                      grad_query.mutable_data_ptr(),
+                      grad_key.mutable_data_ptr(),
+                      grad_value.mutable_data_ptr(),
+                      strides_of(grad_query),
+                      strides_of(grad_key),
+                      strides_of(grad_value)},
                      context);
   return {grad_query, grad_key, grad_value};
 }
 
 FASTNN_OP(attention,
-          "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale) -> (Tensor, Tensor)")
+          "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale) -> (Tensor, "
+          "Tensor)")
 FASTNN_OP(attention_backward,
-          "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, Tensor logsumexp, bool is_causal,"
+          "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, Tensor "
+          "logsumexp, bool is_causal,"
           " float? scale) -> (Tensor, Tensor, Tensor)")
 
 }  // namespace

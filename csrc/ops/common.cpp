@@ -29,7 +29,8 @@ DType dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Double:
       return DType::f64;
     default:
-      FASTNN_CHECK(false, name, " must be float32, bfloat16, float16 or float64, got another dtype (ScalarType ",
+      FASTNN_CHECK(false, name,
+                   " must be float32, bfloat16, float16 or float64, got another dtype (ScalarType ",
                    static_cast<int>(t.scalar_type()), ")");
   }
   return DType::f32;
@@ -37,8 +38,10 @@ DType dtype_of(const Tensor& t, const char* name) {
 
 void check_like(const Tensor& first, const Tensor& other, const char* name) {
   FASTNN_CHECK(first.scalar_type() == other.scalar_type(), name, " must have the input's dtype (ScalarType ",
-               static_cast<int>(first.scalar_type()), "), got ScalarType ", static_cast<int>(other.scalar_type()));
-  FASTNN_CHECK(other.is_cpu(), name, " must be on the CPU as the input is, got device index ", other.get_device_index());
+               static_cast<int>(first.scalar_type()), "), got ScalarType ",
+               static_cast<int>(other.scalar_type()));
+  FASTNN_CHECK(other.is_cpu(), name, " must be on the CPU as the input is, got device index ",
+               other.get_device_index());
 }
 
 void check_like(const Tensor& first, const std::optional<Tensor>& other, const char* name) {
@@ -57,8 +60,8 @@ bool is_channels_last(const Tensor& t) {
 }
 
 MemoryFormat suggested_format(const Tensor& t) {
-  // As torch: strides grow from channels over width and height to batch; a tie of the strides of size-1 dimensions
-  // counts for the contiguous format.
+  // As torch: strides grow from channels over width and height to batch; a tie of the strides of size-1
+  // dimensions counts for the contiguous format.
   if (t.dim() != 4) return MemoryFormat::Contiguous;
   int64_t least = 0;
   if (t.stride(1) == 0) return MemoryFormat::Contiguous;
@@ -95,7 +98,8 @@ TorchContext::TorchContext() {
   };
   allocate = [](void* self, size_t bytes) -> void* {
     auto& held = static_cast<TorchContext*>(self)->held_;
-    held.push_back(empty(ScalarType::Byte, {static_cast<int64_t>(bytes)}));  // torch aligns CPU memory to 64 bytes
+    held.push_back(
+        empty(ScalarType::Byte, {static_cast<int64_t>(bytes)}));  // torch aligns CPU memory to 64 bytes
     return held.back().mutable_data_ptr();
   };
 }

@@ -60,22 +60,22 @@ class TorchContext : public Context {
   std::vector<Tensor> held_;
 };
 
-
 inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
 }  // namespace fastnn::ops
 
-// Defines `fastnn::<name>` twice, from one schema text "name(args) -> result": the overload without a name, to which
-// Python adds gradients, and `.raw`, the kernel alone. `name` is the C++ function too. Arguments have no defaults: the
-// dispatcher would drop a trailing default, and the gradients' list would come out short.
-#define FASTNN_OP(name, signature)                                         \
-  STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {                               \
-    m.def(#name signature);                                                \
-    m.def(#name ".raw" signature);                                         \
-  }                                                                        \
-  STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {                              \
-    m.impl(#name, TORCH_BOX(&name));                                       \
-    m.impl(#name ".raw", TORCH_BOX(&name));                                \
+// Defines `fastnn::<name>` twice, from one schema text "name(args) -> result": the overload without a name,
+// to which Python adds gradients, and `.raw`, the kernel alone. `name` is the C++ function too. Arguments
+// have no defaults: the dispatcher would drop a trailing default, and the gradients' list would come out
+// short.
+#define FASTNN_OP(name, signature)            \
+  STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {  \
+    m.def(#name signature);                   \
+    m.def(#name ".raw" signature);            \
+  }                                           \
+  STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) { \
+    m.impl(#name, TORCH_BOX(&name));          \
+    m.impl(#name ".raw", TORCH_BOX(&name));   \
   }

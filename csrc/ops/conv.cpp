@@ -5,172 +5,229 @@
 namespace fastnn::ops {
 namespace {
 
-using Ints = std::vector<int64_t>;
+// Two numbers: height, width. Ops take each as a number of its own: a list costs a call some microseconds.
+struct Pair {
+  int64_t h, w;
+};
 
 int64_t output_size(int64_t input, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   return (input + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
-void check_pair(const Ints& values, const char* name, int64_t least) {
-  FASTNN_CHECK(values.size() == 2, name, " must be 2 numbers (height, width), got ", values.size());
-  FASTNN_CHECK(values[0] >= least && values[1] >= least, name, " must be at least ", least, ", got (", values[0], ", ", values[1],
-               ")");
+void check_pair(Pair values, const char* name, int64_t least) {
+  FASTNN_CHECK(values.h >= least && values.w >= least, name, " must be at least ", least, ", got (", values.h,
+               ", ", values.w, ")");
 }
 
+struct ConvOptions {
+  Pair stride, padding, dilation;
+  int64_t groups;
+};
+struct PoolOptions {
+  Pair kernel, stride, padding;
+};
+
 // The sizes of a convolution; refuses what does not fit together.
-ConvShape check(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
-                const Ints& padding, const Ints& dilation, int64_t groups) {
+ConvShape check(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                const ConvOptions& options) {
+  const auto& [stride, padding, dilation, groups] = options;
   dtype_of(input, "input");
   check_like(input, weight, "weight");
   check_like(input, bias, "bias");
-  FASTNN_CHECK(input.dim() == 4, "conv2d expects an input of 4 dimensions (N, C, H, W), got shape ", shape(input));
-  FASTNN_CHECK(weight.dim() == 4, "conv2d expects a weight of 4 dimensions (K, C / groups, R, S), got shape ", shape(weight));
+  FASTNN_CHECK(input.dim() == 4, "conv2d expects an input of 4 dimensions (N, C, H, W), got shape ",
+               shape(input));
+  FASTNN_CHECK(weight.dim() == 4, "conv2d expects a weight of 4 dimensions (K, C / groups, R, S), got shape ",
+               shape(weight));
   check_pair(stride, "stride", 1);
   check_pair(padding, "padding", 0);
   check_pair(dilation, "dilation", 1);
   FASTNN_CHECK(groups >= 1, "groups must be at least 1, got ", groups);
   const int64_t c = input.size(1), k = weight.size(0);
-  FASTNN_CHECK(c == weight.size(1) * groups, "conv2d expects an input of ", weight.size(1) * groups, " channels (weight ",
-               shape(weight), ", groups ", groups, "), got shape ", shape(input));
-  FASTNN_CHECK(k % groups == 0, "conv2d expects a number of output channels that groups divides, got ", k, " and groups ", groups);
-  FASTNN_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == k), "conv2d expects a bias of shape [", k, "], got ",
+  FASTNN_CHECK(c == weight.size(1) * groups, "conv2d expects an input of ", weight.size(1) * groups,
+               " channels (weight ", shape(weight), ", groups ", groups, "), got shape ", shape(input));
+  FASTNN_CHECK(k % groups == 0, "conv2d expects a number of output channels that groups divides, got ", k,
+               " and groups ", groups);
+  FASTNN_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == k),
+               "conv2d expects a bias of shape [", k, "], got ",
                bias.has_value() ? shape(*bias) : std::string("none"));
-  ConvShape s{input.size(0), c, input.size(2), input.size(3), k, weight.size(2), weight.size(3), stride[0], stride[1],
-              padding[0], padding[1], dilation[0], dilation[1], groups, 0, 0};
+  ConvShape s{input.size(0),
+              c,
+              input.size(2),
+              input.size(3),
+              k,
+              weight.size(2),
+              weight.size(3),
+              stride.h,
+              stride.w,
+              padding.h,
+              padding.w,
+              dilation.h,
+              dilation.w,
+              groups,
+              0,
+              0};
   FASTNN_CHECK(s.kh > 0 && s.kw > 0, "conv2d expects a kernel of at least 1 x 1, got weight ", shape(weight));
   FASTNN_CHECK(s.h + 2 * s.ph >= s.dh * (s.kh - 1) + 1 && s.w + 2 * s.pw >= s.dw * (s.kw - 1) + 1,
-               "conv2d's kernel is larger than the padded input: kernel (", s.dh * (s.kh - 1) + 1, " x ", s.dw * (s.kw - 1) + 1,
-               "), padded input (", s.h + 2 * s.ph, " x ", s.w + 2 * s.pw, ")");
+               "conv2d's kernel is larger than the padded input: kernel (", s.dh * (s.kh - 1) + 1, " x ",
+               s.dw * (s.kw - 1) + 1, "), padded input (", s.h + 2 * s.ph, " x ", s.w + 2 * s.pw, ")");
   s.oh = output_size(s.h, s.kh, s.sh, s.ph, s.dh);
   s.ow = output_size(s.w, s.kw, s.sw, s.pw, s.dw);
   return s;
 }
 
-ConvPool check_pool(const ConvShape& s, const Ints& kernel, const Ints& stride, const Ints& padding) {
+ConvPool check_pool(const ConvShape& s, const PoolOptions& options) {
+  const auto& [kernel, stride, padding] = options;
   check_pair(kernel, "kernel_size", 1);
   check_pair(stride, "pool_stride", 1);
   check_pair(padding, "pool_padding", 0);
-  FASTNN_CHECK(kernel[0] * kernel[1] < kNoLocation, "conv2d_relu_max_pool2d takes windows of at most ", kNoLocation - 1,
-               " elements, got ", kernel[0], " x ", kernel[1]);
-  FASTNN_CHECK(padding[0] <= kernel[0] / 2 && padding[1] <= kernel[1] / 2, "pool_padding must be at most half the window (",
-               kernel[0], " x ", kernel[1], "), got (", padding[0], ", ", padding[1], ")");
-  FASTNN_CHECK(s.oh + 2 * padding[0] >= kernel[0] && s.ow + 2 * padding[1] >= kernel[1],
-               "the pooling's window is larger than the padded output of the convolution: window (", kernel[0], " x ", kernel[1],
-               "), padded output (", s.oh + 2 * padding[0], " x ", s.ow + 2 * padding[1], ")");
-  return {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1],
-          output_size(s.oh, kernel[0], stride[0], padding[0], 1), output_size(s.ow, kernel[1], stride[1], padding[1], 1)};
+  FASTNN_CHECK(kernel.h * kernel.w < kNoLocation, "conv2d_relu_max_pool2d takes windows of at most ",
+               kNoLocation - 1, " elements, got ", kernel.h, " x ", kernel.w);
+  FASTNN_CHECK(padding.h <= kernel.h / 2 && padding.w <= kernel.w / 2,
+               "pool_padding must be at most half the window (", kernel.h, " x ", kernel.w, "), got (",
+               padding.h, ", ", padding.w, ")");
+  FASTNN_CHECK(s.oh + 2 * padding.h >= kernel.h && s.ow + 2 * padding.w >= kernel.w,
+               "the pooling's window is larger than the padded output of the convolution: window (", kernel.h,
+               " x ", kernel.w, "), padded output (", s.oh + 2 * padding.h, " x ", s.ow + 2 * padding.w, ")");
+  return {kernel.h,
+          kernel.w,
+          stride.h,
+          stride.w,
+          padding.h,
+          padding.w,
+          output_size(s.oh, kernel.h, stride.h, padding.h, 1),
+          output_size(s.ow, kernel.w, stride.w, padding.w, 1)};
 }
 
 // As torch: channels_last where the input or the weight asks for it.
 MemoryFormat format_of(const Tensor& input, const Tensor& weight) {
-  const bool last = suggested_format(input) == MemoryFormat::ChannelsLast || suggested_format(weight) == MemoryFormat::ChannelsLast;
+  const bool last = suggested_format(input) == MemoryFormat::ChannelsLast ||
+                    suggested_format(weight) == MemoryFormat::ChannelsLast;
   return last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
 // A weight is read in either of its dense layouts.
 MemoryFormat weight_format(const Tensor& weight) {
-  return !weight.is_contiguous() && is_channels_last(weight) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return !weight.is_contiguous() && is_channels_last(weight) ? MemoryFormat::ChannelsLast
+                                                             : MemoryFormat::Contiguous;
 }
 
 bool last(MemoryFormat format) { return format == MemoryFormat::ChannelsLast; }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const ConvShape& s,
-                                   bool relu, const ConvPool* pool) {
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
+                                   const std::optional<Tensor>& bias, const ConvShape& s, bool relu,
+                                   const ConvPool* pool) {
   const MemoryFormat format = format_of(input, weight), weights = weight_format(weight);
   const Sizes sizes = pool != nullptr ? Sizes{s.n, s.k, pool->oh, pool->ow} : Sizes{s.n, s.k, s.oh, s.ow};
   Tensor output = empty_like(input, sizes, format);
-  Tensor locations = empty(ScalarType::Byte, pool != nullptr ? sizes : Sizes{0}, pool != nullptr ? format : MemoryFormat::Contiguous);
+  Tensor locations = empty(ScalarType::Byte, pool != nullptr ? sizes : Sizes{0},
+                           pool != nullptr ? format : MemoryFormat::Contiguous);
   const Tensor x = dense(input, format), w = dense(weight, weights);
   std::optional<Tensor> b;
   if (bias.has_value()) b = dense(*bias);
   TorchContext context;
-  conv_forward({dtype_of(input, "input"), s, last(format), last(weights), x.const_data_ptr(), w.const_data_ptr(), data_or_null(b),
-                relu, output.mutable_data_ptr(), pool,
+  conv_forward({dtype_of(input, "input"), s, last(format), last(weights), x.const_data_ptr(),
+                w.const_data_ptr(), data_or_null(b), relu, output.mutable_data_ptr(), pool,
                 pool != nullptr ? static_cast<uint8_t*>(locations.mutable_data_ptr()) : nullptr},
                context);
   return {output, locations};
 }
 
-Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation, int64_t groups) {
-  const ConvShape s = check(input, weight, bias, stride, padding, dilation, groups);
+#define FASTNN_CONV_ARGS                                                                        \
+  int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, \
+      int64_t dilation_w, int64_t groups
+#define FASTNN_CONV_OPTIONS {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, groups}
+#define FASTNN_POOL_ARGS                                                                                    \
+  int64_t kernel_h, int64_t kernel_w, int64_t pool_stride_h, int64_t pool_stride_w, int64_t pool_padding_h, \
+      int64_t pool_padding_w
+#define FASTNN_POOL_OPTIONS                                                                  \
+  {                                                                                          \
+    {kernel_h, kernel_w}, {pool_stride_h, pool_stride_w}, { pool_padding_h, pool_padding_w } \
+  }
+
+Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS) {
+  const ConvShape s = check(input, weight, bias, FASTNN_CONV_OPTIONS);
   return std::get<0>(forward(input, weight, bias, s, false, nullptr));
 }
 
-Tensor conv2d_relu(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding, Ints dilation,
-                   int64_t groups) {
-  const ConvShape s = check(input, weight, bias, stride, padding, dilation, groups);
+Tensor conv2d_relu(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS) {
+  const ConvShape s = check(input, weight, bias, FASTNN_CONV_OPTIONS);
   return std::get<0>(forward(input, weight, bias, s, true, nullptr));
 }
 
-std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,
-                                                  Ints dilation, int64_t groups, Ints kernel_size, Ints pool_stride,
-                                                  Ints pool_padding) {
-  const ConvShape s = check(input, weight, bias, stride, padding, dilation, groups);
-  const ConvPool pool = check_pool(s, kernel_size, pool_stride, pool_padding);
+std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, std::optional<Tensor> bias,
+                                                  FASTNN_CONV_ARGS, FASTNN_POOL_ARGS) {
+  const ConvShape s = check(input, weight, bias, FASTNN_CONV_OPTIONS);
+  const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
   return forward(input, weight, bias, s, true, &pool);
 }
 
 // Gradients that are not asked for come back as empty tensors.
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor* output,
-                                            const Tensor* locations, const ConvShape& s, const ConvPool* pool, bool input_grad,
-                                            bool weight_grad, bool bias_grad) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                            const Tensor* output, const Tensor* locations, const ConvShape& s,
+                                            const ConvPool* pool, bool input_grad, bool weight_grad,
+                                            bool bias_grad) {
   check_like(input, grad, "grad");
   const Sizes sizes = pool != nullptr ? Sizes{s.n, s.k, pool->oh, pool->ow} : Sizes{s.n, s.k, s.oh, s.ow};
-  FASTNN_CHECK(sizes_of(grad) == sizes, "conv2d's backward expects a gradient of the output's shape, got ", shape(grad),
-               " for an input of ", shape(input), " and a weight of ", shape(weight));
+  FASTNN_CHECK(sizes_of(grad) == sizes, "conv2d's backward expects a gradient of the output's shape, got ",
+               shape(grad), " for an input of ", shape(input), " and a weight of ", shape(weight));
   if (output != nullptr) {
     check_like(input, *output, "output");
-    FASTNN_CHECK(sizes_of(*output) == sizes, "conv2d_relu's backward expects an output of the gradient's shape ", shape(grad),
-                 ", got ", shape(*output));
+    FASTNN_CHECK(sizes_of(*output) == sizes,
+                 "conv2d_relu's backward expects an output of the gradient's shape ", shape(grad), ", got ",
+                 shape(*output));
   }
   if (locations != nullptr) {
-    FASTNN_CHECK(locations->scalar_type() == ScalarType::Byte && locations->is_cpu() && sizes_of(*locations) == sizes,
-                 "conv2d_relu_max_pool2d's backward expects uint8 locations of the gradient's shape ", shape(grad), ", got ",
-                 shape(*locations));
+    FASTNN_CHECK(
+        locations->scalar_type() == ScalarType::Byte && locations->is_cpu() && sizes_of(*locations) == sizes,
+        "conv2d_relu_max_pool2d's backward expects uint8 locations of the gradient's shape ", shape(grad),
+        ", got ", shape(*locations));
   }
   const MemoryFormat format = format_of(input, weight), weights = weight_format(weight);
-  Tensor grad_input = empty_like(input, input_grad ? sizes_of(input) : Sizes{0}, input_grad ? format : MemoryFormat::Contiguous);
-  Tensor grad_weight =
-      empty_like(weight, weight_grad ? sizes_of(weight) : Sizes{0}, weight_grad ? weights : MemoryFormat::Contiguous);
+  Tensor grad_input = empty_like(input, input_grad ? sizes_of(input) : Sizes{0},
+                                 input_grad ? format : MemoryFormat::Contiguous);
+  Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : Sizes{0},
+                                  weight_grad ? weights : MemoryFormat::Contiguous);
   Tensor grad_bias = empty_like(weight, bias_grad ? Sizes{s.k} : Sizes{0});
   const Tensor dy = dense(grad, format), x = dense(input, format), w = dense(weight, weights);
   std::optional<Tensor> y, l;
   if (output != nullptr) y = dense(*output, format);
   if (locations != nullptr) l = dense(*locations, format);
   TorchContext context;
-  conv_backward({dtype_of(input, "input"), s, last(format), last(weights), dy.const_data_ptr(), data_or_null(y), pool,
-                 static_cast<const uint8_t*>(data_or_null(l)), x.const_data_ptr(), w.const_data_ptr(),
-                 input_grad ? grad_input.mutable_data_ptr() : nullptr, weight_grad ? grad_weight.mutable_data_ptr() : nullptr,
+  conv_backward({dtype_of(input, "input"), s, last(format), last(weights), dy.const_data_ptr(),
+                 data_or_null(y), pool, static_cast<const uint8_t*>(data_or_null(l)), x.const_data_ptr(),
+                 w.const_data_ptr(), input_grad ? grad_input.mutable_data_ptr() : nullptr,
+                 weight_grad ? grad_weight.mutable_data_ptr() : nullptr,
                  bias_grad ? grad_bias.mutable_data_ptr() : nullptr},
                 context);
   return {grad_input, grad_weight, grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad, Tensor input, Tensor weight, Ints stride, Ints padding,
-                                                   Ints dilation, int64_t groups, bool input_grad, bool weight_grad,
-                                                   bool bias_grad) {
-  const ConvShape s = check(input, weight, std::nullopt, stride, padding, dilation, groups);
+std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad, Tensor input, Tensor weight, FASTNN_CONV_ARGS,
+                                                   bool input_grad, bool weight_grad, bool bias_grad) {
+  const ConvShape s = check(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
   return backward(grad, input, weight, nullptr, nullptr, s, nullptr, input_grad, weight_grad, bias_grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv2d_relu_backward(Tensor grad, Tensor input, Tensor weight, Tensor output, Ints stride,
-                                                        Ints padding, Ints dilation, int64_t groups, bool input_grad,
+std::tuple<Tensor, Tensor, Tensor> conv2d_relu_backward(Tensor grad, Tensor input, Tensor weight,
+                                                        Tensor output, FASTNN_CONV_ARGS, bool input_grad,
                                                         bool weight_grad, bool bias_grad) {
-  const ConvShape s = check(input, weight, std::nullopt, stride, padding, dilation, groups);
+  const ConvShape s = check(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
   return backward(grad, input, weight, &output, nullptr, s, nullptr, input_grad, weight_grad, bias_grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor locations,
-                                                                   Ints stride, Ints padding, Ints dilation, int64_t groups,
-                                                                   Ints kernel_size, Ints pool_stride, Ints pool_padding,
-                                                                   bool input_grad, bool weight_grad, bool bias_grad) {
-  const ConvShape s = check(input, weight, std::nullopt, stride, padding, dilation, groups);
-  const ConvPool pool = check_pool(s, kernel_size, pool_stride, pool_padding);
+std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(Tensor grad, Tensor input, Tensor weight,
+                                                                   Tensor locations, FASTNN_CONV_ARGS,
+                                                                   FASTNN_POOL_ARGS, bool input_grad,
+                                                                   bool weight_grad, bool bias_grad) {
+  const ConvShape s = check(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
+  const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
   return backward(grad, input, weight, nullptr, &locations, s, &pool, input_grad, weight_grad, bias_grad);
 }
 
-#define FASTNN_CONV "int[] stride, int[] padding, int[] dilation, int groups"
-#define FASTNN_POOL "int[] kernel_size, int[] pool_stride, int[] pool_padding"
+#define FASTNN_CONV \
+  "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, int groups"
+#define FASTNN_POOL \
+  "int kernel_h, int kernel_w, int pool_stride_h, int pool_stride_w, int pool_padding_h, int pool_padding_w"
 #define FASTNN_WANTED "bool input_grad, bool weight_grad, bool bias_grad"
 
 FASTNN_OP(conv2d, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor")
@@ -179,10 +236,11 @@ FASTNN_OP(conv2d_relu_max_pool2d,
           "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", " FASTNN_POOL ") -> (Tensor, Tensor)")
 FASTNN_OP(conv2d_backward, "(Tensor grad, Tensor input, Tensor weight, " FASTNN_CONV ", " FASTNN_WANTED
                            ") -> (Tensor, Tensor, Tensor)")
-FASTNN_OP(conv2d_relu_backward, "(Tensor grad, Tensor input, Tensor weight, Tensor output, " FASTNN_CONV ", " FASTNN_WANTED
-                                ") -> (Tensor, Tensor, Tensor)")
-FASTNN_OP(conv2d_relu_max_pool2d_backward, "(Tensor grad, Tensor input, Tensor weight, Tensor locations, " FASTNN_CONV
-                                           ", " FASTNN_POOL ", " FASTNN_WANTED ") -> (Tensor, Tensor, Tensor)")
+FASTNN_OP(conv2d_relu_backward, "(Tensor grad, Tensor input, Tensor weight, Tensor output, " FASTNN_CONV
+                                ", " FASTNN_WANTED ") -> (Tensor, Tensor, Tensor)")
+FASTNN_OP(conv2d_relu_max_pool2d_backward,
+          "(Tensor grad, Tensor input, Tensor weight, Tensor locations, " FASTNN_CONV ", " FASTNN_POOL
+          ", " FASTNN_WANTED ") -> (Tensor, Tensor, Tensor)")
 
 }  // namespace
 }  // namespace fastnn::ops

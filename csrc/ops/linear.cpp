@@ -14,14 +14,16 @@ Shape check(const Tensor& input, const Tensor& weight, const std::optional<Tenso
   dtype_of(input, "input");
   check_like(input, weight, "weight");
   check_like(input, bias, "bias");
-  FASTNN_CHECK(weight.dim() == 2, "linear expects a weight of 2 dimensions (out_features, in_features), got shape ",
+  FASTNN_CHECK(weight.dim() == 2,
+               "linear expects a weight of 2 dimensions (out_features, in_features), got shape ",
                shape(weight));
   FASTNN_CHECK(input.dim() >= 1, "linear expects an input of at least 1 dimension, got a scalar");
   const int64_t k = weight.size(1), n = weight.size(0);
   FASTNN_CHECK(input.size(input.dim() - 1) == k, "linear expects an input whose last dimension is ", k,
                " (the weight's shape is ", shape(weight), "), got shape ", shape(input));
-  FASTNN_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == n), "linear expects a bias of shape [", n,
-               "], got ", bias.has_value() ? shape(*bias) : std::string("none"));
+  FASTNN_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == n),
+               "linear expects a bias of shape [", n, "], got ",
+               bias.has_value() ? shape(*bias) : std::string("none"));
   int64_t m = 1;
   for (int64_t d = 0; d + 1 < input.dim(); ++d) m *= input.size(d);
   return {m, n, k};
@@ -36,13 +38,15 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   std::optional<Tensor> b;
   if (bias.has_value()) b = dense(*bias);
   TorchContext context;
-  linear_forward({dtype_of(input, "input"), m, n, k, x.const_data_ptr(), w.const_data_ptr(), data_or_null(b), relu,
-                  output.mutable_data_ptr()},
+  linear_forward({dtype_of(input, "input"), m, n, k, x.const_data_ptr(), w.const_data_ptr(), data_or_null(b),
+                  relu, output.mutable_data_ptr()},
                  context);
   return output;
 }
 
-Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias) { return forward(input, weight, bias, false); }
+Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
+  return forward(input, weight, bias, false);
+}
 
 Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
   return forward(input, weight, bias, true);
@@ -50,17 +54,19 @@ Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
 
 // Gradients that are not asked for come back as empty tensors.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                            const Tensor* output, bool input_grad, bool weight_grad, bool bias_grad) {
+                                            const Tensor* output, bool input_grad, bool weight_grad,
+                                            bool bias_grad) {
   const auto [m, n, k] = check(input, weight, std::nullopt);
   check_like(input, grad, "grad");
   Sizes sizes = sizes_of(input);
   sizes.back() = n;
-  FASTNN_CHECK(sizes_of(grad) == sizes, "linear's backward expects a gradient of the output's shape, got ", shape(grad),
-               " for an input of ", shape(input), " and a weight of ", shape(weight));
+  FASTNN_CHECK(sizes_of(grad) == sizes, "linear's backward expects a gradient of the output's shape, got ",
+               shape(grad), " for an input of ", shape(input), " and a weight of ", shape(weight));
   if (output != nullptr) {
     check_like(input, *output, "output");
-    FASTNN_CHECK(sizes_of(*output) == sizes, "linear_relu's backward expects an output of the gradient's shape ",
-                 shape(grad), ", got ", shape(*output));
+    FASTNN_CHECK(sizes_of(*output) == sizes,
+                 "linear_relu's backward expects an output of the gradient's shape ", shape(grad), ", got ",
+                 shape(*output));
   }
   Tensor grad_input = empty_like(input, input_grad ? sizes_of(input) : Sizes{0});
   Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : Sizes{0});
@@ -69,11 +75,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
   std::optional<Tensor> y;
   if (output != nullptr) y = dense(*output);
   TorchContext context;
-  linear_backward({dtype_of(input, "input"), m, n, k, dy.const_data_ptr(), data_or_null(y), x.const_data_ptr(),
-                   w.const_data_ptr(), input_grad ? grad_input.mutable_data_ptr() : nullptr,
-                   weight_grad ? grad_weight.mutable_data_ptr() : nullptr,
-                   bias_grad ? grad_bias.mutable_data_ptr() : nullptr},
-                  context);
+  linear_backward(
+      {dtype_of(input, "input"), m, n, k, dy.const_data_ptr(), data_or_null(y), x.const_data_ptr(),
+       w.const_data_ptr(), input_grad ? grad_input.mutable_data_ptr() : nullptr,
+       weight_grad ? grad_weight.mutable_data_ptr() : nullptr,
+       bias_grad ? grad_bias.mutable_data_ptr() : nullptr},
+      context);
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -82,8 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad, Tensor input, Te
   return backward(grad, input, weight, nullptr, input_grad, weight_grad, bias_grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(Tensor grad, Tensor input, Tensor weight, Tensor output,
-                                                        bool input_grad, bool weight_grad, bool bias_grad) {
+std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(Tensor grad, Tensor input, Tensor weight,
+                                                        Tensor output, bool input_grad, bool weight_grad,
+                                                        bool bias_grad) {
   return backward(grad, input, weight, &output, input_grad, weight_grad, bias_grad);
 }
 

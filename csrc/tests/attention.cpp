@@ -26,23 +26,45 @@ AttentionMask mask_of(const py::object& mask) {
   return out;
 }
 
-void forward(const std::string& level, int threads, const py::array& q, const py::array& k, const py::array& v,
-             const py::object& mask, bool causal, double scale, py::array y, py::array logsumexp) {
+void forward(const std::string& level, int threads, const py::array& q, const py::array& k,
+             const py::array& v, const py::object& mask, bool causal, double scale, py::array y,
+             py::array logsumexp) {
   constexpr void (*kernels[])(const AttentionArgs&, const Context&) = {FASTNN_LEVELS(attention_forward)};
   TestContext context(threads);
-  kernels[level_of(level)]({dtype_of(q), shape_of(q, k, v), q.data(), k.data(), v.data(), strides_of(q), strides_of(k), strides_of(v),
-                            mask_of(mask), causal, scale, y.mutable_data(), strides_of(y), logsumexp.mutable_data()},
+  kernels[level_of(level)]({dtype_of(q), shape_of(q, k, v), q.data(), k.data(), v.data(), strides_of(q),
+                            strides_of(k), strides_of(v), mask_of(mask), causal, scale, y.mutable_data(),
+                            strides_of(y), logsumexp.mutable_data()},
                            context);
 }
 
-void backward(const std::string& level, int threads, const py::array& grad, const py::array& q, const py::array& k, const py::array& v,
-              const py::array& y, const py::array& logsumexp, const py::object& mask, bool causal, double scale, py::array grad_q,
-              py::array grad_k, py::array grad_v) {
-  constexpr void (*kernels[])(const AttentionBackwardArgs&, const Context&) = {FASTNN_LEVELS(attention_backward)};
+void backward(const std::string& level, int threads, const py::array& grad, const py::array& q,
+              const py::array& k, const py::array& v, const py::array& y, const py::array& logsumexp,
+              const py::object& mask, bool causal, double scale, py::array grad_q, py::array grad_k,
+              py::array grad_v) {
+  constexpr void (*kernels[])(const AttentionBackwardArgs&,
+                              const Context&) = {FASTNN_LEVELS(attention_backward)};
   TestContext context(threads);
-  kernels[level_of(level)]({dtype_of(q), shape_of(q, k, v), grad.data(), q.data(), k.data(), v.data(), y.data(), strides_of(grad),
-                            strides_of(q), strides_of(k), strides_of(v), strides_of(y), logsumexp.data(), mask_of(mask), causal, scale,
-                            grad_q.mutable_data(), grad_k.mutable_data(), grad_v.mutable_data(), strides_of(grad_q), strides_of(grad_k),
+  kernels[level_of(level)]({dtype_of(q),
+                            shape_of(q, k, v),
+                            grad.data(),
+                            q.data(),
+                            k.data(),
+                            v.data(),
+                            y.data(),
+                            strides_of(grad),
+                            strides_of(q),
+                            strides_of(k),
+                            strides_of(v),
+                            strides_of(y),
+                            logsumexp.data(),
+                            mask_of(mask),
+                            causal,
+                            scale,
+                            grad_q.mutable_data(),
+                            grad_k.mutable_data(),
+                            grad_v.mutable_data(),
+                            strides_of(grad_q),
+                            strides_of(grad_k),
                             strides_of(grad_v)},
                            context);
 }

@@ -1,4 +1,5 @@
-// The developer's test module: kernels on numpy arrays, at any instruction-set level, with threads of its own.
+// The developer's test module: kernels on numpy arrays, at any instruction-set level, with threads of its
+// own.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -32,7 +33,8 @@ void bind_conv(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_pool(py::module_& m);
 
-// bfloat16 arrays come as ml_dtypes.bfloat16, whose numpy kind pybind11 does not know: the dtype is told by its name.
+// bfloat16 arrays come as ml_dtypes.bfloat16, whose numpy kind pybind11 does not know: the dtype is told by
+// its name.
 inline DType dtype_of(const py::array& a) {
   const std::string name = py::str(a.dtype());
   if (name == "float32") return DType::f32;
@@ -50,10 +52,15 @@ inline int level_of(const std::string& name) {
 }
 
 // The data of an array, or null for None.
-inline const void* in(const py::object& array) { return array.is_none() ? nullptr : py::cast<py::array>(array).data(); }
-inline void* out(const py::object& array) { return array.is_none() ? nullptr : py::cast<py::array>(array).mutable_data(); }
+inline const void* in(const py::object& array) {
+  return array.is_none() ? nullptr : py::cast<py::array>(array).data();
+}
+inline void* out(const py::object& array) {
+  return array.is_none() ? nullptr : py::cast<py::array>(array).mutable_data();
+}
 
-// Scratch memory of exactly the size asked for, so that a sanitizer sees a write past it; one thread per worker.
+// Scratch memory of exactly the size asked for, so that a sanitizer sees a write past it; one thread per
+// worker.
 class TestContext : public Context {
  public:
   explicit TestContext(int thread_count) {

@@ -14,38 +14,47 @@ PoolShape shape_of(int64_t n, int64_t c, const Ints& rows, const Ints& columns, 
   return {n, c, axis_of(rows), axis_of(columns), channels_last};
 }
 
-void max_forward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows, const Ints& columns, bool channels_last,
-                 const py::array& x, py::array y, const py::object& locations, const py::object& indices) {
+void max_forward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
+                 const Ints& columns, bool channels_last, const py::array& x, py::array y,
+                 const py::object& locations, const py::object& indices) {
   constexpr void (*kernels[])(const MaxPoolArgs&, const Context&) = {FASTNN_LEVELS(max_pool_forward)};
   TestContext context(threads);
-  kernels[level_of(level)]({dtype_of(x), shape_of(n, c, rows, columns, channels_last), x.data(), y.mutable_data(),
-                            static_cast<uint8_t*>(out(locations)), static_cast<int64_t*>(out(indices))},
-                           context);
+  kernels[level_of(level)](
+      {dtype_of(x), shape_of(n, c, rows, columns, channels_last), x.data(), y.mutable_data(),
+       static_cast<uint8_t*>(out(locations)), static_cast<int64_t*>(out(indices))},
+      context);
 }
 
-void max_backward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows, const Ints& columns,
-                  bool channels_last, const py::array& grad, const py::object& locations, const py::object& indices, py::array grad_x) {
-  constexpr void (*kernels[])(const MaxPoolBackwardArgs&, const Context&) = {FASTNN_LEVELS(max_pool_backward)};
+void max_backward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
+                  const Ints& columns, bool channels_last, const py::array& grad, const py::object& locations,
+                  const py::object& indices, py::array grad_x) {
+  constexpr void (*kernels[])(const MaxPoolBackwardArgs&,
+                              const Context&) = {FASTNN_LEVELS(max_pool_backward)};
   TestContext context(threads);
   kernels[level_of(level)]({dtype_of(grad), shape_of(n, c, rows, columns, channels_last), grad.data(),
-                            static_cast<const uint8_t*>(in(locations)), static_cast<const int64_t*>(in(indices)), grad_x.mutable_data()},
+                            static_cast<const uint8_t*>(in(locations)),
+                            static_cast<const int64_t*>(in(indices)), grad_x.mutable_data()},
                            context);
 }
 
-void avg_forward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows, const Ints& columns, bool channels_last,
-                 bool count_include_pad, int64_t divisor, const py::array& x, py::array y) {
+void avg_forward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
+                 const Ints& columns, bool channels_last, bool count_include_pad, int64_t divisor,
+                 const py::array& x, py::array y) {
   constexpr void (*kernels[])(const AvgPoolArgs&, const Context&) = {FASTNN_LEVELS(avg_pool_forward)};
   TestContext context(threads);
-  kernels[level_of(level)](
-      {dtype_of(x), shape_of(n, c, rows, columns, channels_last), count_include_pad, divisor, x.data(), y.mutable_data()}, context);
+  kernels[level_of(level)]({dtype_of(x), shape_of(n, c, rows, columns, channels_last), count_include_pad,
+                            divisor, x.data(), y.mutable_data()},
+                           context);
 }
 
-void avg_backward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows, const Ints& columns,
-                  bool channels_last, bool count_include_pad, int64_t divisor, const py::array& grad, py::array grad_x) {
-  constexpr void (*kernels[])(const AvgPoolBackwardArgs&, const Context&) = {FASTNN_LEVELS(avg_pool_backward)};
+void avg_backward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
+                  const Ints& columns, bool channels_last, bool count_include_pad, int64_t divisor,
+                  const py::array& grad, py::array grad_x) {
+  constexpr void (*kernels[])(const AvgPoolBackwardArgs&,
+                              const Context&) = {FASTNN_LEVELS(avg_pool_backward)};
   TestContext context(threads);
-  kernels[level_of(level)]({dtype_of(grad), shape_of(n, c, rows, columns, channels_last), count_include_pad, divisor, grad.data(),
-                            grad_x.mutable_data()},
+  kernels[level_of(level)]({dtype_of(grad), shape_of(n, c, rows, columns, channels_last), count_include_pad,
+                            divisor, grad.data(), grad_x.mutable_data()},
                            context);
 }
 

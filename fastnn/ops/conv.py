@@ -11,6 +11,10 @@ from fastnn.ops._declare import Cost, declare, tensor_bytes
 
 __all__ = ["conv1d", "conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"]
 
+# The ops take their options as single numbers (a list costs a call some microseconds). Below, `options` are the seven of
+# the convolution: stride, padding and dilation, each height before width, and groups; `pool` the six of the pooling:
+# window, stride and padding.
+
 # Windows of the fused pooling hold fewer elements than this: one byte tells where the maximum stood.
 _NO_LOCATION = 255
 
@@ -19,41 +23,38 @@ def _outputs(size, kernel, stride, padding, dilation=1):
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _output_shape(input, weight, stride, padding, dilation):
-    h, w = (
-        _outputs(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)
-    )
-    return input.shape[0], weight.shape[0], h, w
-
-
-def _pooled_shape(shape, kernel_size, pool_stride, pool_padding):
-    n, k, h, w = shape
+def _output_shape(input, weight, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
     return (
-        n,
-        k,
-        _outputs(h, kernel_size[0], pool_stride[0], pool_padding[0]),
-        _outputs(w, kernel_size[1], pool_stride[1], pool_padding[1]),
+        input.shape[0],
+        weight.shape[0],
+        _outputs(input.shape[2], weight.shape[2], stride_h, padding_h, dilation_h),
+        _outputs(input.shape[3], weight.shape[3], stride_w, padding_w, dilation_w),
     )
 
 
-def _two_positive(values, least):
-    return type(values) in (tuple, list) and len(values) == 2 and values[0] >= least and values[1] >= least
+def _pooled_shape(shape, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w):
+    n, k, h, w = shape
+    return n, k, _outputs(h, kernel_h, stride_h, padding_h), _outputs(w, kernel_w, stride_w, padding_w)
 
 
-def _unsupported(input, weight, bias, stride, padding, dilation, groups):
+def _unsupported(
+    input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
+):
     if input.dim() != 4 or weight.dim() != 4:
         return "not an image batch of 4 dimensions"
-    if not (_two_positive(stride, 1) and _two_positive(padding, 0) and _two_positive(dilation, 1)):
-        return "not two numbers in range for stride, padding or dilation"
-    if groups < 1 or input.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+    n, channels, height, width = input.shape
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    if stride_h < 1 or stride_w < 1 or padding_h < 0 or padding_w < 0 or dilation_h < 1 or dilation_w < 1:
+        return "stride, padding or dilation out of range"
+    if groups < 1 or channels != per_group * groups or outputs % groups:
         return "channels do not fit"
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs):
         return "a bias that is not one number per output channel"
-    if input.numel() == 0 or weight.numel() == 0:
+    if n == 0 or channels == 0 or height == 0 or width == 0 or outputs == 0 or kernel_h == 0 or kernel_w == 0:
         return "an empty input or weight"
     if (
-        input.shape[2] + 2 * padding[0] < dilation[0] * (weight.shape[2] - 1) + 1
-        or input.shape[3] + 2 * padding[1] < dilation[1] * (weight.shape[3] - 1) + 1
+        height + 2 * padding_h < dilation_h * (kernel_h - 1) + 1
+        or width + 2 * padding_w < dilation_w * (kernel_w - 1) + 1
     ):
         return "a kernel larger than the padded input"
     return None
@@ -66,26 +67,28 @@ def _memory_format(input, weight):
     return torch.contiguous_format
 
 
-def _fake(input, weight, bias, stride, padding, dilation, groups):
-    shape = _output_shape(input, weight, stride, padding, dilation)
+def _fake(input, weight, bias, *options):
+    shape = _output_shape(input, weight, *options)
     return input.new_empty(shape).to(memory_format=_memory_format(input, weight))
 
 
-def _products(input, weight, stride, padding, dilation):
-    n, k, h, w = _output_shape(input, weight, stride, padding, dilation)
+def _products(input, weight, *options):
+    n, k, h, w = _output_shape(input, weight, *options)
     return 2.0 * n * k * h * w * (weight.numel() // max(k, 1))
 
 
-def _cost(input, weight, bias, stride, padding, dilation, groups):
-    n, k, h, w = _output_shape(input, weight, stride, padding, dilation)
+def _cost(input, weight, bias, *options):
+    n, k, h, w = _output_shape(input, weight, *options)
     return Cost(
-        _products(input, weight, stride, padding, dilation),
+        _products(input, weight, *options),
         tensor_bytes(input, weight, bias) + n * k * h * w * input.element_size(),
     )
 
 
-def _chosen(ctx, grads):
-    return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
+def _to_inputs(ctx, grads):
+    """The gradients asked for, and None for every option."""
+    chosen = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
+    return (*chosen, *(None,) * len(ctx.options))
 
 
 def _keep_conv(ctx, inputs, output):
@@ -94,11 +97,9 @@ def _keep_conv(ctx, inputs, output):
 
 
 def _conv_grad(ctx, grad):
-    none = (None,) * 4
     if grad is None:
-        return (None, None, None, *none)
-    grads = conv2d_backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:3])
-    return (*_chosen(ctx, grads), *none)
+        return _to_inputs(ctx, (None, None, None))
+    return _to_inputs(ctx, conv2d_backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:3]))
 
 
 def _keep_conv_relu(ctx, inputs, output):
@@ -107,11 +108,11 @@ def _keep_conv_relu(ctx, inputs, output):
 
 
 def _conv_relu_grad(ctx, grad):
-    none = (None,) * 4
     if grad is None:
-        return (None, None, None, *none)
-    grads = conv2d_relu_backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:3])
-    return (*_chosen(ctx, grads), *none)
+        return _to_inputs(ctx, (None, None, None))
+    return _to_inputs(
+        ctx, conv2d_relu_backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:3])
+    )
 
 
 def _keep_pooled(ctx, inputs, output):
@@ -120,99 +121,98 @@ def _keep_pooled(ctx, inputs, output):
 
 
 def _pooled_grad(ctx, grad, _):
-    none = (None,) * 7
     if grad is None:
-        return (None, None, None, *none)
-    grads = conv2d_relu_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:3])
-    return (*_chosen(ctx, grads), *none)
+        return _to_inputs(ctx, (None, None, None))
+    wanted = ctx.needs_input_grad[:3]
+    return _to_inputs(ctx, conv2d_relu_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.options, *wanted))
 
 
 # ---- the backward ops ----
 
 
-def _weight_format(weight):
-    return torch._prims_common.suggest_memory_format(weight)
+def _fake_backward(grad, input, weight, *rest):
+    input_grad, weight_grad, bias_grad = rest[-3:]
 
-
-def _fake_backward(
-    grad, input, weight, stride, padding, dilation, groups, input_grad, weight_grad, bias_grad
-):
-    def made(wanted, like, shape, memory_format):
-        if not wanted:
-            return like.new_empty(0)
-        return like.new_empty(shape).to(memory_format=memory_format)
+    def made(wanted, like, memory_format):
+        return like.new_empty(like.shape).to(memory_format=memory_format) if wanted else like.new_empty(0)
 
     return (
-        made(input_grad, input, input.shape, _memory_format(input, weight)),
-        made(weight_grad, weight, weight.shape, _weight_format(weight)),
+        made(input_grad, input, _memory_format(input, weight)),
+        made(weight_grad, weight, torch._prims_common.suggest_memory_format(weight)),
         weight.new_empty(weight.shape[0] if bias_grad else 0),
     )
 
 
-def _stock_backward(
-    grad, input, weight, stride, padding, dilation, groups, input_grad, weight_grad, bias_grad
-):
+def _stock_backward(grad, input, weight, *rest):
     grads = torch.ops.aten.convolution_backward(
         grad,
         input,
         weight,
         [weight.shape[0]],
-        stride,
-        padding,
-        dilation,
+        rest[:2],
+        rest[2:4],
+        rest[4:6],
         False,
         [0, 0],
-        groups,
-        [input_grad, weight_grad, bias_grad],
+        rest[6],
+        rest[7:],
     )
     return tuple(weight.new_empty(0) if g is None else g for g in grads)
 
 
-def _cost_backward(
-    grad, input, weight, stride, padding, dilation, groups, input_grad, weight_grad, bias_grad
-):
+def _cost_backward(grad, input, weight, *rest):
+    *options, input_grad, weight_grad, bias_grad = rest
     products = int(input_grad) + int(weight_grad)
     return Cost(
-        _products(input, weight, stride, padding, dilation) * products + grad.numel() * int(bias_grad),
+        _products(input, weight, *options) * products + grad.numel() * int(bias_grad),
         tensor_bytes(grad)
         + (tensor_bytes(weight, input) if input_grad else 0)
         + (tensor_bytes(input, weight) if weight_grad else 0),
     )
 
 
-def _fits_backward(grad, input, weight, stride, padding, dilation, groups, *wanted):
-    reason = _unsupported(input, weight, None, stride, padding, dilation, groups)
-    if reason is None and grad.shape != _output_shape(input, weight, stride, padding, dilation):
+def _fits_backward(grad, input, weight, *rest):
+    reason = _unsupported(input, weight, None, *rest[:7])
+    if reason is None and grad.shape != _output_shape(input, weight, *rest[:7]):
         return "the gradient's shape is not the output's"
     return reason
 
 
+class _Kept(NamedTuple):
+    """What the second derivative reads of a context."""
+
+    saved_tensors: tuple
+    options: tuple
+    wanted: tuple
+    needs_input_grad: tuple
+
+
 def _keep_backward(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
-    ctx.options, ctx.wanted = inputs[3:7], inputs[7:]
+    ctx.options, ctx.wanted = inputs[3:10], inputs[10:]
 
 
-def _backward_grad(ctx, grad_grad_input, grad_grad_weight, grad_grad_bias):
+def _second(kept, grad_grad_input, grad_grad_weight, grad_grad_bias):
     """The gradients are linear in `grad`, `input` and `weight`: their derivatives are convolutions of the same kind."""
-    grad, input, weight = ctx.saved_tensors
-    options = ctx.options
+    grad, input, weight = kept.saved_tensors
+    options = kept.options
     to_grad = to_input = to_weight = None
-    wanted_input, wanted_weight, wanted_bias = ctx.wanted
+    wanted_input, wanted_weight, wanted_bias = kept.wanted
     if wanted_input and grad_grad_input is not None:
-        if ctx.needs_input_grad[0]:
+        if kept.needs_input_grad[0]:
             to_grad = _conv2d(grad_grad_input, weight, None, *options)
-        if ctx.needs_input_grad[2]:
+        if kept.needs_input_grad[2]:
             to_weight = conv2d_backward(grad, grad_grad_input, weight, *options, False, True, False)[1]
     if wanted_weight and grad_grad_weight is not None:
-        if ctx.needs_input_grad[0]:
+        if kept.needs_input_grad[0]:
             term = _conv2d(input, grad_grad_weight, None, *options)
             to_grad = term if to_grad is None else to_grad + term
-        if ctx.needs_input_grad[1]:
+        if kept.needs_input_grad[1]:
             to_input = conv2d_backward(grad, input, grad_grad_weight, *options, True, False, False)[0]
-    if wanted_bias and grad_grad_bias is not None and ctx.needs_input_grad[0]:
+    if wanted_bias and grad_grad_bias is not None and kept.needs_input_grad[0]:
         term = grad_grad_bias[:, None, None].expand_as(grad)
         to_grad = term if to_grad is None else to_grad + term
-    return (to_grad, to_input, to_weight, *(None,) * 7)
+    return to_grad, to_input, to_weight
 
 
 conv2d_backward = declare(
@@ -222,17 +222,8 @@ conv2d_backward = declare(
     fake=_fake_backward,
     cost=_cost_backward,
     keep=_keep_backward,
-    backward=_backward_grad,
+    backward=lambda ctx, *grad_grads: (*_second(ctx, *grad_grads), *(None,) * 10),
 )
-
-
-class _Context(NamedTuple):
-    """What _backward_grad reads of a context."""
-
-    saved_tensors: tuple
-    options: tuple
-    wanted: tuple
-    needs_input_grad: tuple
 
 
 def _masked(grad, output):
@@ -242,16 +233,16 @@ def _masked(grad, output):
 
 def _keep_relu_backward(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4])
-    ctx.options, ctx.wanted = inputs[4:8], inputs[8:]
+    ctx.options, ctx.wanted = inputs[4:11], inputs[11:]
 
 
-def _relu_backward_grad(ctx, *grad_grads):
+def _relu_second(ctx, *grad_grads):
     grad, input, weight, output = ctx.saved_tensors
-    inner = _Context((_masked(grad, output), input, weight), ctx.options, ctx.wanted, ctx.needs_input_grad)
-    to_grad, to_input, to_weight, *_ = _backward_grad(inner, *grad_grads)
+    kept = _Kept((_masked(grad, output), input, weight), ctx.options, ctx.wanted, ctx.needs_input_grad)
+    to_grad, to_input, to_weight = _second(kept, *grad_grads)
     if to_grad is not None:
         to_grad = _masked(to_grad, output)
-    return (to_grad, to_input, to_weight, *(None,) * 8)
+    return (to_grad, to_input, to_weight, *(None,) * 11)
 
 
 conv2d_relu_backward = declare(
@@ -266,18 +257,16 @@ conv2d_relu_backward = declare(
     fake=lambda grad, input, weight, output, *rest: _fake_backward(grad, input, weight, *rest),
     cost=lambda grad, input, weight, output, *rest: _cost_backward(grad, input, weight, *rest),
     keep=_keep_relu_backward,
-    backward=_relu_backward_grad,
+    backward=_relu_second,
 )
 
 
-def _positions(locations, shape, kernel_size, pool_stride, pool_padding):
+def _positions(locations, shape, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w):
     """The places of the maxima as flat positions in the convolution's output, and where there is one at all."""
-    rows = (
-        torch.arange(locations.shape[2], device=locations.device)[:, None] * pool_stride[0] - pool_padding[0]
-    )
-    columns = torch.arange(locations.shape[3], device=locations.device) * pool_stride[1] - pool_padding[1]
+    rows = torch.arange(locations.shape[2], device=locations.device)[:, None] * stride_h - padding_h
+    columns = torch.arange(locations.shape[3], device=locations.device) * stride_w - padding_w
     place = locations.long()
-    position = (rows + place // kernel_size[1]) * shape[3] + columns + place % kernel_size[1]
+    position = (rows + place // kernel_w) * shape[3] + columns + place % kernel_w
     there = locations != _NO_LOCATION
     return torch.where(there, position, 0).flatten(2), there
 
@@ -295,12 +284,12 @@ def _picked(grad, locations, *pool):
 
 def _split(args):
     """The options of the convolution, those of the pooling, and the gradients asked for."""
-    return args[:4], args[4:7], args[7:]
+    return args[:7], args[7:13], args[13:]
 
 
 def _stock_pooled_backward(grad, input, weight, locations, *rest):
     options, pool, wanted = _split(rest)
-    shape = _output_shape(input, weight, *options[:3])
+    shape = _output_shape(input, weight, *options)
     return _stock_backward(_spread(grad, locations, shape, *pool), input, weight, *options, *wanted)
 
 
@@ -309,7 +298,7 @@ def _fits_pooled_backward(grad, input, weight, locations, *rest):
     reason = _unsupported_pooled(input, weight, None, *options, *pool)
     if reason is not None:
         return reason
-    shape = _pooled_shape(_output_shape(input, weight, *options[:3]), *pool)
+    shape = _pooled_shape(_output_shape(input, weight, *options), *pool)
     if grad.shape != shape or locations.shape != shape or locations.dtype is not torch.uint8:
         return "the gradient's or the locations' shape or dtype is not the output's"
     return None
@@ -330,15 +319,14 @@ def _keep_pooled_backward(ctx, inputs, output):
     ctx.options, ctx.pool, ctx.wanted = _split(inputs[4:])
 
 
-def _pooled_backward_grad(ctx, *grad_grads):
+def _pooled_second(ctx, *grad_grads):
     grad, input, weight, locations = ctx.saved_tensors
-    shape = _output_shape(input, weight, *ctx.options[:3])
-    spread = _spread(grad, locations, shape, *ctx.pool)
-    inner = _Context((spread, input, weight), ctx.options, ctx.wanted, ctx.needs_input_grad)
-    to_grad, to_input, to_weight, *_ = _backward_grad(inner, *grad_grads)
+    spread = _spread(grad, locations, _output_shape(input, weight, *ctx.options), *ctx.pool)
+    kept = _Kept((spread, input, weight), ctx.options, ctx.wanted, ctx.needs_input_grad)
+    to_grad, to_input, to_weight = _second(kept, *grad_grads)
     if to_grad is not None:
         to_grad = _picked(to_grad, locations, *ctx.pool)
-    return (to_grad, to_input, to_weight, *(None,) * 11)
+    return (to_grad, to_input, to_weight, *(None,) * 17)
 
 
 conv2d_relu_max_pool2d_backward = declare(
@@ -348,15 +336,15 @@ conv2d_relu_max_pool2d_backward = declare(
     fake=_fake_pooled_backward,
     cost=_cost_pooled_backward,
     keep=_keep_pooled_backward,
-    backward=_pooled_backward_grad,
+    backward=_pooled_second,
     own_dtype=("locations",),
 )
 
 # ---- the forward ops ----
 
 
-def _stock(input, weight, bias, stride, padding, dilation, groups):
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+def _stock(input, weight, bias, *options):
+    return F.conv2d(input, weight, bias, options[:2], options[2:4], options[4:6], options[6])
 
 
 _conv2d = declare(
@@ -382,40 +370,32 @@ _conv2d_relu = declare(
 )
 
 
-def _unsupported_pooled(
-    input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding
-):
-    reason = _unsupported(input, weight, bias, stride, padding, dilation, groups)
+def _unsupported_pooled(input, weight, bias, *rest):
+    options, pool = rest[:7], rest[7:]
+    reason = _unsupported(input, weight, bias, *options)
     if reason is not None:
         return reason
-    if not (
-        _two_positive(kernel_size, 1) and _two_positive(pool_stride, 1) and _two_positive(pool_padding, 0)
-    ):
-        return "not two numbers in range for the pooling's window, stride or padding"
-    if kernel_size[0] * kernel_size[1] >= _NO_LOCATION:
+    kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w = pool
+    if kernel_h < 1 or kernel_w < 1 or stride_h < 1 or stride_w < 1 or padding_h < 0 or padding_w < 0:
+        return "the pooling's window, stride or padding out of range"
+    if kernel_h * kernel_w >= _NO_LOCATION:
         return f"a pooling window of {_NO_LOCATION} elements or more"
-    _, _, h, w = _output_shape(input, weight, stride, padding, dilation)
-    for size, kernel, pad in zip((h, w), kernel_size, pool_padding, strict=True):
-        if 2 * pad > kernel or size + 2 * pad < kernel:
-            return "a pooling window that does not fit"
+    _, _, h, w = _output_shape(input, weight, *options)
+    if 2 * padding_h > kernel_h or 2 * padding_w > kernel_w:
+        return "the pooling's padding over half the window"
+    if h + 2 * padding_h < kernel_h or w + 2 * padding_w < kernel_w:
+        return "a pooling window larger than the padded output"
     return None
 
 
-def _stock_pooled(
-    input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding
-):
-    """The three ops of torch, and where the maxima stood as the kernel says it."""
-    hidden = torch.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
-    output, indices = F.max_pool2d(hidden, kernel_size, pool_stride, pool_padding, return_indices=True)
-    return output, indices
+def _stock_pooled(input, weight, bias, *rest):
+    """The three ops of torch; their indices stand in for the locations, which only the kernels' backward reads."""
+    hidden = torch.relu(_stock(input, weight, bias, *rest[:7]))
+    return F.max_pool2d(hidden, rest[7:9], rest[9:11], rest[11:13], return_indices=True)
 
 
-def _fake_pooled(
-    input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding
-):
-    shape = _pooled_shape(
-        _output_shape(input, weight, stride, padding, dilation), kernel_size, pool_stride, pool_padding
-    )
+def _fake_pooled(input, weight, bias, *rest):
+    shape = _pooled_shape(_output_shape(input, weight, *rest[:7]), *rest[7:])
     memory_format = _memory_format(input, weight)
     return (
         input.new_empty(shape).to(memory_format=memory_format),
@@ -423,14 +403,10 @@ def _fake_pooled(
     )
 
 
-def _cost_pooled(
-    input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding
-):
-    n, k, h, w = _pooled_shape(
-        _output_shape(input, weight, stride, padding, dilation), kernel_size, pool_stride, pool_padding
-    )
+def _cost_pooled(input, weight, bias, *rest):
+    n, k, h, w = _pooled_shape(_output_shape(input, weight, *rest[:7]), *rest[7:])
     return Cost(
-        _products(input, weight, stride, padding, dilation),
+        _products(input, weight, *rest[:7]),
         tensor_bytes(input, weight, bias) + n * k * h * w * (input.element_size() + 1),
     )
 
@@ -449,44 +425,61 @@ _conv2d_relu_max_pool2d = declare(
 # ---- what users call ----
 
 
+def _is_number(value):
+    return isinstance(value, (int, torch.SymInt))
+
+
 def _pair(value):
+    """Two numbers; None for what only torch can judge."""
     if type(value) is int:
         return (value, value)
-    if type(value) in (tuple, list):
-        return (value[0], value[0]) if len(value) == 1 else value
-    return value if isinstance(value, (tuple, list, str)) else (value, value)
+    if isinstance(value, (tuple, list)):
+        if len(value) == 1:
+            value = (value[0], value[0])
+        return value if len(value) == 2 and _is_number(value[0]) and _is_number(value[1]) else None
+    return (value, value) if _is_number(value) else None
 
 
-def _padded(input, weight, stride, padding, dilation):
-    """The input, and the padding as two numbers: "same" with an odd total pads one side more, which torch too does first."""
-    if not isinstance(padding, str):
-        return input, _pair(padding)
-    if padding == "valid":
-        return input, (0, 0)
-    if padding != "same" or weight.dim() != 4 or any(s != 1 for s in stride) or len(dilation) != 2:
-        return input, padding  # torch's to refuse
+def _same(input, weight, dilation):
+    """The input and the padding for "same": an odd total pads one side more, which torch too does beforehand."""
     totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     if any(total % 2 for total in totals):
-        (top, left), (bottom, right) = ([t // 2 for t in totals], [t - t // 2 for t in totals])
-        # The even part is left to the op.
-        input = F.pad(input, (0, right - left, 0, bottom - top))
-    return input, tuple(total // 2 for total in totals)
+        input = F.pad(input, (0, totals[1] % 2, 0, totals[0] % 2))
+    return input, (totals[0] // 2, totals[1] // 2)
 
 
-def _call(op, input, weight, bias, stride, padding, dilation, groups, *rest):
-    stride, dilation = _pair(stride), _pair(dilation)
-    if isinstance(input, torch.Tensor) and isinstance(weight, torch.Tensor):
-        batched = input.dim() != 3 or weight.dim() != 4
-        if not batched:
-            input = input.unsqueeze(0)
-        input, padding = _padded(input, weight, stride, padding, dilation)
-        out = op(input, weight, bias, stride, padding, dilation, groups, *rest)
-        if rest:
-            out = out[0]
-        return out if batched else out.squeeze(0)
-    raise TypeError(
-        f"input and weight must be Tensors, not {type(input).__name__} and {type(weight).__name__}"
-    )
+def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, pool=()):
+    """Routes a call whose arguments torch takes in many forms to the op, or to `stock` where they make no sense."""
+    step, reach = _pair(stride), _pair(dilation)
+    if (
+        step is not None
+        and reach is not None
+        and pool is not None
+        and isinstance(input, torch.Tensor)
+        and isinstance(weight, torch.Tensor)
+        and weight.dim() == 4
+        and (input.dim() == 4 or input.dim() == 3)
+        and _is_number(groups)
+    ):
+        images = input if input.dim() == 4 else input.unsqueeze(0)
+        if not isinstance(padding, str):
+            pad = _pair(padding)
+        elif padding == "valid":
+            pad = (0, 0)
+        elif padding == "same" and step[0] == step[1] == 1:
+            images, pad = _same(images, weight, reach)
+        else:
+            pad = None
+        if pad is not None:
+            out = op(images, weight, bias, *step, *pad, *reach, groups, *pool)
+            if pool:
+                out = out[0]
+            return out if input.dim() == 4 else out.squeeze(0)
+    return stock(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
+
+
+def _unchanged(output):
+    return output
 
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -519,7 +512,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     RuntimeError
         If shapes, channels or dtypes do not fit, or the kernel is larger than the padded input.
     """
-    return _call(_conv2d, input, weight, bias, stride, padding, dilation, groups)
+    return _call(_conv2d, _unchanged, input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -540,7 +533,7 @@ def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, group
     RuntimeError
         Where :func:`conv2d` raises it.
     """
-    return _call(_conv2d_relu, input, weight, bias, stride, padding, dilation, groups)
+    return _call(_conv2d_relu, torch.relu, input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv2d_relu_max_pool2d(
@@ -581,21 +574,14 @@ def conv2d_relu_max_pool2d(
     RuntimeError
         Where :func:`conv2d` or torch's max-pooling raises it.
     """
-    kernel_size = _pair(kernel_size)
-    pool_stride = kernel_size if pool_stride is None else _pair(pool_stride)
-    return _call(
-        _conv2d_relu_max_pool2d,
-        input,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        kernel_size,
-        pool_stride,
-        _pair(pool_padding),
-    )
+    window, pad = _pair(kernel_size), _pair(pool_padding)
+    step = window if pool_stride is None else _pair(pool_stride)
+    pool = None if window is None or pad is None or step is None else (*window, *step, *pad)
+
+    def stock(output):
+        return F.max_pool2d(torch.relu(output), kernel_size, pool_stride, pool_padding)
+
+    return _call(_conv2d_relu_max_pool2d, stock, input, weight, bias, stride, padding, dilation, groups, pool)
 
 
 def _one(value):
@@ -633,8 +619,8 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         If shapes, channels or dtypes do not fit, or the kernel is longer than the padded input.
     """
     stride, padding, dilation = _one(stride), _one(padding), _one(dilation)
-    plain = all(type(v) is int for v in (stride, dilation)) and (
-        type(padding) is int or padding in ("same", "valid")
+    plain = all(_is_number(v) for v in (stride, dilation, groups)) and (
+        _is_number(padding) or padding in ("same", "valid")
     )
     if (
         not plain
@@ -655,5 +641,5 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         padding = total // 2
     input = input.contiguous()  # the output of torch's is, whatever the input
     images = input[:, :, None] if input.dim() == 3 else input[None, :, None]
-    out = _conv2d(images, weight[:, :, None], bias, (1, stride), (0, padding), (1, dilation), groups)
+    out = _conv2d(images, weight[:, :, None], bias, 1, stride, 0, padding, 1, dilation, groups)
     return out[:, :, 0] if input.dim() == 3 else out[0, :, 0]

@@ -22,8 +22,8 @@ __all__ = [
 _MOST_LOCATIONS = 256
 
 
-def _is_pair(values, least):
-    return type(values) in (tuple, list) and len(values) == 2 and values[0] >= least and values[1] >= least
+# The ops take their options as single numbers (a list costs a call some microseconds): `window` below are kernel, stride,
+# padding (and dilation), each height before width, and ceil_mode.
 
 
 def _outputs(size, kernel, stride, padding, dilation, ceil_mode):
@@ -34,12 +34,16 @@ def _outputs(size, kernel, stride, padding, dilation, ceil_mode):
     return out
 
 
-def _shape(input, kernel_size, stride, padding, dilation, ceil_mode):
-    h, w = (
-        _outputs(input.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode)
-        for i in (0, 1)
+def _shape(
+    input, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, ceil_mode
+):
+    n, c, h, w = input.shape
+    return (
+        n,
+        c,
+        _outputs(h, kernel_h, stride_h, padding_h, dilation_h, ceil_mode),
+        _outputs(w, kernel_w, stride_w, padding_w, dilation_w, ceil_mode),
     )
-    return input.shape[0], input.shape[1], h, w
 
 
 def _memory_format(input):
@@ -54,43 +58,44 @@ def _empty(input, shape, memory_format, dtype=None):
     return input.new_empty(shape, dtype=dtype).to(memory_format=memory_format)
 
 
-def _unfit(input, kernel_size, stride, padding, dilation=(1, 1)):
+def _unfit(input, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h=1, dilation_w=1):
     if input.dim() != 4:
         return "not an image batch of 4 dimensions"
-    if input.numel() == 0:
+    n, c, h, w = input.shape
+    if n == 0 or c == 0 or h == 0 or w == 0:
         return "an empty input"
-    if not (
-        _is_pair(kernel_size, 1) and _is_pair(stride, 1) and _is_pair(padding, 0) and _is_pair(dilation, 1)
+    if kernel_h < 1 or kernel_w < 1 or stride_h < 1 or stride_w < 1 or dilation_h < 1 or dilation_w < 1:
+        return "window, stride or dilation out of range"
+    if padding_h < 0 or padding_w < 0 or 2 * padding_h > kernel_h or 2 * padding_w > kernel_w:
+        return "padding below 0 or over half the window"
+    if (
+        h + 2 * padding_h < dilation_h * (kernel_h - 1) + 1
+        or w + 2 * padding_w < dilation_w * (kernel_w - 1) + 1
     ):
-        return "not two numbers in range for window, stride, padding or dilation"
-    for i in (0, 1):
-        if 2 * padding[i] > kernel_size[i]:
-            return "padding over half the window"
-        if input.shape[2 + i] + 2 * padding[i] < dilation[i] * (kernel_size[i] - 1) + 1:
-            return "a window larger than the padded input"
+        return "a window larger than the padded input"
     return None
 
 
 # ---- maximum ----
 
 
-def _unsupported_max(input, kernel_size, stride, padding, dilation, ceil_mode):
-    return _unfit(input, kernel_size, stride, padding, dilation)
+def _unsupported_max(input, *window):
+    return _unfit(input, *window[:-1])
 
 
-def _unsupported_locations(input, kernel_size, stride, padding, dilation, ceil_mode):
-    reason = _unfit(input, kernel_size, stride, padding, dilation)
-    if reason is None and kernel_size[0] * kernel_size[1] > _MOST_LOCATIONS:
+def _unsupported_locations(input, *window):
+    reason = _unfit(input, *window[:-1])
+    if reason is None and window[0] * window[1] > _MOST_LOCATIONS:
         return f"a window of more than {_MOST_LOCATIONS} elements"
     return reason
 
 
 def _cost_max(bytes_per_place):
-    def cost(input, kernel_size, stride, padding, dilation, ceil_mode):
-        n, c, h, w = _shape(input, kernel_size, stride, padding, dilation, ceil_mode)
+    def cost(input, *window):
+        n, c, h, w = _shape(input, *window)
         outputs = n * c * h * w
         return Cost(
-            float(outputs * kernel_size[0] * kernel_size[1]),
+            float(outputs * window[0] * window[1]),
             tensor_bytes(input) + outputs * (input.element_size() + bytes_per_place),
         )
 
@@ -106,12 +111,17 @@ def _fake_max(place_dtype):
     return fake
 
 
-def _stock_max(input, kernel_size, stride, padding, dilation, ceil_mode):
-    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+def _pairs(window):
+    """Kernel, stride, padding and, where there is one, dilation, as torch takes them."""
+    return [window[i : i + 2] for i in range(0, len(window) - 1, 2)]
 
 
-def _stock_max_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode):
-    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
+def _stock_max(input, *window):
+    return F.max_pool2d(input, *_pairs(window), ceil_mode=window[-1])
+
+
+def _stock_max_with_indices(input, *window):
+    return F.max_pool2d(input, *_pairs(window), ceil_mode=window[-1], return_indices=True)
 
 
 def _keep_places(ctx, inputs, output):
@@ -123,15 +133,15 @@ def _locations_grad(ctx, grad, _):
     to_input = None
     if grad is not None:
         (locations,) = ctx.saved_tensors
-        to_input = max_pool2d_backward(grad, locations, ctx.input_size, *ctx.window)
-    return (to_input, *(None,) * 5)
+        to_input = max_pool2d_backward(grad, locations, *ctx.input_size, *ctx.window)
+    return (to_input, *(None,) * 9)
 
 
 def _indices_grad(ctx, grad, _):
     to_input = None
     if grad is not None:
         (indices,) = ctx.saved_tensors
-        to_input = max_pool2d_indices_backward(grad, indices, ctx.input_size)
+        to_input = max_pool2d_indices_backward(grad, indices, *ctx.input_size)
     return (to_input, *(None,) * len(ctx.window))
 
 
@@ -146,8 +156,8 @@ def _max_grad(ctx, grad):
     if grad is not None:
         (input,) = ctx.saved_tensors
         _, indices = _max_pool2d_with_indices(input.detach(), *ctx.window)
-        to_input = max_pool2d_indices_backward(grad, indices, tuple(input.shape[2:]))
-    return (to_input, *(None,) * 5)
+        to_input = max_pool2d_indices_backward(grad, indices, *input.shape[2:])
+    return (to_input, *(None,) * 9)
 
 
 _max_pool2d = declare(
@@ -181,18 +191,31 @@ _max_pool2d_with_indices = declare(
 )
 
 
-def _flat_indices(locations, input_size, kernel_size, stride, padding, dilation, ceil_mode):
+def _flat_indices(
+    locations,
+    input_h,
+    input_w,
+    kernel_h,
+    kernel_w,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    ceil_mode,
+):
     """Where in the image the maxima stood, from their places in the windows."""
-    rows = torch.arange(locations.shape[2], device=locations.device)[:, None] * stride[0] - padding[0]
-    columns = torch.arange(locations.shape[3], device=locations.device) * stride[1] - padding[1]
+    rows = torch.arange(locations.shape[2], device=locations.device)[:, None] * stride_h - padding_h
+    columns = torch.arange(locations.shape[3], device=locations.device) * stride_w - padding_w
     place = locations.long()
-    rows = rows + place // kernel_size[1] * dilation[0]
-    return rows * input_size[1] + columns + place % kernel_size[1] * dilation[1]
+    rows = rows + place // kernel_w * dilation_h
+    return rows * input_w + columns + place % kernel_w * dilation_w
 
 
-def _scatter(grad, indices, input_size):
-    out = grad.new_zeros(*grad.shape[:2], input_size[0] * input_size[1])
-    return out.scatter_add(2, indices.flatten(2), grad.flatten(2)).view(*grad.shape[:2], *input_size)
+def _scatter(grad, indices, input_h, input_w):
+    out = grad.new_zeros(*grad.shape[:2], input_h * input_w)
+    return out.scatter_add(2, indices.flatten(2), grad.flatten(2)).view(*grad.shape[:2], input_h, input_w)
 
 
 def _gather(grad_grad, indices):
@@ -209,39 +232,37 @@ def _max_backward_grad(ctx, grad_grad):
     if grad_grad is not None:
         (locations,) = ctx.saved_tensors
         to_grad = _gather(grad_grad, _flat_indices(locations, *ctx.rest))
-    return (to_grad, *(None,) * 7)
+    return (to_grad, *(None,) * 12)
 
 
-def _fits_max_backward(grad, locations, input_size, *window):
+def _fits_max_backward(grad, locations, input_h, input_w, *window):
     if locations.dtype is not torch.uint8 or locations.shape != grad.shape or grad.dim() != 4:
         return "locations that are not one byte per element of the gradient"
-    if not _is_pair(input_size, 1) or grad.numel() == 0:
+    if input_h < 1 or input_w < 1 or grad.numel() == 0:
         return "an empty gradient or input"
-    if not all(_is_pair(v, 0) for v in window[:4]):
-        return "not two numbers for window, stride, padding or dilation"
     return None
 
 
-def _fake_max_backward(grad, places, input_size, *window):
-    return _empty(grad, (*grad.shape[:2], *input_size), _memory_format(places))
+def _fake_max_backward(grad, places, input_h, input_w, *window):
+    return _empty(grad, (*grad.shape[:2], input_h, input_w), _memory_format(places))
 
 
-def _cost_max_backward(grad, places, input_size, *window):
+def _cost_of_backward(grad, places, input_h, input_w):
     n, c = grad.shape[:2]
     return Cost(
         float(grad.numel()),
-        tensor_bytes(grad, places) + n * c * input_size[0] * input_size[1] * grad.element_size(),
+        tensor_bytes(grad, places) + n * c * input_h * input_w * grad.element_size(),
     )
 
 
 max_pool2d_backward = declare(
     "max_pool2d_backward",
-    stock=lambda grad, locations, input_size, *window: _scatter(
-        grad, _flat_indices(locations, input_size, *window), input_size
+    stock=lambda grad, locations, input_h, input_w, *window: _scatter(
+        grad, _flat_indices(locations, input_h, input_w, *window), input_h, input_w
     ),
     unsupported=_fits_max_backward,
     fake=_fake_max_backward,
-    cost=_cost_max_backward,
+    cost=lambda grad, places, input_h, input_w, *window: _cost_of_backward(grad, places, input_h, input_w),
     keep=_keep_max_backward,
     backward=_max_backward_grad,
     own_dtype=("locations",),
@@ -253,13 +274,13 @@ def _indices_backward_grad(ctx, grad_grad):
     if grad_grad is not None:
         (indices,) = ctx.saved_tensors
         to_grad = _gather(grad_grad, indices)
-    return to_grad, None, None
+    return to_grad, None, None, None
 
 
-def _fits_indices_backward(grad, indices, input_size):
+def _fits_indices_backward(grad, indices, input_h, input_w):
     if indices.dtype is not torch.int64 or indices.shape != grad.shape or grad.dim() != 4:
         return "indices that are not one int64 per element of the gradient"
-    if not _is_pair(input_size, 1) or grad.numel() == 0:
+    if input_h < 1 or input_w < 1 or grad.numel() == 0:
         return "an empty gradient or input"
     return None
 
@@ -269,7 +290,7 @@ max_pool2d_indices_backward = declare(
     stock=_scatter,
     unsupported=_fits_indices_backward,
     fake=_fake_max_backward,
-    cost=_cost_max_backward,
+    cost=lambda grad, places, input_h, input_w, *window: _cost_of_backward(grad, places, input_h, input_w),
     keep=_keep_max_backward,
     backward=_indices_backward_grad,
     own_dtype=("indices",),
@@ -278,27 +299,22 @@ max_pool2d_indices_backward = declare(
 # ---- average ----
 
 
-def _unsupported_avg(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
-    if divisor_override == 0:
-        return "a divisor of 0"
-    return _unfit(input, kernel_size, stride, padding)
+def _unsupported_avg(input, *window):
+    return "a divisor of 0" if window[-1] == 0 else _unfit(input, *window[:6])
 
 
-def _avg_shape(input, kernel_size, stride, padding, ceil_mode):
-    return _shape(input, kernel_size, stride, padding, (1, 1), ceil_mode)
+def _avg_shape(input, *window):
+    return _shape(input, *window[:6], 1, 1, window[6])
 
 
-def _fake_avg(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
-    return _empty(input, _avg_shape(input, kernel_size, stride, padding, ceil_mode), _memory_format(input))
+def _fake_avg(input, *window):
+    return _empty(input, _avg_shape(input, *window), _memory_format(input))
 
 
-def _cost_avg(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
-    n, c, h, w = _avg_shape(input, kernel_size, stride, padding, ceil_mode)
+def _cost_avg(input, *window):
+    n, c, h, w = _avg_shape(input, *window)
     outputs = n * c * h * w
-    return Cost(
-        float(outputs * kernel_size[0] * kernel_size[1]),
-        tensor_bytes(input) + outputs * input.element_size(),
-    )
+    return Cost(float(outputs * window[0] * window[1]), tensor_bytes(input) + outputs * input.element_size())
 
 
 def _keep_avg(ctx, inputs, output):
@@ -309,53 +325,51 @@ def _keep_avg(ctx, inputs, output):
 def _avg_grad(ctx, grad):
     to_input = None
     if grad is not None:
-        to_input = avg_pool2d_backward(grad, ctx.input_size, *ctx.window, ctx.channels_last)
-    return (to_input, *(None,) * 6)
+        to_input = avg_pool2d_backward(grad, *ctx.input_size, *ctx.window, ctx.channels_last)
+    return (to_input, *(None,) * 9)
 
 
 def _keep_avg_backward(ctx, inputs, output):
-    ctx.window = inputs[2:-1]
+    ctx.window = inputs[3:-1]
 
 
 def _avg_backward_grad(ctx, grad_grad):
-    return (None if grad_grad is None else _avg_pool2d(grad_grad, *ctx.window), *(None,) * 8)
-
-
-def _stock_avg_backward(grad, input_size, *rest):
-    *window, channels_last = rest
-    like = grad.new_empty((*grad.shape[:2], *input_size)).to(memory_format=_format(channels_last))
-    return torch.ops.aten.avg_pool2d_backward(grad, like, *window)
+    return (None if grad_grad is None else _avg_pool2d(grad_grad, *ctx.window), *(None,) * 12)
 
 
 def _format(channels_last):
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _fits_avg_backward(grad, input_size, kernel_size, stride, padding, ceil_mode, *rest):
-    if grad.dim() != 4 or grad.numel() == 0 or not _is_pair(input_size, 1):
+def _stock_avg_backward(grad, input_h, input_w, *rest):
+    *window, channels_last = rest
+    like = grad.new_empty((*grad.shape[:2], input_h, input_w)).to(memory_format=_format(channels_last))
+    return torch.ops.aten.avg_pool2d_backward(grad, like, *_pairs(window[:7]), *window[6:])
+
+
+def _fits_avg_backward(grad, input_h, input_w, *rest):
+    if grad.dim() != 4 or grad.numel() == 0 or input_h < 1 or input_w < 1:
         return "not an image batch of 4 dimensions with elements"
-    if not (_is_pair(kernel_size, 1) and _is_pair(stride, 1) and _is_pair(padding, 0)):
-        return "not two numbers in range for window, stride or padding"
     return None
+
+
+def _fake_avg_backward(grad, input_h, input_w, *rest):
+    return _empty(grad, (*grad.shape[:2], input_h, input_w), _format(rest[-1]))
 
 
 avg_pool2d_backward = declare(
     "avg_pool2d_backward",
     stock=_stock_avg_backward,
     unsupported=_fits_avg_backward,
-    fake=lambda grad, input_size, *rest: _empty(grad, (*grad.shape[:2], *input_size), _format(rest[-1])),
-    cost=lambda grad, input_size, *rest: Cost(
-        float(grad.numel()),
-        tensor_bytes(grad)
-        + grad.shape[0] * grad.shape[1] * input_size[0] * input_size[1] * grad.element_size(),
-    ),
+    fake=_fake_avg_backward,
+    cost=lambda grad, input_h, input_w, *rest: _cost_of_backward(grad, None, input_h, input_w),
     keep=_keep_avg_backward,
     backward=_avg_backward_grad,
 )
 
 _avg_pool2d = declare(
     "avg_pool2d",
-    stock=lambda input, *window: F.avg_pool2d(input, *window),
+    stock=lambda input, *window: F.avg_pool2d(input, *_pairs(window[:7]), *window[6:]),
     unsupported=_unsupported_avg,
     fake=_fake_avg,
     cost=_cost_avg,
@@ -366,21 +380,21 @@ _avg_pool2d = declare(
 # ---- to a given output size ----
 
 
-def _unsupported_adaptive(input, output_size):
+def _unsupported_adaptive(input, output_h, output_w):
     if input.dim() != 4:
         return "not an image batch of 4 dimensions"
-    if input.numel() == 0 or not _is_pair(output_size, 1):
+    if input.numel() == 0 or output_h < 1 or output_w < 1:
         return "an empty input or output"
     return None
 
 
-def _adaptive_shape(input, output_size):
-    return input.shape[0], input.shape[1], *output_size
+def _fake_adaptive(input, output_h, output_w, dtype=None):
+    return _empty(input, (*input.shape[:2], output_h, output_w), _memory_format(input), dtype)
 
 
 def _cost_adaptive(bytes_per_place):
-    def cost(input, output_size):
-        outputs = input.shape[0] * input.shape[1] * output_size[0] * output_size[1]
+    def cost(input, output_h, output_w):
+        outputs = input.shape[0] * input.shape[1] * output_h * output_w
         return Cost(
             float(input.numel()), tensor_bytes(input) + outputs * (input.element_size() + bytes_per_place)
         )
@@ -391,8 +405,8 @@ def _cost_adaptive(bytes_per_place):
 def _adaptive_avg_grad(ctx, grad):
     to_input = None
     if grad is not None:
-        to_input = adaptive_avg_pool2d_backward(grad, ctx.input_size, ctx.channels_last)
-    return to_input, None
+        to_input = adaptive_avg_pool2d_backward(grad, *ctx.input_size, ctx.channels_last)
+    return to_input, None, None
 
 
 def _keep_adaptive_backward(ctx, inputs, output):
@@ -400,39 +414,30 @@ def _keep_adaptive_backward(ctx, inputs, output):
 
 
 def _adaptive_backward_grad(ctx, grad_grad):
-    return None if grad_grad is None else _adaptive_avg_pool2d(grad_grad, ctx.output_size), None, None
+    to_grad = None if grad_grad is None else _adaptive_avg_pool2d(grad_grad, *ctx.output_size)
+    return to_grad, None, None, None
 
 
-def _stock_adaptive_backward(grad, input_size, channels_last):
-    like = grad.new_empty((*grad.shape[:2], *input_size)).to(memory_format=_format(channels_last))
+def _stock_adaptive_backward(grad, input_h, input_w, channels_last):
+    like = grad.new_empty((*grad.shape[:2], input_h, input_w)).to(memory_format=_format(channels_last))
     return torch.ops.aten._adaptive_avg_pool2d_backward(grad, like)
 
 
 adaptive_avg_pool2d_backward = declare(
     "adaptive_avg_pool2d_backward",
     stock=_stock_adaptive_backward,
-    unsupported=lambda grad, input_size, channels_last: (
-        None
-        if grad.dim() == 4 and grad.numel() > 0 and _is_pair(input_size, 1)
-        else "not an image batch of 4 dimensions with elements"
-    ),
-    fake=lambda grad, input_size, channels_last: _empty(
-        grad, (*grad.shape[:2], *input_size), _format(channels_last)
-    ),
-    cost=lambda grad, input_size, channels_last: Cost(
-        float(grad.numel()),
-        tensor_bytes(grad)
-        + grad.shape[0] * grad.shape[1] * input_size[0] * input_size[1] * grad.element_size(),
-    ),
+    unsupported=_fits_avg_backward,
+    fake=_fake_avg_backward,
+    cost=lambda grad, input_h, input_w, channels_last: _cost_of_backward(grad, None, input_h, input_w),
     keep=_keep_adaptive_backward,
     backward=_adaptive_backward_grad,
 )
 
 _adaptive_avg_pool2d = declare(
     "adaptive_avg_pool2d",
-    stock=F.adaptive_avg_pool2d,
+    stock=lambda input, *output_size: F.adaptive_avg_pool2d(input, output_size),
     unsupported=_unsupported_adaptive,
-    fake=lambda input, output_size: _empty(input, _adaptive_shape(input, output_size), _memory_format(input)),
+    fake=_fake_adaptive,
     cost=_cost_adaptive(0),
     keep=_keep_avg,
     backward=_adaptive_avg_grad,
@@ -440,12 +445,9 @@ _adaptive_avg_pool2d = declare(
 
 _adaptive_max_pool2d = declare(
     "adaptive_max_pool2d",
-    stock=lambda input, output_size: F.adaptive_max_pool2d(input, output_size, return_indices=True),
+    stock=lambda input, *output_size: F.adaptive_max_pool2d(input, output_size, return_indices=True),
     unsupported=_unsupported_adaptive,
-    fake=lambda input, output_size: (
-        _empty(input, _adaptive_shape(input, output_size), _memory_format(input)),
-        _empty(input, _adaptive_shape(input, output_size), _memory_format(input), torch.int64),
-    ),
+    fake=lambda input, *size: (_fake_adaptive(input, *size), _fake_adaptive(input, *size, torch.int64)),
     cost=_cost_adaptive(8),
     keep=_keep_places,
     backward=_indices_grad,
@@ -454,25 +456,47 @@ _adaptive_max_pool2d = declare(
 # ---- what users call ----
 
 
+def _is_number(value):
+    return isinstance(value, (int, torch.SymInt))
+
+
 def _pair(value):
+    """Two numbers; None for what only torch can judge."""
     if type(value) is int:
         return (value, value)
     if isinstance(value, (tuple, list)):
-        return (value[0], value[0]) if len(value) == 1 else value
-    return (value, value)
+        if len(value) == 1:
+            value = (value[0], value[0])
+        return value if len(value) == 2 and _is_number(value[0]) and _is_number(value[1]) else None
+    return (value, value) if _is_number(value) else None
 
 
 def _one(value):
     return value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
 
 
-def _stride(stride, kernel_size):
-    if stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0):
-        return kernel_size
-    return _pair(stride)
+def _is_unset(stride):
+    return stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0)
 
 
-def _max_pool(input, window, return_indices):
+def _window(input, kernel_size, stride, *rest):
+    """The numbers of a window, or None where only torch can judge the call."""
+    if not isinstance(input, torch.Tensor) or (input.dim() != 4 and (input.dim() != 3 or input.numel() == 0)):
+        return None
+    kernel = _pair(kernel_size)
+    pairs = (kernel, kernel if _is_unset(stride) else _pair(stride), *(_pair(v) for v in rest))
+    return None if None in pairs else [number for pair in pairs for number in pair]
+
+
+def _batched(function, input, *args):
+    """The function on a batch of images, of which the input may be one."""
+    if input.dim() == 4:
+        return function(input, *args)
+    out = function(input.unsqueeze(0), *args)
+    return tuple(t.squeeze(0) for t in out) if isinstance(out, tuple) else out.squeeze(0)
+
+
+def _max_pool(input, return_indices, *window):
     if return_indices:
         return _max_pool2d_with_indices(input, *window)
     if input.requires_grad and torch.is_grad_enabled():
@@ -513,22 +537,10 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     RuntimeError
         If the window is larger than the padded input, or the padding over half the window.
     """
-    if not isinstance(input, torch.Tensor) or input.dim() != 4:
-        if isinstance(input, torch.Tensor) and input.dim() == 3 and input.numel() > 0:
-            out = max_pool2d(
-                input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices
-            )
-            return tuple(t.squeeze(0) for t in out) if return_indices else out.squeeze(0)
+    window = _window(input, kernel_size, stride, padding, dilation)
+    if window is None:
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    kernel_size = _pair(kernel_size)
-    window = (
-        kernel_size,
-        _stride(stride, kernel_size),
-        _pair(padding),
-        _pair(dilation),
-        bool(ceil_mode),
-    )
-    return _max_pool(input, window, return_indices)
+    return _batched(_max_pool, input, return_indices, *window, bool(ceil_mode))
 
 
 def max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
@@ -556,17 +568,17 @@ def max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
         If the window is larger than the padded input, or the padding over half the window.
     """
     values = [_one(v) for v in (kernel_size, padding, dilation)]
-    step = _one(stride) if stride is not None and stride != () and stride != [] else values[0]
+    step = values[0] if _is_unset(stride) else _one(stride)
     if (
         not isinstance(input, torch.Tensor)
         or input.dim() not in (2, 3)
-        or not all(type(v) is int for v in (*values, step))
+        or not all(_is_number(v) for v in (*values, step))
     ):
         return F.max_pool1d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    window = ((1, values[0]), (1, step), (0, values[1]), (1, values[2]), bool(ceil_mode))
+    window = (1, values[0], 1, step, 0, values[1], 1, values[2], bool(ceil_mode))
     batched = input.dim() == 3
     input = input.contiguous()  # the output of torch's is, whatever the input
-    out = _max_pool(input[:, :, None] if batched else input[None, :, None], window, return_indices)
+    out = _max_pool(input[:, :, None] if batched else input[None, :, None], return_indices, *window)
     parts = out if return_indices else (out,)
     parts = tuple(t[:, :, 0] if batched else t[0, :, 0] for t in parts)
     return parts if return_indices else parts[0]
@@ -608,30 +620,12 @@ def avg_pool2d(
     RuntimeError
         If the window is larger than the padded input, or the padding over half the window.
     """
-    if not isinstance(input, torch.Tensor) or input.dim() != 4:
-        if isinstance(input, torch.Tensor) and input.dim() == 3 and input.numel() > 0:
-            return avg_pool2d(
-                input.unsqueeze(0),
-                kernel_size,
-                stride,
-                padding,
-                ceil_mode,
-                count_include_pad,
-                divisor_override,
-            ).squeeze(0)
+    window = _window(input, kernel_size, stride, padding)
+    if window is None:
         return F.avg_pool2d(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
-    kernel_size = _pair(kernel_size)
-    return _avg_pool2d(
-        input,
-        kernel_size,
-        _stride(stride, kernel_size),
-        _pair(padding),
-        bool(ceil_mode),
-        bool(count_include_pad),
-        divisor_override,
-    )
+    return _batched(_avg_pool2d, input, *window, bool(ceil_mode), bool(count_include_pad), divisor_override)
 
 
 def avg_pool1d(input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True):
@@ -659,19 +653,22 @@ def avg_pool1d(input, kernel_size, stride=None, padding=0, ceil_mode=False, coun
         If the window is larger than the padded input, or the padding over half the window.
     """
     kernel, pad = _one(kernel_size), _one(padding)
-    step = _one(stride) if stride is not None and stride != () and stride != [] else kernel
+    step = kernel if _is_unset(stride) else _one(stride)
     if (
         not isinstance(input, torch.Tensor)
         or input.dim() not in (2, 3)
-        or not all(type(v) is int for v in (kernel, step, pad))
+        or not all(_is_number(v) for v in (kernel, step, pad))
     ):
         return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
     batched = input.dim() == 3
     out = _avg_pool2d(
         input[:, :, None] if batched else input[None, :, None],
-        (1, kernel),
-        (1, step),
-        (0, pad),
+        1,
+        kernel,
+        1,
+        step,
+        0,
+        pad,
         bool(ceil_mode),
         bool(count_include_pad),
         None,
@@ -684,7 +681,7 @@ def _output_size(input, output_size):
     if type(output_size) is int:
         return (output_size, output_size)
     if not isinstance(output_size, (tuple, list)) or len(output_size) not in (1, 2):
-        return None
+        return (output_size, output_size) if _is_number(output_size) else None
     if len(output_size) == 1:
         output_size = (output_size[0], output_size[0])
     return tuple(size if o is None else o for o, size in zip(output_size, input.shape[-2:], strict=True))
@@ -719,9 +716,7 @@ def adaptive_avg_pool2d(input, output_size):
     )
     if size is None:
         return F.adaptive_avg_pool2d(input, output_size)
-    if input.dim() == 3:
-        return _adaptive_avg_pool2d(input.unsqueeze(0), size).squeeze(0)
-    return _adaptive_avg_pool2d(input, size)
+    return _batched(_adaptive_avg_pool2d, input, *size)
 
 
 def adaptive_avg_pool1d(input, output_size):
@@ -747,10 +742,10 @@ def adaptive_avg_pool1d(input, output_size):
         If the input has another number of dimensions, or no elements.
     """
     size = _one(output_size)
-    if not isinstance(input, torch.Tensor) or input.dim() not in (2, 3) or type(size) is not int:
+    if not isinstance(input, torch.Tensor) or input.dim() not in (2, 3) or not _is_number(size):
         return F.adaptive_avg_pool1d(input, output_size)
     batched = input.dim() == 3
-    out = _adaptive_avg_pool2d(input[:, :, None] if batched else input[None, :, None], (1, size))
+    out = _adaptive_avg_pool2d(input[:, :, None] if batched else input[None, :, None], 1, size)
     return out[:, :, 0] if batched else out[0, :, 0]
 
 
@@ -785,10 +780,7 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
     )
     if size is None:
         return F.adaptive_max_pool2d(input, output_size, return_indices)
-    if input.dim() == 3:
-        parts = tuple(t.squeeze(0) for t in _adaptive_max_pool2d(input.unsqueeze(0), size))
-    else:
-        parts = _adaptive_max_pool2d(input, size)
+    parts = _batched(_adaptive_max_pool2d, input, *size)
     return parts if return_indices else parts[0]
 
 
@@ -817,9 +809,9 @@ def adaptive_max_pool1d(input, output_size, return_indices=False):
         If the input has another number of dimensions, or no elements.
     """
     size = _one(output_size)
-    if not isinstance(input, torch.Tensor) or input.dim() not in (2, 3) or type(size) is not int:
+    if not isinstance(input, torch.Tensor) or input.dim() not in (2, 3) or not _is_number(size):
         return F.adaptive_max_pool1d(input, output_size, return_indices)
     batched = input.dim() == 3
-    parts = _adaptive_max_pool2d(input[:, :, None] if batched else input[None, :, None], (1, size))
+    parts = _adaptive_max_pool2d(input[:, :, None] if batched else input[None, :, None], 1, size)
     parts = tuple(t[:, :, 0] if batched else t[0, :, 0] for t in parts)
     return parts if return_indices else parts[0]
