@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastnn import _library
+from fastnn.ops import _declare
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEVELS = _library.ISA_LEVELS[: _library.ISA_LEVELS.index(_library.detected_isa()) + 1]
@@ -26,6 +27,12 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def prefer_kernels(monkeypatch):
+    """Runs every call that a kernel supports on it, also where torch would be faster."""
+    monkeypatch.setattr(_declare, "prefer_kernels", True)
 
 
 def assert_as_good(ours, stock, exact, roundings=1):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fastnn import _library
 from fastnn.ops import _declare, conv
 
+pytestmark = pytest.mark.usefixtures("prefer_kernels")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", LAYOUTS, ids=("nchw", "channels_last"))
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -230,6 +231,15 @@ def test_what_the_fused_op_keeps():
         y = conv.conv2d_relu_max_pool2d(x, w, b)
     assert [t.shape for t in kept] == [x.shape, w.shape, y.shape]
     assert kept[2].dtype is torch.uint8
+
+
+def test_where_torch_is_faster_it_runs(monkeypatch, native):
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    x, w, b = inputs((2, 64, 9, 9), (8, 64, 3, 3))
+    assert torch.equal(conv.conv2d(x, w, b), TF.conv2d(x, w, b))
+    assert torch.equal(conv.conv2d_relu(x, w, b, 2), stock_relu(x, w, b, 2))
+    conv.conv2d(x[:1, :4], w[:, :4].contiguous(), b)
+    assert [reason and reason[:15] for _, reason in native] == ["torch is faster", "torch is faster", None]
 
 
 OPTIONS = [((1, 1), (0, 1), (1, 1), 1), ((2, 1), (1, 1), (1, 2), 2)]

@@ -77,7 +77,9 @@ Cut cut(const ConvArgs& args, int64_t plane_row_bytes, int64_t sum_row_bytes, in
                 reach = args.pool != nullptr ? args.pool->kh : 1;
   const auto conv_rows = [&](int64_t units) { return min_of(s.oh, (units - 1) * step + reach); };
   const int64_t most = min_of(kPlaneBytes / max_of(plane_row_bytes, 1), kSumBytes / max_of(sum_row_bytes, 1));
-  int64_t units = max_of(1, min_of(rows, (most - reach) / step + 1));
+  // Less than a few tiles of pixels would waste the registers.
+  const int64_t least = max_of(most, ceil_div(96, width));
+  int64_t units = max_of(1, min_of(rows, (least - reach) / step + 1));
   units = ceil_div(rows, ceil_div(rows, units));
   // Enough tasks to share out, as long as a band fills a few tiles.
   const int64_t images = s.n * s.groups;
@@ -109,10 +111,13 @@ void forward(const ConvArgs& args, const Context& context) {
   const Axis rows{s.kh, s.sh, s.dh, s.ph, s.oh, s.h}, columns{s.kw, s.sw, s.dw, s.pw, s.ow, s.w};
   const Planes one(rows, columns, 1);
   const int64_t plane_count = ceil_div(channels, kPer);
-  const int64_t plane_row = in_place ? 0
-                                     : plane_count * one.row_phases * one.column_phases * one.width *
-                                           static_cast<int64_t>(sizeof(Elem));
-  const int64_t width = in_place ? s.w : one.width;
+  // One long row, a sequence, is cut into spans of columns instead of bands of rows.
+  const int64_t column_bytes =
+      plane_count * (in_place ? 1 : one.row_phases * one.column_phases) * static_cast<int64_t>(sizeof(Elem));
+  const int64_t wide = s.oh == 1 && pool == nullptr ? max_of(16 * kLanes, kPlaneBytes / column_bytes) : s.ow;
+  const int64_t spans = ceil_div(s.ow, wide), span = ceil_div(s.ow, spans);
+  const int64_t width = in_place ? s.w : span + columns.most_shift();
+  const int64_t plane_row = column_bytes * width;
   // Panels whose sums are drained together: channels_last stores whole vectors of channels.
   const Panels panels(outputs);
   const int64_t together = args.channels_last ? max_of(1, 2 * kLanes / kConvRows) : 1;
@@ -120,7 +125,9 @@ void forward(const ConvArgs& args, const Context& context) {
   const int64_t groups_of_panels = ceil_div(panels.number, together);
   const Cut by = cut(args, plane_row, together_rows * width * static_cast<int64_t>(sizeof(A)), width,
                      groups_of_panels, workers);
-  const Planes planes(rows, columns, by.conv_rows);
+  Axis span_columns = columns;
+  span_columns.outputs = span;
+  const Planes planes(rows, span_columns, by.conv_rows);
 
   const WeightRows<T> weights = weight_rows<T>(args, taps, channels, s.n * s.oh * s.ow, context);
   const int64_t depth = taps * plane_count;
@@ -149,9 +156,12 @@ void forward(const ConvArgs& args, const Context& context) {
   A* pooled_memory = context.scratch<A>(workers * 2 * together_rows * pooled_row);
   const int64_t out_rows = pool != nullptr ? pool->oh : s.oh, out_columns = pool != nullptr ? pool->ow : s.ow;
 
-  context.for_each(s.n * s.groups * by.bands * by.parts, workers, [&](int64_t task, int worker) {
+  context.for_each(s.n * s.groups * by.bands * spans * by.parts, workers, [&](int64_t task, int worker) {
     const int64_t part = task % by.parts, band = task / by.parts % by.bands;
-    const int64_t g = task / (by.parts * by.bands) % s.groups, n = task / (by.parts * by.bands * s.groups);
+    const int64_t column = task / (by.parts * by.bands) % spans * span;
+    const int64_t image_task = task / (by.parts * by.bands * spans);
+    const int64_t g = image_task % s.groups, n = image_task / s.groups;
+    const int64_t here = min_of(span, s.ow - column);
     const int64_t unit0 = band * by.unit_rows, unit1 = min_of(out_rows, unit0 + by.unit_rows);
     int64_t row0 = unit0, row1 = unit1;
     if (pool != nullptr) {
@@ -164,12 +174,14 @@ void forward(const ConvArgs& args, const Context& context) {
     const Elem* band_planes = nullptr;
     if (!in_place) {
       Elem* mine = plane_memory + worker * plane_size;
-      fill_planes<Elem, T>(image, planes, row0, mine);
+      Planes shifted = planes;
+      shifted.columns.padding -= column * s.sw;
+      fill_planes<Elem, T>(image, shifted, row0, mine);
       band_planes = mine;
     } else if constexpr (kPlanesInPlace<T>) {
-      band_planes = image.data + row0 * s.w;
+      band_planes = image.data + row0 * s.w + column;
     }
-    const int64_t pixels = row1 > row0 ? (row1 - row0 - 1) * width + s.ow : 0;
+    const int64_t pixels = row1 > row0 ? (row1 - row0 - 1) * width + here : 0;
     A* y = y_memory + worker * y_size;
     T* output = static_cast<T*>(args.output) + n * s.k * out_rows * out_columns;
     const Target<T> to = args.channels_last ? Target<T>{output, 1, out_columns * s.k, s.k}
@@ -189,7 +201,8 @@ void forward(const ConvArgs& args, const Context& context) {
       }
       const int64_t channel = g * outputs + k0;
       if (pool == nullptr) {
-        drain(to, channel, count, row0, row1 - row0, s.ow, y, y_row, width);
+        drain(Target<T>{to.data + column * to.column_step, to.channel_step, to.row_step, to.column_step},
+              channel, count, row0, row1 - row0, here, y, y_row, width);
         continue;
       }
       if constexpr (sizeof(T) < sizeof(A)) {

@@ -123,7 +123,7 @@ void input_gradient(const ConvBackwardArgs& args, const T* grad, const Context& 
                 together_rows = together * kConvRows;
   const int64_t groups_of_panels = ceil_div(panels.number, together);
   // Bands: the planes and the sums of one stay in the second-level cache.
-  const int64_t plane_row = in_place ? 0 : plane_count * width * static_cast<int64_t>(sizeof(Elem));
+  const int64_t plane_row = plane_count * width * static_cast<int64_t>(sizeof(Elem));
   const int64_t reach = rows.most - rows.least;
   const int64_t fit =
       min_of((int64_t{384} << 10) / max_of(plane_row, 1) - reach,

@@ -227,7 +227,7 @@ inline void drain(const Target<T>& to, int64_t first, int channels, int64_t row,
   for (int c = 0; c < channels; ++c) {
     const acc_t<T>* from = y + c * y_row;
     T* out = start + c * to.channel_step;
-    if (to.column_step == 1 && width == columns && to.row_step == columns) {
+    if (to.column_step == 1 && rows > 1 && width == columns && to.row_step == columns) {
       store_run(out, from, rows * columns);
       continue;
     }

@@ -361,6 +361,21 @@ void backward_channels_last(const MaxPoolBackwardArgs& args, const Context& cont
   auto* grad_input = static_cast<T*>(args.grad_input);
   context.for_each(s.n * blocks, workers, [&](int64_t task, int worker) {
     const int64_t n = task / blocks, c0 = task % blocks * block, channels = min_of(block, s.c - c0);
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (args.indices != nullptr) {
+        const int64_t outputs = rows.outputs * columns.outputs;
+        T* image = grad_input + n * inputs * s.c + c0;
+        for (int64_t p = 0; p < inputs; ++p) clear(image + p * s.c, channels);
+        for (int64_t o = 0; o < outputs; ++o) {
+          const int64_t at = (n * outputs + o) * s.c + c0;
+          for (int64_t c = 0; c < channels; ++c) {
+            const int64_t place = args.indices[at + c];
+            if (place >= 0 && place < inputs) image[place * s.c + c] += grad[at + c];
+          }
+        }
+        return;
+      }
+    }
     A* sums = memory + worker * inputs * block;
     clear(sums, inputs * block);
     for (int64_t u = 0; u < rows.outputs; ++u) {

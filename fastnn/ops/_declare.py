@@ -65,6 +65,9 @@ class Op:
 # Every declared op by name, in the order of declaration.
 OPS: dict[str, Op] = {}
 
+# Whether calls for which torch was measured to be faster run on the kernels all the same: tests of the kernels set it.
+prefer_kernels = False
+
 # Called as recorder(op, args, reason) at each routed call while not None; explain() sets it.
 recorder: Callable | None = None
 
@@ -156,6 +159,7 @@ def declare(
     backward: Callable | None = None,
     autocast: bool = False,
     own_dtype: tuple[str, ...] = (),
+    slower: Callable | None = None,
 ) -> Callable:
     """Declare the op ``fastnn::<name>`` and return the function that routes a call to it or to torch.
 
@@ -183,6 +187,8 @@ def declare(
         Whether autocast lowers the op's inputs to its dtype.
     own_dtype
         Names of tensor arguments whose dtype is not that of the first one, such as indices; the op checks it.
+    slower
+        None if the kernels are to take a call that they support, else the reason why torch's op does better.
     """
     packet = getattr(torch.ops.fastnn, name)
     default, raw = packet.default, packet.raw
@@ -247,7 +253,10 @@ def declare(
     def _why_stock(tensors, args):
         if _settings.disabled:
             return "FASTNN_DISABLE is set"
-        return _unfit(tensors, free) or unsupported(*args)
+        reason = _unfit(tensors, free) or unsupported(*args)
+        if reason is None and slower is not None and not prefer_kernels:
+            return slower(*args)
+        return reason
 
     route.__name__ = route.__qualname__ = name
     route.op = op

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastnn import _library
 from fastnn.ops._declare import Cost, declare, tensor_bytes
 
 __all__ = ["conv1d", "conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"]
@@ -340,6 +341,47 @@ conv2d_relu_max_pool2d_backward = declare(
     own_dtype=("locations",),
 )
 
+# ---- where torch's convolutions, oneDNN's, measured faster ----
+
+# Products per output up to which the kernels, which read the image where it lies, were ahead in every layout.
+_FEW_PRODUCTS = 160
+_FEW_PRODUCTS_CHANNELS_LAST = 80
+
+
+def _slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
+    if _is_emulated(input):
+        return None
+    per_group, kernel_h, kernel_w = weight.shape[1:]
+    products = per_group * kernel_h * kernel_w
+    if _is_channels_last(input):
+        if kernel_h == kernel_w == stride_h == stride_w == groups == 1 and padding_h == padding_w == 0:
+            return None  # a matrix product
+        if products > _FEW_PRODUCTS_CHANNELS_LAST or groups > 1:
+            return "torch is faster on channels_last"
+        return None
+    if products <= _FEW_PRODUCTS:
+        return None
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return "torch is faster with gradients of so many channels"
+    if stride_h > 1 or stride_w > 1:
+        return "torch is faster with strides over so many channels"
+    return "torch is faster on batches of so many channels" if input.shape[0] > 1 else None
+
+
+def _slower_pooled(input, weight, bias, *rest):
+    """What the fusion saves outweighs the rest, but on channels_last."""
+    return _slower(input, weight, bias, *rest[:7]) if _is_channels_last(input) else None
+
+
+def _is_channels_last(input):
+    return input.stride(1) == 1 and input.shape[1] > 1 and input.shape[2] * input.shape[3] > 1
+
+
+def _is_emulated(input):
+    """16-bit numbers on a machine without instructions for them: there torch has no fast path."""
+    return input.element_size() == 2 and _library.current_isa() != "avx512_bf16"
+
+
 # ---- the forward ops ----
 
 
@@ -351,6 +393,7 @@ _conv2d = declare(
     "conv2d",
     stock=_stock,
     unsupported=_unsupported,
+    slower=_slower,
     fake=_fake,
     cost=_cost,
     keep=_keep_conv,
@@ -362,6 +405,7 @@ _conv2d_relu = declare(
     "conv2d_relu",
     stock=lambda *args: torch.relu(_stock(*args)),
     unsupported=_unsupported,
+    slower=_slower,
     fake=_fake,
     cost=_cost,
     keep=_keep_conv_relu,
@@ -415,6 +459,7 @@ _conv2d_relu_max_pool2d = declare(
     "conv2d_relu_max_pool2d",
     stock=_stock_pooled,
     unsupported=_unsupported_pooled,
+    slower=_slower_pooled,
     fake=_fake_pooled,
     cost=_cost_pooled,
     keep=_keep_pooled,
