@@ -343,29 +343,42 @@ conv2d_relu_max_pool2d_backward = declare(
 
 # ---- where torch's convolutions, oneDNN's, measured faster ----
 
-# Products per output up to which the kernels, which read the image where it lies, were ahead in every layout.
+# Products per output up to which the kernels, which read the image where it lies, were ahead; and on channels_last also
+# output channels, which there lie across the vectors of the output.
 _FEW_PRODUCTS = 160
 _FEW_PRODUCTS_CHANNELS_LAST = 80
+_FEW_OUTPUTS_CHANNELS_LAST = 16
+# Pixels from which the weight gradient of a 1 x 1 convolution, a product of great depth, is slower than torch's.
+_MANY_PIXELS = 4096
 
 
 def _slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
-    if _is_emulated(input):
-        return None
-    per_group, kernel_h, kernel_w = weight.shape[1:]
+    outputs, per_group, kernel_h, kernel_w = weight.shape
     products = per_group * kernel_h * kernel_w
     if _is_channels_last(input):
-        if kernel_h == kernel_w == stride_h == stride_w == groups == 1 and padding_h == padding_w == 0:
-            return None  # a matrix product
-        if products > _FEW_PRODUCTS_CHANNELS_LAST or groups > 1:
+        if groups > 1:
+            return "torch is faster on groups of channels_last"
+        if _is_emulated(input):
+            return None
+        if kernel_h == kernel_w == stride_h == stride_w == 1 and padding_h == padding_w == 0:
+            # A matrix product.
+            if _wants_gradients(input, weight) and input.numel() >= _MANY_PIXELS * per_group:
+                return "torch is faster with gradients of so many pixels"
+            return None
+        if products > _FEW_PRODUCTS_CHANNELS_LAST or outputs > _FEW_OUTPUTS_CHANNELS_LAST:
             return "torch is faster on channels_last"
         return None
-    if products <= _FEW_PRODUCTS:
+    if products <= _FEW_PRODUCTS or _is_emulated(input):
         return None
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+    if _wants_gradients(input, weight):
         return "torch is faster with gradients of so many channels"
     if stride_h > 1 or stride_w > 1:
         return "torch is faster with strides over so many channels"
     return "torch is faster on batches of so many channels" if input.shape[0] > 1 else None
+
+
+def _wants_gradients(input, weight):
+    return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
 
 
 def _slower_pooled(input, weight, bias, *rest):
