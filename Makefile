@@ -10,7 +10,7 @@ JOBS ?= $(shell awk -v cores="$$(nproc)" '/MemAvailable/ {n = int($$2 / 2097152)
 SANITIZERS ?= address,undefined
 BENCH_ARGS := $(if $(QUICK),--quick) $(if $(FULL),--full)
 
-.PHONY: env build build-tests test bench wheel lint format clean
+.PHONY: env build build-tests test test-wheel bench wheel lint format clean
 
 # torch first and alone: its own pinned version decides which build of it pip takes.
 $(VENV)/.installed: constraints.txt pyproject.toml
@@ -40,11 +40,18 @@ test: build build-tests
 	FASTNN_KERNELS=build-sanitize ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest tests/test_*_kernels.py
+	$(MAKE) test-wheel
+
+# The wheel: its name and contents, and a smoke test outside of the source tree; PYTHONS="python3.10 python3.12" tries it
+# in fresh environments of those as well.
+test-wheel: wheel
+	$(PY) tests/wheel/check.py dist/fastnn-*.whl $(PYTHONS)
 
 bench: build
 	$(PY) -m benchmarks run $(BENCH_ARGS)
 
 wheel: env
+	rm -f dist/fastnn-*.whl
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 lint: env

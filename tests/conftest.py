@@ -29,9 +29,9 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def prefer_kernels(monkeypatch):
-    """Runs every call that a kernel supports on it, also where torch would be faster."""
+    """Every call that a kernel supports runs on it, also where torch would be faster."""
     monkeypatch.setattr(_declare, "prefer_kernels", True)
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fastnn import _library
 from fastnn.ops import _declare, conv
 
-pytestmark = pytest.mark.usefixtures("prefer_kernels")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", LAYOUTS, ids=("nchw", "channels_last"))
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnn.ops import _declare
+from fastnn.ops import linear as module
 from fastnn.ops.linear import linear, linear_relu
 
 STOCK = {linear: F.linear, linear_relu: lambda x, w, b=None: torch.relu(F.linear(x, w, b))}
@@ -235,6 +236,17 @@ def test_the_op_itself_refuses_too():
         torch.ops.fastnn.linear_relu(x, w, b[:2])
     with pytest.raises(RuntimeError, match="float32, bfloat16, float16 or float64"):
         torch.ops.fastnn.linear(x.long(), w.long(), None)
+
+
+def test_where_torch_is_faster_it_runs(monkeypatch, native):
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    few, many = inputs(8, 5, 7), inputs(80, 5, 7)
+    for mkl in (True, False):
+        monkeypatch.setattr(module, "_MKL_AT_ITS_BEST", mkl)
+        for tensors in (few, many, [t.bfloat16() for t in many]):
+            linear(*tensors)
+    assert [reason is None for reason in native] == [True, False, True, True, True, True]
+    torch.testing.assert_close(linear_relu(*many), STOCK[linear_relu](*many))
 
 
 def test_integers_and_flop_count(native):

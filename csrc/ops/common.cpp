@@ -108,6 +108,7 @@ namespace {
 
 int64_t detected() { return static_cast<int64_t>(detected_isa()); }
 int64_t current() { return static_cast<int64_t>(current_isa()); }
+bool intel() { return is_intel(); }
 bool set(int64_t level) { return level >= 0 && level < kIsaLevels && set_isa(static_cast<Isa>(level)); }
 
 }  // namespace
@@ -115,12 +116,14 @@ bool set(int64_t level) { return level >= 0 && level < kIsaLevels && set_isa(sta
 STABLE_TORCH_LIBRARY(fastnn, m) {
   m.def("_detected_isa() -> int");
   m.def("_current_isa() -> int");
+  m.def("_is_intel() -> bool");
   m.def("_set_isa(int level) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
   m.impl("_detected_isa", TORCH_BOX(&detected));
   m.impl("_current_isa", TORCH_BOX(&current));
+  m.impl("_is_intel", TORCH_BOX(&intel));
   m.impl("_set_isa", TORCH_BOX(&set));
 }
 

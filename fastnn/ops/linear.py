@@ -29,6 +29,21 @@ def _unsupported(input, weight, bias=None):
     return None
 
 
+# Rows up to which the kernels, which read the weight where it lies, were ahead of MKL on its own maker's processors.
+_FEW_ROWS = 24
+_MKL_AT_ITS_BEST = torch.backends.mkl.is_available() and torch.ops.fastnn._is_intel()
+
+
+def _slower(input, weight, bias=None):
+    if not _MKL_AT_ITS_BEST or input.element_size() == 2:
+        return None
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return "torch's MKL is faster with gradients on this processor"
+    if input.numel() > _FEW_ROWS * weight.shape[1]:
+        return "torch's MKL is faster on this processor"
+    return None
+
+
 def _fake(input, weight, bias=None):
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
@@ -183,6 +198,7 @@ _linear = declare(
     "linear",
     stock=F.linear,
     unsupported=_unsupported,
+    slower=_slower,
     fake=_fake,
     cost=_cost,
     keep=_keep_linear,
@@ -194,6 +210,7 @@ _linear_relu = declare(
     "linear_relu",
     stock=lambda input, weight, bias=None: torch.relu(F.linear(input, weight, bias)),
     unsupported=_unsupported,
+    slower=_slower,
     fake=_fake,
     cost=_cost,
     keep=_keep_linear_relu,

@@ -1,0 +1,68 @@
+"""Checks a wheel's name and contents, and that it works on this Python and on others that are asked for.
+
+python tests/wheel/check.py dist/fastnn-*.whl [python3.10 ...]
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+SMOKE = Path(__file__).with_name("smoke.py")
+
+
+def check_contents(wheel: Path) -> None:
+    """One library for every Python, and nothing of the tests, the benchmarks or the sources."""
+    assert "-py3-none-" in wheel.name, f"{wheel.name} is tied to a Python"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [n for n in names if n.endswith(".so")] == ["fastnn/_C.so"], names
+    strangers = [n for n in names if not n.startswith("fastnn/") and ".dist-info/" not in n]
+    assert not strangers, strangers
+    assert not [n for n in names if n.endswith((".cpp", ".h", ".cu"))], names
+
+
+def check_here(wheel: Path, python: str, folder: Path) -> None:
+    """Installs the wheel alone into `folder` and runs the smoke test with it, on a Python that has torch."""
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(folder),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True)
+    # -P keeps the script's folder off the path; from 3.11 on.
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+    subprocess.run([python, str(SMOKE)], check=True, cwd=folder, env=environment)
+
+
+def check_elsewhere(wheel: Path, python: str, folder: Path) -> None:
+    """The same in a virtual environment of another Python, with the torch that pip finds for it."""
+    subprocess.run([python, "-m", "venv", str(folder / "venv")], check=True)
+    own = str(folder / "venv" / "bin" / "python")
+    torch = os.environ.get("TORCH", "torch==2.13.0")
+    subprocess.run([own, "-m", "pip", "install", "-q", torch, "numpy"], check=True)
+    check_here(wheel, own, folder / "site")
+
+
+def main() -> None:
+    wheel, *others = sys.argv[1:]
+    check_contents(Path(wheel))
+    with tempfile.TemporaryDirectory() as folder:
+        check_here(Path(wheel).resolve(), sys.executable, Path(folder))
+    for python in others:
+        with tempfile.TemporaryDirectory() as folder:
+            check_elsewhere(Path(wheel).resolve(), python, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
