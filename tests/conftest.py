@@ -48,7 +48,9 @@ def assert_as_good(ours, stock, exact, roundings=1):
     assert torch.equal(torch.isnan(ours), torch.isnan(stock))
     largest = exact[finite].abs().max().item() if finite.any() else 0.0
     floor = (
-        torch.finfo(ours.dtype).eps * max(largest, 1.0) * (8 if ours.dtype is torch.float64 else roundings)
+        torch.finfo(ours.dtype).eps
+        * max(largest, 1.0)
+        * (max(8, roundings) if ours.dtype is torch.float64 else roundings)
     )
     error = (ours.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
     allowed = 2 * ((stock.double() - exact)[finite].abs().max().item() if finite.any() else 0.0) + floor
