@@ -348,6 +348,8 @@ conv2d_relu_max_pool2d_backward = declare(
 _FEW_PRODUCTS = 160
 _FEW_PRODUCTS_CHANNELS_LAST = 80
 _FEW_OUTPUTS_CHANNELS_LAST = 16
+# The same where a pooling follows, 3 x 3 windows of 64 channels among them, with gradients.
+_FEW_PRODUCTS_POOLED = 640
 # Pixels from which the weight gradient of a 1 x 1 convolution, a product of great depth, is slower than torch's.
 _MANY_PIXELS = 4096
 
@@ -382,8 +384,13 @@ def _wants_gradients(input, weight):
 
 
 def _slower_pooled(input, weight, bias, *rest):
-    """What the fusion saves outweighs the rest, but on channels_last."""
-    return _slower(input, weight, bias, *rest[:7]) if _is_channels_last(input) else None
+    """In torch's default layout what the fusion saves outweighs the rest, until gradients of many channels do."""
+    if _is_channels_last(input):
+        return _slower(input, weight, bias, *rest[:7])
+    products = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    if products > _FEW_PRODUCTS_POOLED and not _is_emulated(input) and _wants_gradients(input, weight):
+        return "torch is faster with gradients of so many channels"
+    return None
 
 
 def _is_channels_last(input):
