@@ -238,7 +238,12 @@ def test_where_torch_is_faster_it_runs(monkeypatch, native):
     assert torch.equal(conv.conv2d(x, w, b), TF.conv2d(x, w, b))
     assert torch.equal(conv.conv2d_relu(x, w, b, 2), stock_relu(x, w, b, 2))
     conv.conv2d(x[:1, :4], w[:, :4].contiguous(), b)
-    assert [reason and reason[:15] for _, reason in native] == ["torch is faster", "torch is faster", None]
+    leaves = [t.requires_grad_() for t in inputs((1, 128, 6, 6), (4, 128, 3, 3))]
+    conv.conv2d_relu_max_pool2d(*leaves)
+    with torch.no_grad():
+        conv.conv2d_relu_max_pool2d(*leaves)
+    faster = "torch is faster"
+    assert [reason and reason[:15] for _, reason in native] == [faster, faster, None, faster, None]
 
 
 OPTIONS = [((1, 1), (0, 1), (1, 1), 1), ((2, 1), (1, 1), (1, 2), 2)]
