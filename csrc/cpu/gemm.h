@@ -24,6 +24,9 @@ struct GemmArgs {
   bool relu = false;
 };
 
+// Products that a register adds up before the sum joins a total: the error of a sum grows with its longest
+// chain.
+inline constexpr int64_t kTileChain = 96;
 // Depth of a block: its rows of A (kMR) and columns of B (kNR) stay in the first two cache levels.
 inline constexpr int64_t kDepth = 384;
 // Rows of A in a block, a multiple of kMR: 120 x 384 floats take 180 KiB of the second-level cache.
@@ -37,7 +40,31 @@ FASTNN_INLINE void gemm_tile(const typename Gemm<T>::Elem* a, int64_t row, const
                              const Epilogue<T>* last, acc_t<T>* sums, T* c, int64_t c_row, int n) {
   Tile<T, MR> tile;
   tile.clear();
-  tile.template multiply<true>(elems, a, row, 1, b);
+  if (elems <= kTileChain + kTileChain / 2) {
+    tile.template multiply<true>(elems, a, row, 1, b);
+  } else {
+    using V = typename Tile<T, MR>::V;
+    acc_t<T> total[MR][kNR<T>];
+    for (int64_t p = 0; p < elems; p += kTileChain) {
+      if (p > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kNV; ++j) {
+            auto* t = total[i] + j * V::size;
+            store(t, p > kTileChain ? load(t) + tile.sum[i][j] : tile.sum[i][j]);
+          }
+        }
+        tile.clear();
+      }
+      tile.template multiply<true>(min_of(kTileChain, elems - p), a + p, row, 1, b + p * kNR<T>);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kNV; ++j) tile.sum[i][j] = load(total[i] + j * V::size) + tile.sum[i][j];
+    }
+  }
   if (last != nullptr) {
     finish<T>(tile, partial, partial_row, *last, c, c_row, n);
   } else {
