@@ -4,6 +4,7 @@
 #include "cpu/attention.h"
 #include "cpu/gemm_tile.h"
 #include "cpu/simd_math.h"
+#include "cpu/simd_stride.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 
@@ -109,6 +110,15 @@ FASTNN_INLINE acc_t<T> mask_scores(acc_t<T>* s, const AttentionMask& mask, bool 
     const T* added = static_cast<const T*>(mask.data) + at;
     for (; j + V::size <= seen; j += V::size) {
       const V x = fma(load(s + j), by, load(added + j));
+      store(s + j, x);
+      most = max(x, most);
+    }
+  }
+  if (mask.data != nullptr && mask.boolean && mask.column == 1) {
+    const uint8_t* seen_by = static_cast<const uint8_t*>(mask.data) + at;
+    for (; j + V::size <= seen; j += V::size) {
+      V x = load(s + j) * by;
+      x = select(load_bytes<A>(seen_by + j, V::size) > zero<A>(), x, splat(kMinus));
       store(s + j, x);
       most = max(x, most);
     }
