@@ -150,7 +150,7 @@ struct Forward {
     const int64_t share = s.heads / s.key_heads, heads = s.batch * s.key_heads,
                   blocks = ceil_div(s.queries, query_block);
     const double work = 2.0 * s.batch * s.heads * s.queries * s.keys * (s.width + s.value_width + 8);
-    const int64_t workers = workers_for(work, context.threads);
+    const int64_t workers = workers_for(work, context);
     Elem* queries = context.scratch<Elem>(workers * scratch_size());
     A* sums = context.scratch<A>(workers * sums_size());
     if (workers == 1 || heads >= 4 * workers) {

@@ -189,7 +189,7 @@ struct Backward {
     if (heads == 0) return;
     if (s.keys == 0 || s.queries == 0) return clear_all();
     const double work = 2.0 * s.batch * s.heads * s.queries * s.keys * (3 * s.width + 2 * s.value_width + 16);
-    const int64_t workers = workers_for(work, context.threads);
+    const int64_t workers = workers_for(work, context);
     A* memory = context.scratch<A>(workers * chunk_size());
     A* query_memory = context.scratch<A>(workers * query_size());
     A* partial = chunks > 1 ? context.scratch<A>(chunks * s.batch * s.heads * s.queries * s.width) : nullptr;

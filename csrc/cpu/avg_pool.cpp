@@ -162,7 +162,7 @@ struct AvgPool {
   void operator()(const AvgPoolArgs& args, const Context& context) const {
     const PoolShape& s = args.shape;
     const int64_t read = s.n * s.c * max_of(rows.inputs * columns.inputs, rows.outputs * columns.outputs);
-    const int64_t workers = workers_for(4.0 * read, context.threads);
+    const int64_t workers = workers_for(4.0 * read, context);
     const auto* input = static_cast<const T*>(args.input);
     auto* output = static_cast<T*>(args.output);
     const int64_t lines = s.n * (s.channels_last ? 1 : s.c) * rows.outputs;
@@ -221,7 +221,7 @@ void backward_planes(const AvgPoolBackwardArgs& args, const Context& context) {
   const PoolShape& s = args.shape;
   const PoolAxis &rows = s.rows, &columns = s.columns;
   const int64_t inputs = rows.inputs * columns.inputs, outputs = rows.outputs * columns.outputs;
-  const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context.threads);
+  const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context);
   const int64_t size = round_up(inputs, V::size), row_size = round_up(columns.inputs, V::size);
   const Grid grid(args, context);
   A* memory = context.scratch<A>(workers * (size + row_size));
@@ -301,7 +301,7 @@ void backward_channels_last(const AvgPoolBackwardArgs& args, const Context& cont
   using V = Vec<acc_t<T>>;
   const PoolShape& s = args.shape;
   const PoolAxis &rows = s.rows, &columns = s.columns;
-  const int64_t workers = workers_for(8.0 * s.n * s.c * rows.inputs * columns.inputs, context.threads);
+  const int64_t workers = workers_for(8.0 * s.n * s.c * rows.inputs * columns.inputs, context);
   const auto* grad = static_cast<const T*>(args.grad);
   auto* grad_input = static_cast<T*>(args.grad_input);
   const Grid grid(args, context);

@@ -9,6 +9,8 @@ namespace fastnn {
 struct Context {
   // Most workers that run() may be asked for.
   int threads = 1;
+  // Work below this is not worth waking another thread for: about 5 us of products, as long as the wake.
+  double cost_per_worker = 256 * 1024;
   // Calls task(closure, worker) once for each worker in [0, workers), possibly at the same time, and returns
   // when all are done.
   void (*run)(void* self, int workers, void (*task)(void* closure, int worker), void* closure) = nullptr;
@@ -57,12 +59,10 @@ struct Context {
   }
 };
 
-// Work below this many nanoseconds-worth of arithmetic is not worth waking a second thread for (about 5 us a
-// wake). `cost` is an estimate in floating-point operations or bytes moved; returns how many workers to use.
-static inline int64_t workers_for(double cost, int64_t threads) {
-  constexpr double kCostPerWorker = 64 * 1024;
-  const double wanted = cost / kCostPerWorker;
-  if (wanted >= static_cast<double>(threads)) return threads;
+// How many workers to use. `cost` is an estimate in floating-point operations or bytes moved.
+static inline int64_t workers_for(double cost, const Context& context) {
+  const double wanted = cost / context.cost_per_worker;
+  if (wanted >= static_cast<double>(context.threads)) return context.threads;
   return wanted < 1 ? 1 : static_cast<int64_t>(wanted);
 }
 

@@ -32,7 +32,7 @@ WeightRows<T> weight_rows(const ConvArgs& args, int64_t taps, int64_t channels, 
   }
   const int64_t depth = taps * ceil_div(channels, kPer), row = round_up(depth, 16) + 16;
   Elem* packed = context.scratch<Elem>(args.shape.k * row);
-  const int64_t workers = workers_for(4.0 * args.shape.k * depth, context.threads);
+  const int64_t workers = workers_for(4.0 * args.shape.k * depth, context);
   context.for_each(ceil_div(args.shape.k, 8), workers, [&](int64_t task, int) {
     const int64_t end = min_of(args.shape.k, task * 8 + 8);
     for (int64_t k = task * 8; k < end; ++k) {
@@ -106,7 +106,7 @@ void forward(const ConvArgs& args, const Context& context) {
         {args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight, args.bias, args.relu, args.output},
         context);
   }
-  const int64_t workers = workers_for(2.0 * s.n * s.k * s.oh * s.ow * (channels * taps + 4), context.threads);
+  const int64_t workers = workers_for(2.0 * s.n * s.k * s.oh * s.ow * (channels * taps + 4), context);
   const bool in_place = planes_in_place<T>(args);
   const Axis rows{s.kh, s.sh, s.dh, s.ph, s.oh, s.h}, columns{s.kw, s.sw, s.dw, s.pw, s.ow, s.w};
   const Planes one(rows, columns, 1);

@@ -81,19 +81,18 @@ PhaseProduct<T> phase_product(const ConvBackwardArgs& args, const PhaseTaps& dow
   const int64_t c_step = args.weight_channels_last ? 1 : taps,
                 t_step = args.weight_channels_last ? channels : 1;
   const int64_t k_step = channels * taps;
-  context.for_each(
-      ceil_div(s.c, 4), workers_for(8.0 * s.c * out.depth, context.threads), [&](int64_t task, int) {
-        const int64_t c0 = task * 4, c1 = min_of(s.c, c0 + 4);
-        for (int64_t p = 0; p < planes; ++p) {
-          for (int64_t c = c0; c < c1; ++c) {
-            const int64_t g = c / channels;
-            const T* from = weight + (g * outputs + p * kPer) * k_step + (c - g * channels) * c_step;
-            Elem* to = a + c * out.row + p * used;
-            for (int64_t i = 0; i < used; ++i)
-              to[i] = pack_one<T>(from + place[i] * t_step, k_step, outputs - p * kPer);
-          }
-        }
-      });
+  context.for_each(ceil_div(s.c, 4), workers_for(8.0 * s.c * out.depth, context), [&](int64_t task, int) {
+    const int64_t c0 = task * 4, c1 = min_of(s.c, c0 + 4);
+    for (int64_t p = 0; p < planes; ++p) {
+      for (int64_t c = c0; c < c1; ++c) {
+        const int64_t g = c / channels;
+        const T* from = weight + (g * outputs + p * kPer) * k_step + (c - g * channels) * c_step;
+        Elem* to = a + c * out.row + p * used;
+        for (int64_t i = 0; i < used; ++i)
+          to[i] = pack_one<T>(from + place[i] * t_step, k_step, outputs - p * kPer);
+      }
+    }
+  });
   out.a = a;
   out.offset = offset;
   return out;
@@ -108,8 +107,8 @@ void input_gradient(const ConvBackwardArgs& args, const T* grad, const Context& 
   const int64_t channels = s.c / s.groups, outputs = s.k / s.groups;
   const Axis down{s.kh, s.sh, s.dh, s.ph, s.oh, s.h}, across{s.kw, s.sw, s.dw, s.pw, s.ow, s.w};
   const Span rows(down), columns(across);
-  const int64_t workers = workers_for(
-      2.0 * s.n * s.k * s.oh * s.ow * (static_cast<double>(channels) * s.kh * s.kw + 4), context.threads);
+  const int64_t workers =
+      workers_for(2.0 * s.n * s.k * s.oh * s.ow * (static_cast<double>(channels) * s.kh * s.kw + 4), context);
   const bool in_place = kPlanesInPlace<T> && (!args.channels_last || s.k == 1) && s.kh == 1 && s.kw == 1 &&
                         s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0 &&
                         s.k * s.oh * s.ow < (int64_t{1} << 31);

@@ -116,7 +116,7 @@ template <class T>
 inline const T* output_gradient(const ConvBackwardArgs& args, const Context& context) {
   const ConvShape& s = args.shape;
   const int64_t count = s.n * s.k * s.oh * s.ow;
-  const int64_t workers = workers_for(8.0 * count, context.threads);
+  const int64_t workers = workers_for(8.0 * count, context);
   const auto* grad = static_cast<const T*>(args.grad);
   if (args.pool != nullptr) {
     T* spread = context.scratch<T>(count);

@@ -182,7 +182,7 @@ inline bool weight_gradient_pass(const ConvBackwardArgs& args, const T* grad, bo
   int64_t runs = min_of(pieces, ceil_div(16, s.groups * blocks));
   runs =
       max_of(1, min_of(runs, (int64_t{32} << 20) / max_of(s.k * depth * static_cast<int64_t>(sizeof(A)), 1)));
-  const int64_t workers = workers_for(2.0 * s.n * s.k * s.oh * s.ow * depth, context.threads);
+  const int64_t workers = workers_for(2.0 * s.n * s.k * s.oh * s.ow * depth, context);
   const bool as_it_lies = sizeof(E) == sizeof(T) && !args.channels_last && (exact || width == s.ow);
   // Gradient rows as wide as the planes', zeros where pixels are dropped.
   const int64_t grad_row = exact || width == s.ow ? s.ow : width;
@@ -241,7 +241,7 @@ inline bool weight_gradient_pass(const ConvBackwardArgs& args, const T* grad, bo
 
   auto* result = static_cast<T*>(args.grad_weight);
   bool finite = true;
-  context.for_each(s.k, workers_for(4.0 * s.k * depth * runs, context.threads), [&](int64_t k, int) {
+  context.for_each(s.k, workers_for(4.0 * s.k * depth * runs, context), [&](int64_t k, int) {
     A* total = sums + k * depth;
     for (int64_t run = 1; run < runs; ++run) {
       for (int64_t j = 0; j < depth; ++j) total[j] += sums[(run * s.k + k) * depth + j];

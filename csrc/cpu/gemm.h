@@ -85,7 +85,7 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
   using A = acc_t<T>;
   using Elem = typename Gemm<T>::Elem;
   constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
-  const int64_t workers = workers_for(2.0 * g.m * g.n * (g.k + 8), context.threads);
+  const int64_t workers = workers_for(2.0 * g.m * g.n * (g.k + 8), context);
   const int64_t panels = ceil_div(g.n, kWidth);
   const int64_t depth =
       g.k <= kDepth + kDepth / 2 ? max_of(g.k, 1) : round_up(ceil_div(g.k, ceil_div(g.k, kDepth)), 16);
@@ -248,7 +248,7 @@ inline void dot_rows(const GemmArgs<T>& g, int64_t i, int64_t j) {
 template <class T>
 inline void gemm_dot(const GemmArgs<T>& g, const Context& context) {
   const int64_t block = kDotColumns * 4;
-  const int64_t workers = workers_for(2.0 * g.m * g.n * g.k + 4.0 * g.n * g.k, context.threads);
+  const int64_t workers = workers_for(2.0 * g.m * g.n * g.k + 4.0 * g.n * g.k, context);
   context.for_each(ceil_div(g.n, block), workers, [&](int64_t task, int) {
     int64_t j = task * block;
     const int64_t end = min_of(j + block, g.n);
@@ -306,7 +306,7 @@ inline void gemm_few_rows(const GemmArgs<T>& g, const Context& context) {
   using A = acc_t<T>;
   using Elem = typename Gemm<T>::Elem;
   constexpr int kWidth = kNR<T>;
-  const int64_t workers = workers_for(2.0 * g.m * g.n * g.k + 4.0 * g.n * g.k, context.threads);
+  const int64_t workers = workers_for(2.0 * g.m * g.n * g.k + 4.0 * g.n * g.k, context);
   const int64_t panels = ceil_div(g.n, kWidth);
   const int64_t a_row = round_up(max_of(packed_k<T>(g.k), 1), 16) + 16;
   Elem* a = context.scratch<Elem>(g.m * a_row);

@@ -20,7 +20,7 @@ inline void mask_and_sum(int64_t m, int64_t n, const T* grad, const T* output, T
   using V = Vec<A>;
   constexpr int kVectors = 4;
   constexpr int64_t kColumns = kVectors * V::size;
-  const int64_t workers = workers_for(4.0 * m * n, context.threads);
+  const int64_t workers = workers_for(4.0 * m * n, context);
   context.for_each(ceil_div(n, kColumns), workers, [&](int64_t task, int) {
     const int64_t j0 = task * kColumns;
     V total[kVectors] = {zero<A>(), zero<A>(), zero<A>(), zero<A>()};

@@ -186,7 +186,7 @@ struct MaxPool {
       }
     }
     const int64_t read = shape.n * shape.c * rows.inputs * columns.inputs;
-    const int64_t workers = workers_for(4.0 * max_of(read, count), context.threads);
+    const int64_t workers = workers_for(4.0 * max_of(read, count), context);
     const auto* input = static_cast<const T*>(args.input);
     // Rows of windows, of all images (and channels), in runs of equal length.
     const int64_t lines = shape.n * (shape.channels_last ? 1 : shape.c) * rows.outputs;
@@ -271,7 +271,7 @@ void backward_planes(const MaxPoolBackwardArgs& args, const Context& context) {
   using V = Vec<A>;
   const PoolShape& s = args.shape;
   const int64_t inputs = s.rows.inputs * s.columns.inputs, outputs = s.rows.outputs * s.columns.outputs;
-  const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context.threads);
+  const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context);
   constexpr bool kDirect = sizeof(T) == sizeof(A);
   const int64_t size = round_up(inputs, V::size);
   A* memory = kDirect ? nullptr : context.scratch<A>(workers * size);
@@ -300,7 +300,7 @@ template <class T>
 void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
   const PoolShape& s = args.shape;
   const PoolAxis &rows = s.rows, &columns = s.columns;
-  const int64_t workers = workers_for(8.0 * s.n * s.c * rows.inputs * columns.inputs, context.threads);
+  const int64_t workers = workers_for(8.0 * s.n * s.c * rows.inputs * columns.inputs, context);
   const int64_t planes = s.n * s.c, tasks = workers <= 1 ? 1 : min_of(planes, 8 * workers);
   const auto* grad = static_cast<const T*>(args.grad);
   auto* grad_input = static_cast<T*>(args.grad_input);
@@ -352,7 +352,7 @@ void backward_channels_last(const MaxPoolBackwardArgs& args, const Context& cont
   const PoolShape& s = args.shape;
   const PoolAxis &rows = s.rows, &columns = s.columns;
   const int64_t inputs = rows.inputs * columns.inputs;
-  const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context.threads);
+  const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context);
   const int64_t block =
       s.n >= 2 * workers ? round_up(min_of(s.c, 256), V::size) : min_of(round_up(s.c, V::size), 4 * V::size);
   const int64_t blocks = ceil_div(s.c, block);
@@ -420,7 +420,7 @@ void backward_channels_last_apart(const MaxPoolBackwardArgs& args, const Context
   const PoolShape& s = args.shape;
   const PoolAxis &rows = s.rows, &columns = s.columns;
   const int64_t line = columns.inputs * s.c;
-  const int64_t workers = workers_for(8.0 * s.n * rows.inputs * line, context.threads);
+  const int64_t workers = workers_for(8.0 * s.n * rows.inputs * line, context);
   const auto* grad = static_cast<const T*>(args.grad);
   auto* grad_input = static_cast<T*>(args.grad_input);
   context.for_each(s.n * rows.outputs, workers, [&](int64_t task, int) {

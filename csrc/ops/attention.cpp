@@ -31,6 +31,9 @@ AttentionShape check(const Tensor& query, const Tensor& key, const Tensor& value
   FASTNN_CHECK(s.key_heads > 0 && s.heads % s.key_heads == 0,
                "attention expects the number of heads of the key (", s.key_heads,
                ") to divide that of the query (", s.heads, ")");
+  FASTNN_CHECK(query.numel() > 0 && key.numel() > 0 && value.numel() > 0,
+               "attention expects inputs with elements, got shapes ", shape(query), ", ", shape(key), ", ",
+               shape(value));
   FASTNN_CHECK(!mask.has_value() || !is_causal, "attention expects a mask or is_causal, not both");
   if (mask.has_value()) {
     FASTNN_CHECK(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == query.scalar_type(),
@@ -54,22 +57,19 @@ Tensor rows(const Tensor& t) { return t.size(3) == 1 || t.stride(3) == 1 ? t : d
 HeadStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
 // An empty tensor [a, b, c, width] whose dimensions lie in the same order as those of `like`.
-Tensor empty_in_order(const Tensor& like, Sizes sizes) {
+Tensor empty_in_order(const Tensor& like, const Sizes& sizes) {
   int order[3] = {0, 1, 2};
   for (int i = 1; i < 3; ++i) {
     for (int j = i; j > 0 && like.stride(order[j]) > like.stride(order[j - 1]); --j)
       std::swap(order[j], order[j - 1]);
   }
-  Tensor out = empty_like(like, {sizes[order[0]], sizes[order[1]], sizes[order[2]], sizes[3]});
-  for (int d = 0; d < 3; ++d) {
-    int at = d;
-    while (order[at] != d) ++at;
-    if (at != d) {
-      out = torch::stable::transpose(out, d, at);
-      std::swap(order[d], order[at]);
-    }
+  Sizes strides{0, 0, 0, 1};
+  int64_t stride = sizes[3];
+  for (int i = 2; i >= 0; --i) {
+    strides[order[i]] = stride;
+    stride *= sizes[order[i]];
   }
-  return out;
+  return empty_strided(like.scalar_type(), sizes, strides);
 }
 
 AttentionMask mask_of(const std::optional<Tensor>& mask) {

@@ -1,5 +1,7 @@
 #include "ops/common.h"
 
+#include <array>
+#include <cstdlib>
 #include <sstream>
 
 namespace fastnn::ops {
@@ -80,13 +82,56 @@ Tensor dense(const Tensor& t, MemoryFormat format) {
   return torch::stable::contiguous(t, format);
 }
 
+Tensor empty_strided(ScalarType dtype, const Sizes& sizes, const Sizes& strides) {
+  AtenTensorHandle made = nullptr;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), code, aoti_torch_device_type_cpu(),
+                                                         0, &made));
+  return Tensor(made);
+}
+
 Tensor empty(ScalarType dtype, const Sizes& sizes, MemoryFormat format) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format);
+  const size_t dims = sizes.size();
+  Sizes strides(dims);
+  int64_t stride = 1;
+  for (size_t i = 0; i < dims; ++i) {
+    size_t d = dims - 1 - i;
+    if (format == MemoryFormat::ChannelsLast) d = std::array<size_t, 4>{1, 3, 2, 0}[i];
+    strides[d] = stride;
+    stride *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  return empty_strided(dtype, sizes, strides);
 }
 
 Tensor empty_like(const Tensor& like, const Sizes& sizes, MemoryFormat format) {
   return empty(like.scalar_type(), sizes, format);
 }
+
+std::string packed_schema(const std::string& name, const std::string& signature, size_t tensors,
+                          size_t words) {
+  size_t end = 0;
+  for (size_t i = 0; i < tensors; ++i) end = signature.find(',', end + 1);
+  std::string out = name + ".packed" + signature.substr(0, end);
+  for (size_t i = 0; i < words; ++i) out += ", int options_" + std::to_string(i);
+  return out + signature.substr(signature.find(')'));
+}
+
+namespace {
+
+// Each thread that calls kernels keeps this much scratch: a tensor of torch's costs a microsecond, and its
+// pages are new at each call. What does not fit comes from torch.
+constexpr size_t kKeptScratch = 256 * 1024;
+
+struct Kept {
+  std::byte* memory = static_cast<std::byte*>(std::aligned_alloc(64, kKeptScratch));
+  ~Kept() { std::free(memory); }
+  Kept() = default;
+  Kept(const Kept&) = delete;
+  Kept& operator=(const Kept&) = delete;
+};
+
+}  // namespace
 
 TorchContext::TorchContext() {
   threads = static_cast<int>(torch::stable::get_num_threads());
@@ -97,7 +142,14 @@ TorchContext::TorchContext() {
     });
   };
   allocate = [](void* self, size_t bytes) -> void* {
-    auto& held = static_cast<TorchContext*>(self)->held_;
+    auto& context = *static_cast<TorchContext*>(self);
+    thread_local const Kept kept;
+    const size_t rounded = (bytes + 63) / 64 * 64;
+    if (kept.memory != nullptr && rounded <= kKeptScratch - context.used_) {
+      context.used_ += rounded;
+      return kept.memory + context.used_ - rounded;
+    }
+    auto& held = context.held_;
     held.push_back(
         empty(ScalarType::Byte, {static_cast<int64_t>(bytes)}));  // torch aligns CPU memory to 64 bytes
     return held.back().mutable_data_ptr();

@@ -1,13 +1,18 @@
 // What every op needs of torch: only the stable ABI is included here and in the files beside this one.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstddef>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/context.h"
@@ -48,8 +53,10 @@ Tensor dense(const Tensor& t, MemoryFormat format = MemoryFormat::Contiguous);
 // An uninitialised CPU tensor of the dtype of `like`, or of the given dtype.
 Tensor empty_like(const Tensor& like, const Sizes& sizes, MemoryFormat format = MemoryFormat::Contiguous);
 Tensor empty(ScalarType dtype, const Sizes& sizes, MemoryFormat format = MemoryFormat::Contiguous);
+// By torch's C function: the dispatcher's `empty` takes a microsecond more, as long as a small kernel runs.
+Tensor empty_strided(ScalarType dtype, const Sizes& sizes, const Sizes& strides);
 
-// Threads and scratch memory from torch, for the length of one kernel call.
+// Threads and scratch memory from torch, for the length of one kernel call; a thread has one at a time.
 class TorchContext : public Context {
  public:
   TorchContext();
@@ -58,24 +65,98 @@ class TorchContext : public Context {
 
  private:
   std::vector<Tensor> held_;
+  size_t used_ = 0;  // bytes of the scratch that the thread keeps
 };
 
 inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
+// The dispatcher takes the better part of a microsecond for each argument, as long as a small kernel runs.
+// Options that are small numbers therefore also travel packed, seven bytes to a number, in an overload of
+// their own.
+constexpr size_t kOptionsPerWord = 7;
+
+template <class T>
+inline constexpr bool is_tensor = std::is_same_v<T, Tensor> || std::is_same_v<T, std::optional<Tensor>>;
+template <class T>
+inline constexpr bool is_packable =
+    std::is_same_v<T, int64_t> || std::is_same_v<T, bool> || std::is_same_v<T, std::optional<int64_t>>;
+
+// Of an optional number, 0 stands for none.
+template <class T>
+T unpacked(const int64_t* words, size_t i) {
+  const int64_t value = words[i / kOptionsPerWord] >> (i % kOptionsPerWord * 8) & 255;
+  if constexpr (std::is_same_v<T, std::optional<int64_t>>) {
+    return value == 0 ? std::nullopt : std::optional<int64_t>(value);
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+template <auto kFunction, class Result, class Arguments, class Tensors, class Options, class Words>
+struct PackedCall;
+template <auto kFunction, class Result, class... A, size_t... T, size_t... O, size_t... W>
+struct PackedCall<kFunction, Result, std::tuple<A...>, std::index_sequence<T...>, std::index_sequence<O...>,
+                  std::index_sequence<W...>> {
+  template <size_t>
+  using Word = int64_t;
+  template <size_t i>
+  using Argument = std::tuple_element_t<i, std::tuple<A...>>;
+
+  static Result call(Argument<T>... tensors, Word<W>... words) {
+    const int64_t packed[] = {words...};
+    return kFunction(std::move(tensors)..., unpacked<Argument<sizeof...(T) + O>>(packed, O)...);
+  }
+};
+
+// The packed form of an op whose tensors come first.
+template <auto kFunction, class Type = decltype(kFunction)>
+struct Packed;
+template <auto kFunction, class Result, class... A>
+struct Packed<kFunction, Result (*)(A...)> {
+  static constexpr size_t kTensors = (size_t{is_tensor<A>} + ...), kOptions = sizeof...(A) - kTensors,
+                          kWords = (kOptions + kOptionsPerWord - 1) / kOptionsPerWord;
+  // One option gains nothing.
+  static constexpr bool kUseful = ((is_tensor<A> || is_packable<A>) && ...) && kOptions > 1;
+  using Call = PackedCall<kFunction, Result, std::tuple<A...>, std::make_index_sequence<kTensors>,
+                          std::make_index_sequence<kOptions>, std::make_index_sequence<kWords>>;
+};
+
+// "name(Tensor x, int a, bool b) -> Tensor" with the first `tensors` arguments, then `words` numbers.
+std::string packed_schema(const std::string& name, const std::string& signature, size_t tensors,
+                          size_t words);
+
+template <auto kFunction, class Library>
+void define_packed(Library& m, const char* name, const char* signature) {
+  using P = Packed<kFunction>;
+  if constexpr (P::kUseful) m.def(packed_schema(name, signature, P::kTensors, P::kWords).c_str());
+}
+
+template <auto kFunction, class Library>
+void implement_packed(Library& m, const char* name) {
+  using P = Packed<kFunction>;
+  if constexpr (P::kUseful) {
+    m.impl((std::string(name) + ".packed").c_str(), TORCH_BOX(&P::Call::call));
+  }
+}
+
 }  // namespace fastnn::ops
 
-// Defines `fastnn::<name>` twice, from one schema text "name(args) -> result": the overload without a name,
-// to which Python adds gradients, and `.raw`, the kernel alone. `name` is the C++ function too. Arguments
-// have no defaults: the dispatcher would drop a trailing default, and the gradients' list would come out
-// short.
-#define FASTNN_OP(name, signature)            \
-  STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {  \
-    m.def(#name signature);                   \
-    m.def(#name ".raw" signature);            \
-  }                                           \
-  STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) { \
-    m.impl(#name, TORCH_BOX(&name));          \
-    m.impl(#name ".raw", TORCH_BOX(&name));   \
+// Defines `fastnn::<name>` from one schema text "name(args) -> result": the overload without a name, to which
+// Python adds gradients, `.raw`, the kernel alone, and `.packed`, the same with its options packed. `name` is
+// the C++ function too. Arguments have no defaults: the dispatcher would drop a trailing default, and the
+// gradients' list would come out short. `.raw` comes last: torch's registry tells overloads of equal
+// arguments apart only until the first of them goes at exit, and would trip over the other when it looks for
+// one behind it.
+#define FASTNN_OP(name, signature)             \
+  STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {   \
+    m.def(#name signature);                    \
+    define_packed<&name>(m, #name, signature); \
+    m.def(#name ".raw" signature);             \
+  }                                            \
+  STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {  \
+    m.impl(#name, TORCH_BOX(&name));           \
+    m.impl(#name ".raw", TORCH_BOX(&name));    \
+    implement_packed<&name>(m, #name);         \
   }

@@ -38,6 +38,9 @@ ConvShape check(const Tensor& input, const Tensor& weight, const std::optional<T
                shape(input));
   FASTNN_CHECK(weight.dim() == 4, "conv2d expects a weight of 4 dimensions (K, C / groups, R, S), got shape ",
                shape(weight));
+  FASTNN_CHECK(input.numel() > 0 && weight.numel() > 0,
+               "conv2d expects an input and a weight with elements, got shapes ", shape(input), " and ",
+               shape(weight));
   check_pair(stride, "stride", 1);
   check_pair(padding, "padding", 0);
   check_pair(dilation, "dilation", 1);
@@ -66,7 +69,6 @@ ConvShape check(const Tensor& input, const Tensor& weight, const std::optional<T
               groups,
               0,
               0};
-  FASTNN_CHECK(s.kh > 0 && s.kw > 0, "conv2d expects a kernel of at least 1 x 1, got weight ", shape(weight));
   FASTNN_CHECK(s.h + 2 * s.ph >= s.dh * (s.kh - 1) + 1 && s.w + 2 * s.pw >= s.dw * (s.kw - 1) + 1,
                "conv2d's kernel is larger than the padded input: kernel (", s.dh * (s.kh - 1) + 1, " x ",
                s.dw * (s.kw - 1) + 1, "), padded input (", s.h + 2 * s.ph, " x ", s.w + 2 * s.pw, ")");

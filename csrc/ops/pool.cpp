@@ -14,6 +14,7 @@ void check_images(const Tensor& t, const char* name, const char* op) {
   dtype_of(t, name);
   FASTNN_CHECK(t.is_cpu(), name, " must be on the CPU");
   FASTNN_CHECK(t.dim() == 4, op, " expects a ", name, " of 4 dimensions (N, C, H, W), got shape ", shape(t));
+  FASTNN_CHECK(t.numel() > 0, op, " expects a ", name, " with elements, got shape ", shape(t));
 }
 
 void check_pair(Pair values, const char* name, int64_t least) {
@@ -60,9 +61,7 @@ PoolAxis adaptive_axis(int64_t inputs, int64_t outputs) {
 
 PoolShape adaptive(Pair output_size, int64_t n, int64_t c, int64_t height, int64_t width,
                    bool channels_last) {
-  check_pair(output_size, "output_size", 0);
-  FASTNN_CHECK(height > 0 && width > 0, "adaptive pooling expects an input of at least 1 x 1 pixels, got ",
-               height, " x ", width);
+  check_pair(output_size, "output_size", 1);
   PoolShape s{n, c, adaptive_axis(height, output_size.h), adaptive_axis(width, output_size.w), channels_last};
   if (s.rows.adaptive || s.columns.adaptive) {
     s.rows = {height, output_size.h, 0, 1, 0, 1, true};
@@ -154,7 +153,7 @@ void check_grad(const Tensor& grad, const PoolShape& s, const char* op) {
 Tensor max_pool2d_backward(Tensor grad, Tensor locations, int64_t input_h, int64_t input_w,
                            FASTNN_WINDOW_ARGS) {
   check_images(grad, "grad", "max_pool2d_backward");
-  check_pair({input_h, input_w}, "input_size", 0);
+  check_pair({input_h, input_w}, "input_size", 1);
   const MemoryFormat layout = suggested_format(locations);
   const PoolShape s =
       windows(FASTNN_WINDOW_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, last(layout));
@@ -174,7 +173,7 @@ Tensor max_pool2d_backward(Tensor grad, Tensor locations, int64_t input_h, int64
 
 Tensor max_pool2d_indices_backward(Tensor grad, Tensor indices, int64_t input_h, int64_t input_w) {
   check_images(grad, "grad", "max_pool2d_indices_backward");
-  check_pair({input_h, input_w}, "input_size", 0);
+  check_pair({input_h, input_w}, "input_size", 1);
   FASTNN_CHECK(
       indices.scalar_type() == ScalarType::Long && indices.is_cpu() && sizes_of(indices) == sizes_of(grad),
       "max_pool2d_indices_backward expects int64 indices of the gradient's shape ", shape(grad), ", got ",
@@ -232,7 +231,7 @@ Tensor avg_pool2d_backward(Tensor grad, int64_t input_h, int64_t input_w, FASTNN
                            bool count_include_pad, std::optional<int64_t> divisor_override,
                            bool channels_last) {
   check_images(grad, "grad", "avg_pool2d_backward");
-  check_pair({input_h, input_w}, "input_size", 0);
+  check_pair({input_h, input_w}, "input_size", 1);
   const PoolShape s =
       windows(FASTNN_AVERAGE_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, channels_last);
   check_grad(grad, s, "avg_pool2d_backward");
@@ -249,7 +248,7 @@ Tensor adaptive_avg_pool2d(Tensor input, int64_t output_h, int64_t output_w) {
 
 Tensor adaptive_avg_pool2d_backward(Tensor grad, int64_t input_h, int64_t input_w, bool channels_last) {
   check_images(grad, "grad", "adaptive_avg_pool2d_backward");
-  check_pair({input_h, input_w}, "input_size", 0);
+  check_pair({input_h, input_w}, "input_size", 1);
   const PoolShape s =
       adaptive({grad.size(2), grad.size(3)}, grad.size(0), grad.size(1), input_h, input_w, channels_last);
   return avg_backward(grad, s, format(channels_last), false, 0);

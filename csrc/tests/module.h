@@ -65,6 +65,7 @@ class TestContext : public Context {
  public:
   explicit TestContext(int thread_count) {
     threads = thread_count;
+    cost_per_worker = 16 * 1024;  // small cases are to be shared out too
     self = this;
     run = [](void*, int workers, void (*task)(void*, int), void* closure) {
       std::vector<std::thread> pool;

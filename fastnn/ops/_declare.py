@@ -18,6 +18,7 @@ import torch
 import torch.utils.flop_counter
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from fastnn import _settings
 
@@ -32,6 +33,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _in_transform = torch._C._functorch.peek_interpreter_stack
 _any_autocast = torch._C._is_any_autocast_enabled
+_watching_modes = torch._C._len_torch_dispatch_stack
 
 
 class Cost(NamedTuple):
@@ -138,6 +140,34 @@ def _save_as_function(op: Op, raw) -> type[torch.autograd.Function]:
     )
 
 
+class _Packs(dict):
+    """From options to the numbers that an op's packed overload takes, or to None where one does not fit."""
+
+    per_number = 7
+    most = 4096
+
+    def __init__(self, is_optional):
+        super().__init__()
+        self.is_optional = is_optional
+
+    def __missing__(self, options):
+        values = []
+        for value, optional in zip(options, self.is_optional, strict=True):
+            # None is packed as 0, which leaves no place for an optional 0.
+            if value is None:
+                value = 0
+            elif type(value) not in (int, bool) or not optional <= value < 256:
+                return None
+            values.append(int(value))
+        starts = range(0, len(values), self.per_number)
+        numbers = tuple(
+            sum(v << 8 * i for i, v in enumerate(values[at : at + self.per_number])) for at in starts
+        )
+        if len(self) < self.most:
+            self[options] = numbers
+        return numbers
+
+
 def _no_gradient(name: str) -> Callable:
     def backward(ctx, *grads):
         raise RuntimeError(
@@ -159,6 +189,7 @@ def declare(
     backward: Callable | None = None,
     autocast: bool = False,
     own_dtype: tuple[str, ...] = (),
+    constant: tuple[str, ...] = (),
     slower: Callable | None = None,
 ) -> Callable:
     """Declare the op ``fastnn::<name>`` and return the function that routes a call to it or to torch.
@@ -174,7 +205,8 @@ def declare(
         goes that no kernel covers. It also raises torch's own error for arguments that torch refuses.
     unsupported
         None if the native kernels take these arguments, else the reason why not, in a few words. It is asked only about
-        plain strided tensors of one floating dtype on a device with kernels.
+        plain strided tensors of one floating dtype on a device with kernels. The op itself must refuse all that this
+        does: an eager call asks only where the op raised.
     fake
         The result's shape, dtype and strides, as empty tensors.
     cost
@@ -187,14 +219,18 @@ def declare(
         Whether autocast lowers the op's inputs to its dtype.
     own_dtype
         Names of tensor arguments whose dtype is not that of the first one, such as indices; the op checks it.
+    constant
+        Names of tensor arguments for which backward gives no gradient; a call that wants one is torch's.
     slower
         None if the kernels are to take a call that they support, else the reason why torch's op does better.
+        It may raise where `unsupported` has a reason.
     """
     packet = getattr(torch.ops.fastnn, name)
     default, raw = packet.default, packet.raw
     arguments = default._schema.arguments
     positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
     free = tuple(place for place, i in enumerate(positions) if arguments[i].name in own_dtype)
+    constants = tuple(place for place, i in enumerate(positions) if arguments[i].name in constant)
     differentiable = backward is not None
     op = Op(
         name,
@@ -223,37 +259,85 @@ def declare(
     torch.utils.flop_counter.register_flop_formula(packet, get_raw=True)(
         lambda *args, out_val=None, **kwargs: int(cost(*args).flops)
     )
-    function = _save_as_function(op, raw)
+
+    count = len(positions)
+    assert positions == tuple(range(count)), f"the tensors of {name} do not come first"
+    kernel, packed, pack = raw._op, None, None
+    if "packed" in packet.overloads():
+        packed = packet.packed._op
+        pack = _Packs([str(a.type) == "Optional[int]" for a in arguments[count:]])
+
+    def run(*args):
+        if packed is not None and not _watching_modes():
+            numbers = pack[args[count:]]
+            if numbers is not None:
+                return packed(*args[:count], *numbers)
+        return kernel(*args)
+
+    function = _save_as_function(op, run)
 
     def route(*args):
-        original = args
-        tensors = [args[i] for i in positions]
         if _is_compiling():
             # The tracer sees one op; gradients and autocast are the dispatcher's.
-            return default(*args) if _why_stock(tensors, args) is None else stock(*args)
-        if _in_transform() is not None or torch.autograd.forward_ad._current_level >= 0:
+            return default(*args) if why_stock(args) is None else stock(*args)
+        if (
+            recorder is not None
+            or _settings.disabled
+            or _settings.log
+            or _in_transform() is not None
+            or forward_ad._current_level >= 0
+            or (autocast and _any_autocast())
+        ):
+            return route_carefully(args)
+        tensors = args[:count]
+        wants_gradient = False
+        for t in tensors:
+            if t is not None:
+                if type(t) not in _PLAIN or not t.is_cpu:
+                    return route_carefully(args)
+                if t.requires_grad:
+                    wants_gradient = True
+        try:
+            if slower is None or prefer_kernels or slower(*args) is None:
+                if wants_gradient and _is_grad_enabled():
+                    if constants and wanted_constant(args):
+                        return stock(*args)
+                    return function.apply(*args)
+                return run(*args)
+        except Exception:
+            # The op refuses what it does not cover: that is torch's, to do or to refuse in its own words.
+            if why_stock(args) is None:
+                raise
+        return stock(*args)
+
+    def route_carefully(args):
+        original = args
+        if _in_transform() is not None or forward_ad._current_level >= 0:
             reason = "inside a torch.func transform or forward-mode AD"
         else:
             if autocast and _any_autocast() and torch.is_autocast_enabled("cpu"):
                 args = _cast_for_autocast(args, "cpu")
-                tensors = [args[i] for i in positions]
-            reason = _why_stock(tensors, args)
+            reason = why_stock(args)
         if recorder is not None:
             recorder(op, args, reason)
         if reason is not None:
             if _settings.log:
                 log.info("%s runs on torch: %s", name, reason)
             return stock(*original)
-        if _is_grad_enabled():
-            for t in tensors:
-                if t is not None and t.requires_grad:
-                    return function.apply(*args)
-        return raw(*args)
+        if _is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:count]):
+            return function.apply(*args)
+        return run(*args)
 
-    def _why_stock(tensors, args):
+    def wanted_constant(args):
+        for i in constants:
+            if args[i] is not None and args[i].requires_grad and _is_grad_enabled():
+                return f"a gradient of the {arguments[i].name}"
+        return None
+
+    def why_stock(args):
         if _settings.disabled:
             return "FASTNN_DISABLE is set"
-        reason = _unfit(tensors, free) or unsupported(*args)
+        reason = _unfit(args[:count], free) or wanted_constant(args) or unsupported(*args)
         if reason is None and slower is not None and not prefer_kernels:
             return slower(*args)
         return reason

@@ -27,8 +27,6 @@ def _unsupported(query, key, value, mask, is_causal, scale):
         return "a mask and is_causal"
     if mask.dtype is not torch.bool and mask.dtype is not query.dtype:
         return f"a mask of {mask.dtype} for {query.dtype}"
-    if mask.requires_grad and torch.is_grad_enabled():
-        return "a gradient of the mask"
     if not 2 <= mask.dim() <= 4:
         return f"a mask of {mask.dim()} dimensions"
     for have, full in zip(reversed(mask.shape), (keys, queries, heads, batch), strict=False):
@@ -133,14 +131,17 @@ _attention = declare(
     backward=_grad,
     autocast=True,
     own_dtype=("mask",),
+    constant=("mask",),
 )
 
 
 def _broadcast(query, key, value, enable_gqa):
     """Batches and heads brought to the same number, as torch does; None where they cannot be."""
-    if query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1] == value.shape[1]:
-        if query.shape[1] == key.shape[1] or enable_gqa:
-            return query, key, value
+    batch, heads, _, _ = query.shape
+    key_batch, key_heads, _, _ = key.shape
+    value_batch, value_heads, _, _ = value.shape
+    if batch == key_batch == value_batch and key_heads == value_heads and (heads == key_heads or enable_gqa):
+        return query, key, value
     if enable_gqa:
         return None
     try:
@@ -199,23 +200,25 @@ def scaled_dot_product_attention(
     ----------
     Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao, "FlashAttention-2" (2023).
     """
-    tensors = all(isinstance(t, torch.Tensor) for t in (query, key, value))
-    dims = query.dim() if tensors else 0
+    dims = query.dim() if isinstance(query, torch.Tensor) else 0
     if (
-        not tensors
+        not 2 <= dims <= 4
         or dropout_p != 0.0
-        or not 2 <= dims <= 4
+        or not isinstance(key, torch.Tensor)
+        or not isinstance(value, torch.Tensor)
         or key.dim() != dims
         or value.dim() != dims
-        or not (attn_mask is None or (isinstance(attn_mask, torch.Tensor) and attn_mask.dim() >= 2))
+        or not (attn_mask is None or (isinstance(attn_mask, torch.Tensor) and 2 <= attn_mask.dim() <= dims))
     ):
         return _to_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    images = [t[(None,) * (4 - dims)] for t in (query, key, value)] if dims < 4 else (query, key, value)
-    together = _broadcast(*images, enable_gqa)
-    if together is None or (attn_mask is not None and attn_mask.dim() > max(dims, 2)):
+    images = (query, key, value)
+    if dims < 4:
+        images = tuple(t[(None,) * (4 - dims)] for t in images)
+    images = _broadcast(*images, enable_gqa)
+    if images is None:
         return _to_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    out = _attention(*together, attn_mask, bool(is_causal), None if scale is None else float(scale))[0]
-    return out[(0,) * (4 - dims)] if dims < 4 else out
+    out, _ = _attention(*images, attn_mask, bool(is_causal), None if scale is None else float(scale))
+    return out if dims == 4 else out[(0,) * (4 - dims)]
 
 
 def _to_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):

@@ -357,6 +357,8 @@ _MANY_PIXELS = 4096
 def _slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
     outputs, per_group, kernel_h, kernel_w = weight.shape
     products = per_group * kernel_h * kernel_w
+    if products <= _FEW_PRODUCTS_CHANNELS_LAST and outputs <= _FEW_OUTPUTS_CHANNELS_LAST and groups == 1:
+        return None
     if _is_channels_last(input):
         if groups > 1:
             return "torch is faster on groups of channels_last"
@@ -367,9 +369,7 @@ def _slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilat
             if _wants_gradients(input, weight) and input.numel() >= _MANY_PIXELS * per_group:
                 return "torch is faster with gradients of so many pixels"
             return None
-        if products > _FEW_PRODUCTS_CHANNELS_LAST or outputs > _FEW_OUTPUTS_CHANNELS_LAST:
-            return "torch is faster on channels_last"
-        return None
+        return "torch is faster on channels_last"
     if products <= _FEW_PRODUCTS or _is_emulated(input):
         return None
     if _wants_gradients(input, weight):
@@ -394,7 +394,10 @@ def _slower_pooled(input, weight, bias, *rest):
 
 
 def _is_channels_last(input):
-    return input.stride(1) == 1 and input.shape[1] > 1 and input.shape[2] * input.shape[3] > 1
+    if input.stride(1) != 1:
+        return False
+    _, channels, height, width = input.shape
+    return channels > 1 and height * width > 1
 
 
 def _is_emulated(input):
@@ -498,6 +501,8 @@ def _pair(value):
     """Two numbers; None for what only torch can judge."""
     if type(value) is int:
         return (value, value)
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
     if isinstance(value, (tuple, list)):
         if len(value) == 1:
             value = (value[0], value[0])
@@ -516,17 +521,17 @@ def _same(input, weight, dilation):
 def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, pool=()):
     """Routes a call whose arguments torch takes in many forms to the op, or to `stock` where they make no sense."""
     step, reach = _pair(stride), _pair(dilation)
+    dims = input.dim() if isinstance(input, torch.Tensor) else 0
     if (
-        step is not None
+        (dims == 4 or dims == 3)
+        and step is not None
         and reach is not None
         and pool is not None
-        and isinstance(input, torch.Tensor)
         and isinstance(weight, torch.Tensor)
         and weight.dim() == 4
-        and (input.dim() == 4 or input.dim() == 3)
-        and _is_number(groups)
+        and (type(groups) is int or _is_number(groups))
     ):
-        images = input if input.dim() == 4 else input.unsqueeze(0)
+        images = input if dims == 4 else input.unsqueeze(0)
         if not isinstance(padding, str):
             pad = _pair(padding)
         elif padding == "valid":
@@ -539,7 +544,7 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
             out = op(images, weight, bias, *step, *pad, *reach, groups, *pool)
             if pool:
                 out = out[0]
-            return out if input.dim() == 4 else out.squeeze(0)
+            return out if dims == 4 else out.squeeze(0)
     return stock(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
 
 

@@ -464,6 +464,8 @@ def _pair(value):
     """Two numbers; None for what only torch can judge."""
     if type(value) is int:
         return (value, value)
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
     if isinstance(value, (tuple, list)):
         if len(value) == 1:
             value = (value[0], value[0])
@@ -481,6 +483,14 @@ def _is_unset(stride):
 
 def _window(input, kernel_size, stride, *rest):
     """The numbers of a window, or None where only torch can judge the call."""
+    if type(kernel_size) is int and stride is None and type(input) is torch.Tensor and input.dim() == 4:
+        numbers = [kernel_size] * 4
+        for value in rest:
+            if type(value) is not int:
+                break
+            numbers += (value, value)
+        else:
+            return numbers
     if not isinstance(input, torch.Tensor) or (input.dim() != 4 and (input.dim() != 3 or input.numel() == 0)):
         return None
     kernel = _pair(kernel_size)
@@ -489,9 +499,7 @@ def _window(input, kernel_size, stride, *rest):
 
 
 def _batched(function, input, *args):
-    """The function on a batch of images, of which the input may be one."""
-    if input.dim() == 4:
-        return function(input, *args)
+    """The function on one image, as on a batch of one."""
     out = function(input.unsqueeze(0), *args)
     return tuple(t.squeeze(0) for t in out) if isinstance(out, tuple) else out.squeeze(0)
 
@@ -540,7 +548,9 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     window = _window(input, kernel_size, stride, padding, dilation)
     if window is None:
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return _batched(_max_pool, input, return_indices, *window, bool(ceil_mode))
+    if input.dim() == 3:
+        return _batched(_max_pool, input, return_indices, *window, bool(ceil_mode))
+    return _max_pool(input, return_indices, *window, bool(ceil_mode))
 
 
 def max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
@@ -625,7 +635,8 @@ def avg_pool2d(
         return F.avg_pool2d(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
-    return _batched(_avg_pool2d, input, *window, bool(ceil_mode), bool(count_include_pad), divisor_override)
+    options = (*window, bool(ceil_mode), bool(count_include_pad), divisor_override)
+    return _avg_pool2d(input, *options) if input.dim() == 4 else _batched(_avg_pool2d, input, *options)
 
 
 def avg_pool1d(input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True):
@@ -716,7 +727,9 @@ def adaptive_avg_pool2d(input, output_size):
     )
     if size is None:
         return F.adaptive_avg_pool2d(input, output_size)
-    return _batched(_adaptive_avg_pool2d, input, *size)
+    if input.dim() == 3:
+        return _batched(_adaptive_avg_pool2d, input, *size)
+    return _adaptive_avg_pool2d(input, *size)
 
 
 def adaptive_avg_pool1d(input, output_size):
@@ -780,7 +793,8 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
     )
     if size is None:
         return F.adaptive_max_pool2d(input, output_size, return_indices)
-    parts = _batched(_adaptive_max_pool2d, input, *size)
+    function = _adaptive_max_pool2d
+    parts = _batched(function, input, *size) if input.dim() == 3 else function(input, *size)
     return parts if return_indices else parts[0]
 
 
