@@ -76,6 +76,9 @@ struct Forward {
     auto* narrow = reinterpret_cast<Elem*>(factor + 2 * rows);
     pack_a<T>(head_of<T>(args.query, args.query_strides, b, h, first), args.query_strides.row, 1, count,
               s.width, queries, query_row);
+    clear_rest(queries, query_row, count, rows);
+    clear_rest(factor, 1, count, rows);
+    if constexpr (kNarrow) clear_rest(narrow, weight_row, count, rows);
     const A kMinus = -__builtin_huge_val();
     for (int64_t i = 0; i < count; ++i) largest[i] = kMinus, total[i] = 0;
     bool started = false;

@@ -115,6 +115,8 @@ struct Backward {
               q, width_row);
     copy_rows(head_of<T>(args.grad, args.grad_strides, b, h, first), args.grad_strides.row, count,
               s.value_width, dy, value_row);
+    clear_rest(q, width_row, count, query_rows);
+    clear_rest(dy, value_row, count, query_rows);
     copy_rows(head_of<T>(args.output, args.output_strides, b, h, first), args.output_strides.row, count,
               s.value_width, y, value_row);
     pack_panels<A>(q, width_row, 1, count, s.width, q_panels);

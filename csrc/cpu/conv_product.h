@@ -21,7 +21,7 @@ inline constexpr int kConvRows = 6, kConvVectors = 2;
 inline constexpr int kConvRows = 4, kConvVectors = 2;
 #endif
 // Products that a register adds up before the sum joins the total; fewer where each is rounded twice.
-inline constexpr int64_t kConvChain = FASTNN_ISA_LEVEL >= 1 ? 256 : 64;
+inline constexpr int64_t kConvChain = FASTNN_ISA_LEVEL >= 1 ? 96 : 64;
 
 // The type of the sums of elements of planes.
 template <class E>

@@ -64,6 +64,12 @@ struct MaxPool {
         nan = nan | is_nan(x);
         most = max(x, most);
       }
+      if (i < length && length >= V::size) {
+        const V x = load(from + length - V::size);  // some once more
+        nan = nan | is_nan(x);
+        most = max(x, most);
+        i = length;
+      }
       for (; i < length; ++i) {
         const V x = splat(to_acc(from[i]));
         nan = nan | is_nan(x);
@@ -75,13 +81,18 @@ struct MaxPool {
     int64_t row = top, column = left;
     A value = best;
     if (args.indices != nullptr || args.locations != nullptr || has_nan) {
+      // The first of the largest, or the last NaN.
       bool found = false;
-      for (int64_t r = 0; r < height && (has_nan || !found); ++r) {
+      for (int64_t r = 0; r < lines && (has_nan || !found); ++r) {
         const T* from = plane + (top + r) * row_step + left;
-        for (int64_t c = 0; c < width; ++c) {
+        int64_t c = 0;
+        if (!has_nan) {
+          while (c + V::size <= length && !any(load(from + c) == splat(best))) c += V::size;
+        }
+        for (; c < length; ++c) {
           const A x = to_acc(from[c]);
           if (has_nan ? x != x : x == best) {
-            row = top + r, column = left + c, value = x, found = true;
+            row = top + (dense ? c / width : r), column = left + (dense ? c % width : c), value = x, found = true;
             if (!has_nan) break;
           }
         }
@@ -238,7 +249,8 @@ void clear(T* out, int64_t count) {
   __builtin_memset(static_cast<void*>(out), 0, static_cast<size_t>(count) * sizeof(T));
 }
 
-// Adds the gradients of one plane, [outputs], to the elements that they came from. A: type of the sums.
+// Adds the gradients of one plane, [outputs], to the elements that they came from. A: type of the sums; a 16-bit type
+// has none, so there an element takes at most one.
 template <class T, class A>
 void scatter_plane(const MaxPoolBackwardArgs& args, const T* grad, int64_t at, A* out) {
   const PoolAxis &rows = args.shape.rows, &columns = args.shape.columns;
@@ -256,7 +268,9 @@ void scatter_plane(const MaxPoolBackwardArgs& args, const T* grad, int64_t at, A
         if (row < 0 || row >= rows.inputs || column < 0 || column >= columns.inputs) continue;
         place = row * columns.inputs + column;
       }
-      if constexpr (sizeof(T) == sizeof(A)) {
+      if constexpr (sizeof(T) < 4 && sizeof(A) == sizeof(T)) {
+        out[place] = grad[o];
+      } else if constexpr (sizeof(A) == sizeof(T)) {
         out[place] += grad[o];
       } else {
         out[place] += to_acc(grad[o]);
@@ -274,18 +288,25 @@ void backward_planes(const MaxPoolBackwardArgs& args, const Context& context) {
   const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context);
   constexpr bool kDirect = sizeof(T) == sizeof(A);
   const int64_t size = round_up(inputs, V::size);
-  A* memory = kDirect ? nullptr : context.scratch<A>(workers * size);
+  // One output is alone in its plane: nothing to add up.
+  const bool direct = kDirect || outputs == 1;
+  A* memory = direct ? nullptr : context.scratch<A>(workers * size);
   const auto* grad = static_cast<const T*>(args.grad);
   auto* grad_input = static_cast<T*>(args.grad_input);
-  context.for_each(s.n * s.c, workers, [&](int64_t plane, int worker) {
-    T* out = grad_input + plane * inputs;
-    if constexpr (kDirect) {
-      clear(out, inputs);
-      scatter_plane<T, T>(args, grad + plane * outputs, plane * outputs, out);
-    } else {
+  const int64_t planes = s.n * s.c, tasks = workers <= 1 ? 1 : min_of(planes, 8 * workers);
+  context.for_each(tasks, workers, [&](int64_t task, int worker) {
+    const int64_t begin = task * planes / tasks, end = (task + 1) * planes / tasks;
+    if (direct) clear(grad_input + begin * inputs, (end - begin) * inputs);
+    for (int64_t plane = begin; plane < end; ++plane) {
+      T* out = grad_input + plane * inputs;
+      const T* from = grad + plane * outputs;
+      if (direct) {
+        scatter_plane<T, T>(args, from, plane * outputs, out);
+        continue;
+      }
       A* sums = memory + worker * size;
       clear(sums, inputs);
-      scatter_plane<T, A>(args, grad + plane * outputs, plane * outputs, sums);
+      scatter_plane<T, A>(args, from, plane * outputs, sums);
       for (int64_t i = 0; i < inputs; i += V::size) {
         const int count = static_cast<int>(min_of(V::size, inputs - i));
         store(out + i, load(sums + i, count), count);
@@ -353,28 +374,38 @@ void backward_channels_last(const MaxPoolBackwardArgs& args, const Context& cont
   const PoolAxis &rows = s.rows, &columns = s.columns;
   const int64_t inputs = rows.inputs * columns.inputs;
   const int64_t workers = workers_for(8.0 * s.n * s.c * inputs, context);
+  const int64_t outputs = rows.outputs * columns.outputs;
+  // Nothing to add up, or sums in place.
+  const bool direct = args.indices != nullptr && (sizeof(T) == sizeof(A) || outputs == 1);
+  const int64_t most = direct ? s.c : 256;
   const int64_t block =
-      s.n >= 2 * workers ? round_up(min_of(s.c, 256), V::size) : min_of(round_up(s.c, V::size), 4 * V::size);
+      s.n >= 2 * workers ? round_up(min_of(s.c, most), V::size) : min_of(round_up(s.c, V::size), 4 * V::size);
   const int64_t blocks = ceil_div(s.c, block);
-  A* memory = context.scratch<A>(workers * inputs * block);
+  A* memory = direct ? nullptr : context.scratch<A>(workers * inputs * block);
   const auto* grad = static_cast<const T*>(args.grad);
   auto* grad_input = static_cast<T*>(args.grad_input);
   context.for_each(s.n * blocks, workers, [&](int64_t task, int worker) {
     const int64_t n = task / blocks, c0 = task % blocks * block, channels = min_of(block, s.c - c0);
-    if constexpr (sizeof(T) == sizeof(A)) {
-      if (args.indices != nullptr) {
-        const int64_t outputs = rows.outputs * columns.outputs;
-        T* image = grad_input + n * inputs * s.c + c0;
+    if (direct) {
+      T* image = grad_input + n * inputs * s.c + c0;
+      if (blocks == 1) {
+        clear(image, inputs * s.c);
+      } else {
         for (int64_t p = 0; p < inputs; ++p) clear(image + p * s.c, channels);
-        for (int64_t o = 0; o < outputs; ++o) {
-          const int64_t at = (n * outputs + o) * s.c + c0;
-          for (int64_t c = 0; c < channels; ++c) {
-            const int64_t place = args.indices[at + c];
-            if (place >= 0 && place < inputs) image[place * s.c + c] += grad[at + c];
+      }
+      for (int64_t o = 0; o < outputs; ++o) {
+        const int64_t at = (n * outputs + o) * s.c + c0;
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t place = args.indices[at + c];
+          if (place < 0 || place >= inputs) continue;
+          if constexpr (sizeof(T) == sizeof(A)) {
+            image[place * s.c + c] += grad[at + c];
+          } else {
+            image[place * s.c + c] = grad[at + c];
           }
         }
-        return;
       }
+      return;
     }
     A* sums = memory + worker * inputs * block;
     clear(sums, inputs * block);

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <new>
 #include <string>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -59,8 +60,8 @@ inline void* out(const py::object& array) {
   return array.is_none() ? nullptr : py::cast<py::array>(array).mutable_data();
 }
 
-// Scratch memory of exactly the size asked for, so that a sanitizer sees a write past it; one thread per
-// worker.
+// Scratch memory of exactly the size asked for, so that a sanitizer sees a write past it, and full of NaN, so that what
+// was never written shows in the result; one thread per worker.
 class TestContext : public Context {
  public:
   explicit TestContext(int thread_count) {
@@ -75,6 +76,7 @@ class TestContext : public Context {
     };
     allocate = [](void* opaque, size_t bytes) -> void* {
       void* memory = ::operator new(bytes, std::align_val_t{64});
+      std::memset(memory, 0xff, bytes);
       static_cast<TestContext*>(opaque)->held_.push_back(memory);
       return memory;
     };
