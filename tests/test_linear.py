@@ -20,6 +20,8 @@ SHAPES = [
     (3, 7, 17),
     (8, 3000, 40),
     (24, 33, 65),
+    (100, 12, 65),
+    (50, 3, 40),
     (25, 33, 65),
     (64, 128, 784),
     (130, 70, 1023),
@@ -240,7 +242,7 @@ def test_the_op_itself_refuses_too():
 
 def test_where_torch_is_faster_it_runs(monkeypatch, native):
     monkeypatch.setattr(_declare, "prefer_kernels", False)
-    few, many = inputs(8, 5, 7), inputs(80, 5, 7)
+    few, many = inputs(80, 5, 7), inputs(80, 50, 7)
     for mkl in (True, False):
         monkeypatch.setattr(module, "_MKL_AT_ITS_BEST", mkl)
         for tensors in (few, many, [t.bfloat16() for t in many]):

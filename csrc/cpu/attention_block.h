@@ -67,8 +67,9 @@ inline void block_product(int64_t m, int64_t n, int64_t elems, const typename Ge
   }
 }
 
-// Sets rows of A that block_product reads past the first `count` to zero: what it makes of them is dropped, but products
-// of whatever stood there before can be a hundred times as slow, where it reads as denormal numbers.
+// Sets rows of A that block_product reads past the first `count` to zero: what it makes of them is dropped,
+// but products of whatever stood there before can be a hundred times as slow, where it reads as denormal
+// numbers.
 template <class E>
 inline void clear_rest(E* a, int64_t row, int64_t count, int64_t rows) {
   const int64_t rest = min_of(rows, count + kMR - 1) - count;

@@ -83,8 +83,9 @@ struct Planes {
   }
 };
 
-// A tile may read this many elements past the last that counts. What it makes of them is dropped, but they are set to
-// zero: products of whatever stood there before can be a hundred times as slow, where it reads as denormal numbers.
+// A tile may read this many elements past the last that counts. What it makes of them is dropped, but they
+// are set to zero: products of whatever stood there before can be a hundred times as slow, where it reads as
+// denormal numbers.
 inline constexpr int64_t kPlaneSlack = 64;
 
 // ---- filling ----

@@ -159,8 +159,8 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
 
 // ---- few rows ----
 
-// Up to this many rows, packing B would cost more than it gives.
-inline constexpr int64_t kDotMost = 24;
+// Up to this many rows or columns, packing would cost more than it gives.
+inline constexpr int64_t kDotMost = 24, kDotMostColumns = 12;
 // Rows of B that are packed at a time where it is used once: 64 x 32 floats are 8 KiB.
 inline constexpr int64_t kStretch = 64;
 // Products that a register adds up before the sum joins the total: one chain of 4096 would be 4 times as
@@ -234,26 +234,40 @@ inline constexpr int kDotRows = 3, kDotColumns = 8;
 inline constexpr int kDotRows = 2, kDotColumns = 4;
 #endif
 
-template <class T, int C, int R = kDotRows>
+// Rows beside one column, where nothing else keeps the sums apart.
+inline constexpr int kDotRowsAlone = 2 * kDotRows;
+
+template <class T, int C, int kMost = C == 1 ? kDotRowsAlone : kDotRows, int R = kMost>
 inline void dot_rows(const GemmArgs<T>& g, int64_t i, int64_t j) {
-  if constexpr (R == kDotRows) {
+  if constexpr (R == kMost) {
     for (; i + R <= g.m; i += R) dot_tile<T, R, C>(g, i, j);
   } else if (i + R <= g.m) {
     dot_tile<T, R, C>(g, i, j);
     i += R;
   }
-  if constexpr (R > 1) dot_rows<T, C, R - 1>(g, i, j);
+  if constexpr (R > 1) dot_rows<T, C, kMost, R - 1>(g, i, j);
 }
 
 template <class T>
 inline void gemm_dot(const GemmArgs<T>& g, const Context& context) {
-  const int64_t block = kDotColumns * 4;
+  // Blocks of columns read A again, which stays in the cache; blocks of rows read B again.
+  constexpr int64_t kColumns = kDotColumns * 4, kRowsHere = kDotRowsAlone * 8;
   const int64_t workers = workers_for(2.0 * g.m * g.n * g.k + 4.0 * g.n * g.k, context);
-  context.for_each(ceil_div(g.n, block), workers, [&](int64_t task, int) {
-    int64_t j = task * block;
-    const int64_t end = min_of(j + block, g.n);
-    for (; j + kDotColumns <= end; j += kDotColumns) dot_rows<T, kDotColumns>(g, 0, j);
-    for (; j < end; ++j) dot_rows<T, 1>(g, 0, j);
+  const int64_t column_blocks = ceil_div(g.n, kColumns), row_blocks = ceil_div(g.m, kRowsHere);
+  context.for_each(column_blocks * row_blocks, workers, [&](int64_t task, int) {
+    const int64_t i = task / column_blocks * kRowsHere;
+    GemmArgs<T> part = g;
+    part.a += i * g.a_m;
+    part.c += i * g.c_m;
+    part.m = min_of(kRowsHere, g.m - i);
+    int64_t j = task % column_blocks * kColumns;
+    const int64_t end = min_of(j + kColumns, g.n);
+    for (; j + kDotColumns <= end; j += kDotColumns) dot_rows<T, kDotColumns>(part, 0, j);
+    if constexpr (kDotColumns > 4) {
+      for (; j + 4 <= end; j += 4) dot_rows<T, 4>(part, 0, j);
+    }
+    for (; j + 2 <= end; j += 2) dot_rows<T, 2>(part, 0, j);
+    for (; j < end; ++j) dot_rows<T, 1>(part, 0, j);
   });
 }
 
@@ -328,7 +342,8 @@ inline void gemm_few_rows(const GemmArgs<T>& g, const Context& context) {
 template <class T>
 inline void gemm(const GemmArgs<T>& g, const Context& context) {
   if (g.m == 0 || g.n == 0) return;
-  if (g.b_k == 1 && g.a_k == 1 && g.k > 0 && g.m <= kDotMost) return gemm_dot(g, context);
+  if (g.b_k == 1 && g.a_k == 1 && g.k > 0 && (g.m <= kDotMost || g.n <= kDotMostColumns))
+    return gemm_dot(g, context);
   if (g.b_n == 1 && g.m <= kMR) return gemm_few_rows(g, context);
   gemm_packed(g, context);
 }

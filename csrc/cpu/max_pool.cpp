@@ -92,7 +92,8 @@ struct MaxPool {
         for (; c < length; ++c) {
           const A x = to_acc(from[c]);
           if (has_nan ? x != x : x == best) {
-            row = top + (dense ? c / width : r), column = left + (dense ? c % width : c), value = x, found = true;
+            row = top + (dense ? c / width : r), column = left + (dense ? c % width : c), value = x,
+            found = true;
             if (!has_nan) break;
           }
         }
@@ -249,8 +250,8 @@ void clear(T* out, int64_t count) {
   __builtin_memset(static_cast<void*>(out), 0, static_cast<size_t>(count) * sizeof(T));
 }
 
-// Adds the gradients of one plane, [outputs], to the elements that they came from. A: type of the sums; a 16-bit type
-// has none, so there an element takes at most one.
+// Adds the gradients of one plane, [outputs], to the elements that they came from. A: type of the sums; a
+// 16-bit type has none, so there an element takes at most one.
 template <class T, class A>
 void scatter_plane(const MaxPoolBackwardArgs& args, const T* grad, int64_t at, A* out) {
   const PoolAxis &rows = args.shape.rows, &columns = args.shape.columns;

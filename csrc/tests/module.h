@@ -7,9 +7,9 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <string>
-#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -60,8 +60,8 @@ inline void* out(const py::object& array) {
   return array.is_none() ? nullptr : py::cast<py::array>(array).mutable_data();
 }
 
-// Scratch memory of exactly the size asked for, so that a sanitizer sees a write past it, and full of NaN, so that what
-// was never written shows in the result; one thread per worker.
+// Scratch memory of exactly the size asked for, so that a sanitizer sees a write past it, and full of NaN, so
+// that what was never written shows in the result; one thread per worker.
 class TestContext : public Context {
  public:
   explicit TestContext(int thread_count) {

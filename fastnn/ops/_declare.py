@@ -280,30 +280,36 @@ def declare(
         if _is_compiling():
             # The tracer sees one op; gradients and autocast are the dispatcher's.
             return default(*args) if why_stock(args) is None else stock(*args)
+        if recorder is not None or _settings.log:
+            return route_carefully(args)
+        if slower is not None and not prefer_kernels:
+            try:
+                reason = slower(*args)
+            except Exception:
+                reason = None  # it makes no sense of the arguments: the op will refuse them
+            if reason is not None:
+                return stock(*args)
         if (
-            recorder is not None
-            or _settings.disabled
-            or _settings.log
+            _settings.disabled
             or _in_transform() is not None
             or forward_ad._current_level >= 0
             or (autocast and _any_autocast())
         ):
             return route_carefully(args)
-        tensors = args[:count]
         wants_gradient = False
-        for t in tensors:
+        for t in args[:count]:
             if t is not None:
-                if type(t) not in _PLAIN or not t.is_cpu:
+                if type(t) not in _PLAIN:
                     return route_carefully(args)
                 if t.requires_grad:
                     wants_gradient = True
+        if not args[0].is_cpu:
+            return route_carefully(args)
         try:
-            if slower is None or prefer_kernels or slower(*args) is None:
-                if wants_gradient and _is_grad_enabled():
-                    if constants and wanted_constant(args):
-                        return stock(*args)
-                    return function.apply(*args)
+            if not (wants_gradient and _is_grad_enabled()):
                 return run(*args)
+            if not constants or wanted_constant(args) is None:
+                return function.apply(*args)
         except Exception:
             # The op refuses what it does not cover: that is torch's, to do or to refuse in its own words.
             if why_stock(args) is None:

@@ -29,17 +29,21 @@ def _unsupported(input, weight, bias=None):
     return None
 
 
-# Rows up to which the kernels, which read the weight where it lies, were ahead of MKL on its own maker's processors.
-_FEW_ROWS = 24
+# Rows or output features up to which the kernels were ahead of MKL on its own maker's processors: they read a small operand
+# where it lies.
+_FEW_ROWS = 32
+_FEW_FEATURES = 32
+_is_grad_enabled = torch.is_grad_enabled
 _MKL_AT_ITS_BEST = torch.backends.mkl.is_available() and torch.ops.fastnn._is_intel()
 
 
 def _slower(input, weight, bias=None):
     if not _MKL_AT_ITS_BEST or input.element_size() == 2:
         return None
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+    if _is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         return "torch's MKL is faster with gradients on this processor"
-    if input.numel() > _FEW_ROWS * weight.shape[1]:
+    features, width = weight.shape
+    if features > _FEW_FEATURES and input.numel() > _FEW_ROWS * width:
         return "torch's MKL is faster on this processor"
     return None
 
