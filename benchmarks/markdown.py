@@ -1,12 +1,100 @@
-"""Turns the JSON of a run into the table of the README: ``python -m benchmarks.markdown RESULT.json``."""
+"""Turns the JSON of a run into the README's section on speed: ``python -m benchmarks.markdown RESULT.json README.md``.
+
+Without a README the section is printed. With one, it replaces what stands between the lines BEGIN and END.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from statistics import geometric_mean
+
+from benchmarks.training import EARLY
 
 DIRECTIONS = ("forward", "forward+backward")
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def section(record: dict, folder: str) -> str:
+    """Where and how it was measured, the pictures in `folder`, a row per family, per network and per case."""
+    environment, settings = record["environment"], record["settings"]
+    options = [f"--{settings['size']}"] if settings["size"] != "default" else []
+    for option in ("family", "filter", "dtype"):
+        options += [f"--{option} {value}" for value in settings[option]]
+    command = " ".join(["python -m benchmarks run", *options])
+    return "\n".join(
+        [
+            f"Times of stock eager PyTorch over fastnn's: above 1 fastnn is faster, below 1 it is slower. Medians of "
+            f"interleaved rounds on {environment['cpu']} ({environment['isa']}), {environment['threads']} threads, torch "
+            f"{environment['torch']}, {record['created'][:10]}, by `{command}`.",
+            "",
+            f"![Every case against stock PyTorch, slowest first]({folder}/speedup.png)",
+            "",
+            summary(record),
+            "",
+            networks(record),
+            "",
+            "<details><summary>Every case</summary>",
+            "",
+            '"(torch)" marks a call that went to torch\'s own op.',
+            "",
+            table(record),
+            "",
+            "</details>",
+        ]
+    )
+
+
+def summary(record: dict) -> str:
+    """Per family, dtype and direction: the geometric mean of the ratios, the least, and how many are below 0.95."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in record["rows"]:
+        groups.setdefault((row["family"], row["dtype"], row["direction"]), []).append(row)
+    lines = _head("family", "dtype", "direction", "cases", "geometric mean", "least", "most", "below 0.95")
+    for key, rows in groups.items():
+        ratios = [ratio for ratio in map(_ratio, rows) if ratio is not None]
+        if not ratios:
+            continue
+        lines.append(
+            _line(
+                *key,
+                len(rows),
+                f"{geometric_mean(ratios):.2f}",
+                f"{min(ratios):.2f}",
+                f"{max(ratios):.2f}",
+                sum(ratio < 0.95 for ratio in ratios),
+            )
+        )
+    return "\n".join(lines)
+
+
+def networks(record: dict) -> str:
+    """Per network that was trained: how far its losses are from ``torch.nn``'s over the first steps, test accuracies, and
+    how many times faster a step was. The noise is what ``torch.nn`` with reversed batches, the same sums in another
+    order, makes of the losses."""
+    early = f"loss difference in {EARLY} steps"
+    lines = _head("network", "nn", early, "float noise", "test accuracy", "torch.nn's", "training step")
+    for network in record["training"]:
+        runs = network["runs"]
+        stock = runs["torch.nn"]
+        for name, ratio in network["speedup"].items():
+            lines.append(
+                _line(
+                    f"{network['name']}, on {network['source']}",
+                    name,
+                    f"{_early_difference(stock, runs[name]):.0e}",
+                    f"{_early_difference(stock, network['reversed_batches']):.0e}",
+                    f"{100 * runs[name]['accuracy']:.1f}%",
+                    f"{100 * stock['accuracy']:.1f}%",
+                    f"{ratio['median']:.2f}",
+                )
+            )
+    return "\n".join(lines)
+
+
+def _early_difference(a: dict, b: dict) -> float:
+    return max(abs(x - y) for x, y in zip(a["losses"][:EARLY], b["losses"][:EARLY], strict=True))
 
 
 def table(record: dict) -> str:
@@ -17,14 +105,25 @@ def table(record: dict) -> str:
     for row in record["rows"]:
         key = (row["family"], row["op"], row["shape"], row["origin"], row["layout"])
         groups.setdefault(key, {})[row["dtype"], row["direction"]] = row
-    heads = ["op", "shape", "from", "layout", *(f"{t} {d}" for t, d in columns)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = _head("op", "shape", "from", "layout", *(f"{t} {d}" for t, d in columns))
     for (family, op, shape, origin, layout), rows in sorted(groups.items()):
         if family in ("linear", "attention"):
             layout = ""
-        cells = [op, shape, origin, layout.replace("_", " "), *(_cell(rows.get(c)) for c in columns)]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = (_cell(rows.get(column)) for column in columns)
+        lines.append(_line(op, shape, origin, layout.replace("_", " "), *cells))
     return "\n".join(lines)
+
+
+def _head(*names: str) -> list[str]:
+    return [_line(*names), "|" + "---|" * len(names)]
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _ratio(row: dict) -> float | None:
+    return row["speedup"].get("eager", {}).get("median") if row["status"] == "ok" else None
 
 
 def _cell(row: dict | None) -> str:
@@ -32,11 +131,25 @@ def _cell(row: dict | None) -> str:
         return ""
     if row["status"] != "ok":
         return row["status"].upper()
-    ratio = row["speedup"].get("eager", {}).get("median")
+    ratio = _ratio(row)
     if ratio is None:
         return ""
     return f"{ratio:.2f}" if row["native"] else f"{ratio:.2f} (torch)"
 
 
+def main(result: str, readme: str | None = None) -> None:
+    """Print the section, or put it into the file `readme`."""
+    path = Path(result)
+    record = json.loads(path.read_text())
+    if readme is None:
+        print(section(record, str(path.parent)))
+        return
+    folder = path.resolve().parent.relative_to(Path(readme).resolve().parent).as_posix()
+    text = Path(readme).read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    Path(readme).write_text(f"{before}{BEGIN}\n{section(record, folder)}\n{END}{after}")
+
+
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    main(*sys.argv[1:])

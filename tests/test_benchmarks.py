@@ -4,15 +4,17 @@ import json
 import math
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
 from benchmarks import __main__ as cli
-from benchmarks import cases, check, peers, report, runner, training, work
+from benchmarks import cases, check, markdown, peers, report, runner, training, work
 from benchmarks.cases import Case, Input, Workload
 
+RESULTS = Path(cases.__file__).parent / "results"
 LINEAR = Workload(
     "linear", "linear_relu", "a test", (Input((4, 8)), Input((3, 8), "weight"), Input((3,), "bias"))
 )
@@ -348,3 +350,26 @@ def test_training_that_differs_fails():
     )
     assert same.status == "ok"
     assert same.difference("other") == 0
+
+
+@pytest.mark.parametrize("result", sorted(RESULTS.glob("*/results.json")), ids=lambda path: path.parent.name)
+def test_readme_is_what_was_measured(result):
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    folder = result.parent.relative_to(RESULTS.parents[1]).as_posix()
+    assert markdown.section(json.loads(result.read_text()), folder) in readme
+    assert (result.parent / "speedup.png").exists()
+
+
+def test_markdown_goes_between_its_lines(tmp_path):
+    result = tmp_path / "one" / "results.json"
+    result.parent.mkdir()
+    result.write_text(next(RESULTS.glob("*/results.json")).read_text())
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
+    markdown.main(result, readme)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "(one/speedup.png)" in text
+    assert "| linear_relu | 64x784 128x784 |" in text
