@@ -26,6 +26,8 @@ SHAPES = [
     (64, 128, 784),
     (130, 70, 1023),
     (33, 1, 1),
+    (241, 40, 600),
+    (60, 40, 1024),
 ]
 
 
@@ -242,7 +244,7 @@ def test_the_op_itself_refuses_too():
 
 def test_where_torch_is_faster_it_runs(monkeypatch, native):
     monkeypatch.setattr(_declare, "prefer_kernels", False)
-    few, many = inputs(80, 5, 7), inputs(80, 50, 7)
+    few, many = inputs(80, 50, 7), inputs(300, 50, 7)
     for mkl in (True, False):
         monkeypatch.setattr(module, "_MKL_AT_ITS_BEST", mkl)
         for tensors in (few, many, [t.bfloat16() for t in many]):

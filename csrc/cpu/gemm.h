@@ -79,6 +79,13 @@ inline void gemm_tile_rows(int rows, Args... args) {
   if constexpr (MR > 1) gemm_tile_rows<T, MR - 1>(rows, args...);
 }
 
+// Whether rows of A can be read where they lie. Strides of whole half pages would put them all into a few
+// cache sets.
+template <class T>
+inline bool rows_in_place(const GemmArgs<T>& g) {
+  return sizeof(T) == sizeof(acc_t<T>) && g.a_k == 1 && g.a_m * static_cast<int64_t>(sizeof(T)) % 2048 != 0;
+}
+
 // Any number of rows: B packed once, A block by block.
 template <class T>
 inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
@@ -90,8 +97,9 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
   const int64_t depth =
       g.k <= kDepth + kDepth / 2 ? max_of(g.k, 1) : round_up(ceil_div(g.k, ceil_div(g.k, kDepth)), 16);
   const int64_t elems = packed_k<T>(depth);
-  const int64_t a_row =
-      round_up(elems, 16) + 16;  // an odd number of cache lines: rows do not share cache sets
+  const bool direct = rows_in_place(g);
+  // An odd number of cache lines: rows do not share cache sets.
+  const int64_t a_row = direct ? g.a_m : round_up(elems, 32) + 16;
   const bool split = depth < g.k;
   // Columns at a time, so that packed B stays within its bound.
   const int64_t per_panel = elems * kWidth * static_cast<int64_t>(sizeof(Elem));
@@ -99,7 +107,7 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
   const int64_t chunk = min_of(panels, max_of(kPackedBytes / (per_panel * depths), 8));
 
   Elem* packed_b = context.scratch<Elem>(chunk * depths * elems * kWidth);
-  Elem* packed_a = context.scratch<Elem>(workers * kRows * a_row);
+  Elem* packed_a = direct ? nullptr : context.scratch<Elem>(workers * kRows * a_row);
   A* bias = nullptr;
   if (g.bias != nullptr) {
     bias = context.scratch<A>(panels * kWidth);
@@ -126,11 +134,15 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
     context.for_each(row_blocks * column_blocks, workers, [&](int64_t task, int worker) {
       const int64_t i0 = task / column_blocks * rows, p0 = task % column_blocks * wide;
       const int64_t m = min_of(rows, g.m - i0), width = min_of(wide, here - p0);
-      Elem* a = packed_a + worker * kRows * a_row;
+      Elem* mine = packed_a + (direct ? 0 : worker * kRows * a_row);
       for (int64_t d = 0; d < depths; ++d) {
         const int64_t k0 = d * depth, k = min_of(depth, g.k - k0);
         const bool last = d == depths - 1;
-        pack_a<T>(g.a + i0 * g.a_m + k0 * g.a_k, g.a_m, g.a_k, m, k, a, a_row);
+        const Elem* a = mine;
+        if constexpr (kInPlace) {
+          if (direct) a = g.a + i0 * g.a_m + k0;
+        }
+        if (!direct) pack_a<T>(g.a + i0 * g.a_m + k0 * g.a_k, g.a_m, g.a_k, m, k, mine, a_row);
         for (int64_t p = 0; p < width; ++p) {
           const int64_t j0 = (first + p0 + p) * kWidth;
           const Elem* b = packed_b + ((p0 + p) * depths + d) * elems * kWidth;
@@ -147,14 +159,86 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
               sums = partial + worker * rows * wide * kWidth + i * wide * kWidth + p * kWidth;
               sums_row = wide * kWidth;
             }
-            gemm_tile_rows<T>(static_cast<int>(min_of(kMR, m - i)), static_cast<const Elem*>(a + i * a_row),
-                              a_row, b, (k + kPer - 1) / kPer, d > 0 ? static_cast<const A*>(sums) : nullptr,
-                              sums_row, last ? &epilogue : nullptr, sums, c, g.c_m, n);
+            gemm_tile_rows<T>(static_cast<int>(min_of(kMR, m - i)), a + i * a_row, a_row, b,
+                              (k + kPer - 1) / kPer, d > 0 ? static_cast<const A*>(sums) : nullptr, sums_row,
+                              last ? &epilogue : nullptr, sums, c, g.c_m, n);
           }
         }
       }
     });
   }
+}
+
+// ---- some rows ----
+
+// Up to this many rows, a panel of B is packed by the worker that multiplies it, just before: packed B never
+// leaves the second-level cache, and nobody waits.
+inline constexpr int64_t kPanelMost = 2 * kRows;
+
+template <class T>
+inline void gemm_panels(const GemmArgs<T>& g, const Context& context) {
+  using A = acc_t<T>;
+  using Elem = typename Gemm<T>::Elem;
+  constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
+  constexpr bool kInPlace = sizeof(T) == sizeof(A);
+  const int64_t workers = workers_for(2.0 * g.m * g.n * (g.k + 8), context);
+  const int64_t panels = ceil_div(g.n, kWidth), depths = max_of(1, ceil_div(g.k - kDepth / 2, kDepth));
+  const int64_t depth = max_of(1, depths == 1 ? g.k : round_up(ceil_div(g.k, depths), 16));
+  const Elem* a;
+  int64_t a_row;
+  bool direct = false;
+  if constexpr (kInPlace) {
+    direct = rows_in_place(g);
+    if (direct) a = g.a, a_row = g.a_m;
+  }
+  if (!direct) {
+    // An odd number of cache lines: rows do not share cache sets.
+    a_row = round_up(max_of(packed_k<T>(g.k), 1), 32) + 16;
+    Elem* packed = context.scratch<Elem>(g.m * a_row);
+    constexpr int64_t kRowsAtATime = 16;
+    context.for_each(ceil_div(g.m, kRowsAtATime), workers_for(8.0 * g.m * g.k, context),
+                     [&](int64_t task, int) {
+                       const int64_t i = task * kRowsAtATime;
+                       pack_a<T>(g.a + i * g.a_m, g.a_m, g.a_k, min_of(kRowsAtATime, g.m - i), g.k,
+                                 packed + i * a_row, a_row);
+                     });
+    a = packed;
+  }
+  A* bias = nullptr;
+  if (g.bias != nullptr) {
+    bias = context.scratch<A>(panels * kWidth);
+    for (int64_t j = 0; j < panels * kWidth; ++j) bias[j] = j < g.n ? to_acc(g.bias[j]) : A(0);
+  }
+  const int64_t b_size = packed_k<T>(depth) * kWidth;
+  Elem* packed_b = context.scratch<Elem>(workers * b_size);
+  A* partial = depths > 1 && !kInPlace ? context.scratch<A>(workers * g.m * kWidth) : nullptr;
+  context.for_each(panels, workers, [&](int64_t panel, int worker) {
+    const int64_t j0 = panel * kWidth;
+    const int n = static_cast<int>(min_of(kWidth, g.n - j0));
+    Elem* b = packed_b + worker * b_size;
+    const Epilogue<T> epilogue{bias != nullptr ? bias + j0 : nullptr, g.relu};
+    for (int64_t d = 0; d < depths; ++d) {
+      const int64_t k0 = d * depth, k = max_of(0, min_of(depth, g.k - k0));
+      const bool last = d == depths - 1;
+      pack_b_panel<T>(g.b + k0 * g.b_k + j0 * g.b_n, g.b_k, g.b_n, k, n, b);
+      for (int64_t i = 0; i < g.m; i += kMR) {
+        T* c = g.c + i * g.c_m + j0;
+        A* sums;
+        int64_t sums_row;
+        if constexpr (kInPlace) {
+          sums = c;
+          sums_row = g.c_m;
+        } else {
+          sums = partial + (worker * g.m + i) * kWidth;
+          sums_row = kWidth;
+        }
+        gemm_tile_rows<T>(static_cast<int>(min_of(kMR, g.m - i)), a + i * a_row + k0 / kPer, a_row,
+                          static_cast<const Elem*>(b), packed_k<T>(k),
+                          d > 0 ? static_cast<const A*>(sums) : nullptr, sums_row, last ? &epilogue : nullptr,
+                          sums, c, g.c_m, n);
+      }
+    }
+  });
 }
 
 // ---- few rows ----
@@ -345,6 +429,7 @@ inline void gemm(const GemmArgs<T>& g, const Context& context) {
   if (g.b_k == 1 && g.a_k == 1 && g.k > 0 && (g.m <= kDotMost || g.n <= kDotMostColumns))
     return gemm_dot(g, context);
   if (g.b_n == 1 && g.m <= kMR) return gemm_few_rows(g, context);
+  if (g.m <= kPanelMost && ceil_div(g.n, kNR<T>) >= 2) return gemm_panels(g, context);
   gemm_packed(g, context);
 }
 

@@ -282,7 +282,12 @@ inline void pack_b_panel(const T* b, int64_t b_k, int64_t b_n, int64_t k, int n,
           F block[kStep];
           if (e + kStep <= k / kPer && j + kStep <= n) {
 #pragma GCC unroll 16
-            for (int i = 0; i < kStep; ++i) block[i] = load_elems(b + (j + i) * b_n + e * kPer, kStep * kPer);
+            for (int i = 0; i < kStep; ++i) {
+              const T* from = b + (j + i) * b_n + e * kPer;
+              block[i] = load_elems(from, kStep * kPer);
+              // So many rows are more streams than the hardware follows by itself.
+              __builtin_prefetch(from + 4 * kStep * kPer);
+            }
           } else {
             for (int i = 0; i < kStep; ++i) {
               block[i] = j + i < n ? load_elems(b + (j + i) * b_n + e * kPer, k - e * kPer) : zero<float>();
