@@ -54,7 +54,8 @@ def build(nn, fused=False):
 
 
 def optimizer(parameters):
-    return torch.optim.SGD(parameters, lr=0.005, momentum=0.9)
+    # Plain descent stays on a plateau for most of the three epochs.
+    return torch.optim.Adam(parameters, lr=2e-4)
 
 
 TASK = Task("vgg_start", build, cifar10, optimizer, batch_size=32, epochs=3)
