@@ -27,7 +27,7 @@ def section(record: dict, folder: str) -> str:
         [
             f"Times of stock eager PyTorch over fastnn's: above 1 fastnn is faster, below 1 it is slower. Medians of "
             f"interleaved rounds on {environment['cpu']} ({environment['isa']}), {environment['threads']} threads, torch "
-            f"{environment['torch']}, {record['created'][:10]}, by `{command}`.",
+            f"{environment['torch']}, {record['created'][:10]}, by `{command}`. {record['note']}".rstrip(),
             "",
             f"![Every case against stock PyTorch, slowest first]({folder}/speedup.png)",
             "",
