@@ -148,10 +148,12 @@ def train(
     order = list(nets)
     per_epoch = len(loop.batches(len(data.train), task.batch_size, torch.Generator()))
     total = (epochs or task.epochs) * per_epoch
-    done = 0
+    done, share = 0, 0.0
     while done < total and time.perf_counter() < deadline:
         for indices in loop.batches(len(data.train), task.batch_size, generator):
             inputs, targets = data.train.batch(indices)
+            for _, optimizer in (*nets.values(), mirror):
+                loop.anneal(optimizer, share)
             for name in order:
                 start = time.perf_counter()
                 loss = loop.step(*nets[name], inputs, targets)
@@ -161,7 +163,9 @@ def train(
             order.append(order.pop(0))
             done += 1
             now = time.perf_counter()
-            on_step(max(done / total, min(1.0, (now - begin) / seconds)))
+            # By the clock where the time ends first, so that such a run is annealed too.
+            share = max(done / total, min(1.0, (now - begin) / seconds))
+            on_step(share)
             if now > deadline:
                 break
     result.epochs = done / per_epoch

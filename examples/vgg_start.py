@@ -54,11 +54,10 @@ def build(nn, fused=False):
 
 
 def optimizer(parameters):
-    # Plain descent stays on a plateau for most of the three epochs.
-    return torch.optim.Adam(parameters, lr=2e-4)
+    return torch.optim.SGD(parameters, lr=0.005, momentum=0.9)
 
 
-TASK = Task("vgg_start", build, cifar10, optimizer, batch_size=32, epochs=3)
+TASK = Task("vgg_start", build, cifar10, optimizer, batch_size=16, epochs=3)
 
 if __name__ == "__main__":
     raise SystemExit(main(TASK))
