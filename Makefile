@@ -17,7 +17,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(TORCH)
 	$(PY) -m pip install -q -c constraints.txt cmake ninja pybind11 scikit-build-core setuptools wheel numpy rich \
-	  matplotlib scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes
+	  matplotlib jinja2 jsonschema scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes
 	touch $@
 
 env: $(VENV)/.installed
@@ -47,7 +47,13 @@ test: build build-tests
 test-wheel: wheel
 	$(PY) tests/wheel/check.py dist/fastnn-*.whl $(PYTHONS)
 
-bench: build
+# The rivals that are no part of torch; the suite goes on without one that cannot be installed.
+$(VENV)/.peers: $(VENV)/.installed
+	$(PY) -m pip install -q -c constraints.txt onnxruntime onnx onnxscript openvino \
+	  || echo "make bench: no ONNX Runtime and OpenVINO to measure against (see above); going on without them"
+	touch $@
+
+bench: build $(VENV)/.peers
 	$(PY) -m benchmarks run $(BENCH_ARGS)
 
 wheel: env

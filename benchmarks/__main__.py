@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [run|list]``."""
+"""The command line: ``python -m benchmarks [run|list|compare|page]``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from benchmarks import cases, peers, report, runner, training
+from benchmarks import cases, compare, limits, memory, modules, peers, report, runner, stored, training
 from benchmarks.record import Record, environment
 
 # Seconds: all training, all ops, and one row of the ops at most. None is no limit.
-BUDGETS = {"quick": (40.0, 45.0, 1.5), "default": (150.0, 340.0, 3.0), "full": (None, None, 5.0)}
+BUDGETS = {"quick": (35.0, 60.0, 1.5), "default": (120.0, 400.0, 2.0), "full": (None, None, 5.0)}
 TRAINING = "training"
 
 
@@ -24,9 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measures fastnn against stock PyTorch."
     )
-    commands = parser.add_subparsers(dest="command", metavar="{run,list}")
+    commands = parser.add_subparsers(dest="command", metavar="{run,list,compare,page}")
     for name, text in (
-        ("run", "measure, print tables, write JSON and plots (the default)"),
+        ("run", "measure, print tables, write JSON, plots and a page (the default)"),
         ("list", "show the cases"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -40,6 +40,30 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument(
             "--dtype", action="append", default=[], help=f"only these: {', '.join(cases.DTYPES)}"
         )
+        command.add_argument(
+            "--direction",
+            action="append",
+            default=[],
+            help=f"only these: {', '.join(cases.DIRECTIONS)} (by default without the last)",
+        )
+        command.add_argument(
+            "--peer",
+            action="append",
+            default=[],
+            help=f"only these rivals: {', '.join(p.name for p in peers.all_peers()[1:])}",
+        )
+        command.add_argument(
+            "--module",
+            metavar="FILE.py:FUNCTION",
+            help="a module of your own instead, stock against converted, with a row per layer",
+        )
+        command.add_argument(
+            "--input",
+            action="append",
+            default=[],
+            metavar="SHAPE",
+            help="with --module: 8x3x224x224, or 8x128:int1000 for integers below 1000 (once per input)",
+        )
         size = command.add_mutually_exclusive_group()
         size.add_argument("--quick", action="store_true", help="a selection, within 2 minutes")
         size.add_argument("--full", action="store_true", help="no limit of time (by default 10 minutes)")
@@ -50,14 +74,38 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument(
                 "--threads", type=_positive, help=f"default: torch's, here {torch.get_num_threads()}"
             )
+    text = "what changed from one result to another; exits with 1 if anything became slower or broke"
+    command = commands.add_parser("compare", help=text, description=text)
+    command.add_argument("before", type=Path, help="a results.json, or the folder of one")
+    command.add_argument("after", type=Path)
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        default=compare.TOLERANCE,
+        help="the least relative change of a case that counts (default: %(default)s)",
+    )
+    command.add_argument(
+        "--rival", default=compare.RIVAL, help="whose time over fastnn's is compared (default: %(default)s)"
+    )
+    text = "draw a stored result anew: the HTML page"
+    command = commands.add_parser("page", help=text, description=text)
+    command.add_argument("result", type=Path, help="a results.json, or the folder of one")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: index.html beside the result")
     argv = sys.argv[1:] if argv is None else argv
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["run", *argv]
     args = parser.parse_args(argv)
     console = report.console()
     try:
+        if args.command == "compare":
+            return _compare(args, console)
+        if args.command == "page":
+            return _page(args, console)
+        if args.input and not args.module:
+            raise cases.UnknownFilter("--input is for --module")
         chosen, nets = choose(args)
-    except cases.UnknownFilter as error:
+        contenders = peers.select_peers(args.peer)
+    except (cases.UnknownFilter, modules.UnusableModule, stored.UnreadableResult) as error:
         console.print(escape(str(error)), style="bold", highlight=False, soft_wrap=True)
         return 2
     if args.command == "list":
@@ -68,11 +116,38 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
-    return run(args, chosen, nets, console)
+    return run(args, chosen, nets, console, contenders)
+
+
+def _compare(args, console) -> int:
+    before, after = stored.load(args.before), stored.load(args.after)
+    found = compare.compare(before, after, tolerance=args.tolerance, rival=args.rival)
+    compare.print_comparison(found, console)
+    return 1 if found.regressions else 0
+
+
+def _page(args, console) -> int:
+    from benchmarks import page
+
+    folder = args.result if args.result.is_dir() else args.result.parent
+    path = args.out or folder / "index.html"
+    record = stored.load(args.result)
+    try:
+        page.write(record, path)
+    except OSError as error:
+        console.print(f"cannot write {path}: {error.strerror or error}", style="yellow", highlight=False)
+        return 1
+    console.print(f"The page is {path}", style="bold", highlight=False, soft_wrap=True)
+    return 0
 
 
 def choose(args) -> tuple[list[cases.Case], list[str]]:
     """The cases and the networks that the filters leave."""
+    if args.module:
+        if not args.input:
+            raise modules.UnusableModule("--module needs --input, such as --input 8x3x224x224")
+        cases.refuse_unknown("direction", args.direction, cases.DIRECTIONS)
+        return modules.cases(args.module, args.input, args.direction), []
     cases.refuse_unknown("family", args.family, (*cases.FAMILIES, TRAINING))
     cases.refuse_unknown("dtype", args.dtype, cases.DTYPES)
     families = [f for f in args.family if f != TRAINING]
@@ -82,6 +157,8 @@ def choose(args) -> tuple[list[cases.Case], list[str]]:
     if args.dtype and "fp32" not in args.dtype:
         nets = []
     every = cases.all_cases()
+    if not args.direction and not args.full:
+        every = [c for c in every if c.direction in cases.USUAL]
     if args.quick:
         every = [c for c in every if cases.is_quick(c)]
     try:
@@ -92,7 +169,7 @@ def choose(args) -> tuple[list[cases.Case], list[str]]:
                     f"no network matches: there are {', '.join(training.NETS)}, all in fp32"
                 )
         else:
-            chosen = cases.select(every, families, args.dtype, words)
+            chosen = cases.select(every, families, args.dtype, words, args.direction)
     except cases.UnknownFilter:
         # A word may be a network's alone.
         if not (nets and words):
@@ -103,9 +180,14 @@ def choose(args) -> tuple[list[cases.Case], list[str]]:
 
 def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None) -> int:
     """Measure, print, write. Returns the exit status: 0, 1 after a failure, 130 after ^C."""
-    contenders = contenders or peers.default_peers()
+    contenders = contenders or peers.all_peers()
     size = "quick" if args.quick else "full" if args.full else "default"
-    settings = {"size": size, "family": args.family, "filter": args.filter, "dtype": args.dtype}
+    settings = {
+        "size": size,
+        **{k: getattr(args, k) for k in ("family", "filter", "dtype", "direction", "peer")},
+    }
+    if args.module:
+        settings |= {"module": args.module, "input": args.input}
     record = Record(settings, environment(), {p.name: p.title for p in contenders})
     folder, trouble = _make_folder(args.out)
     if trouble:
@@ -123,27 +205,41 @@ def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None)
     interrupted = False
     start = time.perf_counter()
     try:
-        _measure(record, chosen, nets, contenders, BUDGETS[size], console, save)
+        _probe(record, chosen, console)
+        # Slow peers have part in all, in a selection, or in none.
+        everywhere, selected = args.full or args.peer, not args.quick
+
+        def slow(case):
+            return everywhere or (selected and (cases.is_quick(case) or modules.is_whole(case)))
+
+        _measure(record, chosen, nets, contenders, BUDGETS[size], slow, console, save)
         record.complete = True
     except KeyboardInterrupt:
         interrupted = True
         record.note = "Stopped by ^C: these are the results until then."
-    order = {c.id: i for i, c in enumerate(chosen)}
-    record.rows.sort(key=lambda r: order[r.case.id])
+    order = {c: i for i, c in enumerate(chosen)}
+    record.rows.sort(key=lambda r: order[r.case])
     if record.complete and len(record.rows) < len(chosen):
-        record.note = (
-            f"{len(chosen) - len(record.rows)} cases were not reached in time: --full, or filters, run them."
+        record.note = " ".join(
+            filter(
+                None,
+                (
+                    record.note,
+                    f"{len(chosen) - len(record.rows)} cases were not reached in time: --full, or filters, run them.",
+                ),
+            )
         )
     record.settings["seconds"] = round(time.perf_counter() - start, 1)
     report.print_record(record, console)
     save()
     if folder is not None and trouble is None:
         try:
-            from benchmarks import plots
+            from benchmarks import page, plots
 
-            plots.draw(record, folder)
+            pictures = plots.draw(record, folder)
+            page.write(record.as_json(), folder / "index.html", pictures)
             console.print(
-                f"Results and plots are in {escape(str(folder))}/",
+                f"Results, plots and a page to look at, index.html, are in {escape(str(folder))}/",
                 style="bold",
                 highlight=False,
                 soft_wrap=True,
@@ -158,7 +254,20 @@ def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None)
     return 1 if bad or trouble else 0
 
 
-def _measure(record, chosen, nets, contenders, budget, console, save) -> None:
+def _probe(record, chosen, console) -> None:
+    """The limits of the machine; a run goes on without them."""
+    if not chosen:
+        return
+    try:
+        with console.status("probing the machine's limits (the probe is built once)"):
+            record.limits = limits.measure()
+    except Exception as error:
+        reason = runner.in_a_line(error)
+        record.note = f"No limits: the probe could not be built or run ({reason})."
+        console.print(escape(record.note), style="yellow", highlight=False)
+
+
+def _measure(record, chosen, nets, contenders, budget, slow, console, save) -> None:
     train_seconds, op_seconds, row_seconds = budget
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     # Refreshed between measurements only: a thread that draws would take time from them.
@@ -179,6 +288,8 @@ def _measure(record, chosen, nets, contenders, budget, console, save) -> None:
                     )
 
                 record.training.append(_train(name, left, on_step))
+                if record.training[-1].status != "error":
+                    record.memory += memory.measure(name)
                 progress.update(bar, completed=position + 1, refresh=True)
                 save()
         if chosen:
@@ -189,8 +300,21 @@ def _measure(record, chosen, nets, contenders, budget, console, save) -> None:
                 progress.update(bar, advance=1, description=f"{row.case.workload.op:30.30}", refresh=True)
                 save()
 
+            def on_again(row):
+                progress.update(
+                    bar, description=f"unstable, again: {row.case.workload.op:20.20}", refresh=True
+                )
+                save()
+
             runner.run_cases(
-                cases.spread(chosen), contenders, budget=op_seconds, row_seconds=row_seconds, on_row=on_row
+                cases.spread(chosen),
+                contenders,
+                budget=op_seconds,
+                row_seconds=row_seconds,
+                on_row=on_row,
+                limits=record.limits,
+                slow=slow,
+                on_again=on_again,
             )
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from benchmarks import ops
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = ("nchw", "channels_last")
-DIRECTIONS = ("forward", "forward+backward")
+DIRECTIONS = ("forward", "forward+backward", "backward")
+# What is measured unless it is asked for: the backward pass alone is in --full.
+USUAL = DIRECTIONS[:2]
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,40 @@ class Case:
 
     @property
     def backward(self) -> bool:
-        return self.direction == "forward+backward"
+        """Whether gradients are taken; "backward" alone is timed without the forward pass that it needs."""
+        return self.direction != "forward"
 
     @property
     def has_layouts(self) -> bool:
         """Whether the inputs are images, which may be stored as channels_last too."""
         return self.workload.images
+
+    # Results are compared element by element; see `check.Reference`.
+    elementwise = True
+    # The stock module that the case calls, if it is one.
+    module = None
+
+    def call(
+        self, who: str, *, double: bool = False, layout: str | None = None
+    ) -> tuple[Callable[..., torch.Tensor], list[torch.Tensor]]:
+        """A function and its tensors, by `who`: "stock" or "fastnn"; in float64, or in another layout, if asked."""
+        function = getattr(ops, who)(self.workload.op, self.workload.options)
+        tensors = (replace(self, layout=layout) if layout else self).tensors()
+        if double:
+            tensors = [
+                t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+                for t in tensors
+            ]
+        return function, tensors
+
+    @property
+    def data_count(self) -> int:
+        """How many of the tensors are data; weights and biases follow them."""
+        return sum(i.kind not in ("weight", "bias") for i in self.workload.inputs)
+
+    def least(self) -> Case | None:
+        """The same call on as few elements as its options admit: what is left of its time is overhead."""
+        return replace(self, workload=replace(self.workload, inputs=_least(self.workload)))
 
     def tensors(self) -> list[torch.Tensor]:
         """The inputs, the same at every call."""
@@ -96,6 +128,25 @@ class Case:
                 t = t.contiguous(memory_format=torch.channels_last)
             made.append(t.requires_grad_(self.backward and spec.grad and t.is_floating_point()))
         return made
+
+
+def _least(load: Workload) -> tuple[Input, ...]:
+    inputs = load.inputs
+    if load.family == "attention":
+        return tuple(replace(i, shape=(1, 1, 1, 1)) for i in inputs)
+    if load.family == "linear":
+        smallest = [(1,) * len(inputs[0].shape), (1, 1), (1,)]
+    elif load.family == "conv":
+        groups, kernel = load.options.get("groups", 1), inputs[1].shape[2:]
+        pooled = load.options.get("kernel_size", 2) if "max_pool" in load.op else 1
+        stride = load.options.get("stride", 1)
+        image = tuple(k + stride * (pooled - 1) for k in kernel)
+        smallest = [(1, groups, *image), (groups, 1, *kernel), (groups,)]
+    else:
+        size = load.options.get("kernel_size", load.options.get("output_size", 1))
+        rank = len(inputs[0].shape) - 2
+        smallest = [(1, 1, *(size if isinstance(size, tuple) else (size,) * rank))]
+    return tuple(replace(i, shape=shape) for i, shape in zip(inputs, smallest, strict=False))
 
 
 _MASKS = ("padding", "additive")
@@ -221,7 +272,8 @@ def all_cases(workloads: Iterable[Workload] = WORKLOADS) -> list[Case]:
 
 def is_quick(case: Case) -> bool:
     """Whether the quick run has the case: fp32 both ways and bf16 forward, in torch's default layout."""
-    return case.workload.quick and case.layout == "nchw" and (case.dtype == "fp32" or not case.backward)
+    usual = case.direction in USUAL and (case.dtype == "fp32" or not case.backward)
+    return case.workload.quick and case.layout == "nchw" and usual
 
 
 class UnknownFilter(ValueError):
@@ -234,15 +286,17 @@ def refuse_unknown(name: str, wanted: Iterable[str], known: Iterable[str]) -> No
         raise UnknownFilter(f"unknown {name} {', '.join(unknown)}: there are {', '.join(known)}")
 
 
-def select(cases: list[Case], families=(), dtypes=(), words=()) -> list[Case]:
-    """The cases of any of `families` and any of `dtypes` whose id or origin holds any of `words`; empty means all."""
+def select(cases: list[Case], families=(), dtypes=(), words=(), directions=()) -> list[Case]:
+    """The cases of any of `families`, `dtypes` and `directions` whose id or origin holds any of `words`; empty means all."""
     refuse_unknown("family", families, FAMILIES)
     refuse_unknown("dtype", dtypes, DTYPES)
+    refuse_unknown("direction", directions, DIRECTIONS)
     chosen = [
         c
         for c in cases
         if (not families or c.workload.family in families)
         and (not dtypes or c.dtype in dtypes)
+        and (not directions or c.direction in directions)
         and (not words or any(w.lower() in f"{c.id} {c.workload.origin}".lower() for w in words))
     ]
     if not chosen:

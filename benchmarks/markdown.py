@@ -12,7 +12,6 @@ from statistics import geometric_mean
 
 from benchmarks.training import EARLY
 
-DIRECTIONS = ("forward", "forward+backward")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -20,7 +19,7 @@ def section(record: dict, folder: str) -> str:
     """Where and how it was measured, the pictures in `folder`, a row per family, per network and per case."""
     environment, settings = record["environment"], record["settings"]
     options = [f"--{settings['size']}"] if settings["size"] != "default" else []
-    for option in ("family", "filter", "dtype"):
+    for option in ("family", "filter", "dtype", "direction", "peer"):
         options += [f"--{option} {value}" for value in settings[option]]
     command = " ".join(["python -m benchmarks run", *options])
     return "\n".join(
@@ -33,7 +32,13 @@ def section(record: dict, folder: str) -> str:
             "",
             summary(record),
             "",
+            "Against the other rivals, each in the cases that it took part in:",
+            "",
+            rivals(record),
+            "",
             networks(record),
+            "",
+            memory(record),
             "",
             "<details><summary>Every case</summary>",
             "",
@@ -69,6 +74,30 @@ def summary(record: dict) -> str:
     return "\n".join(lines)
 
 
+def rivals(record: dict) -> str:
+    """Per rival and direction: how many cases, the geometric mean of the ratios, the least and the most."""
+    lines = _head("rival", "direction", "cases", "geometric mean", "least", "most", "below 0.95")
+    for name, title in list(record["peers"].items())[2:]:
+        for direction in dict.fromkeys(row["direction"] for row in record["rows"]):
+            ratios = [
+                row["speedup"][name]["median"]
+                for row in record["rows"]
+                if row["direction"] == direction and name in row["speedup"]
+            ]
+            if ratios:
+                figures = [f"{x:.2f}" for x in (geometric_mean(ratios), min(ratios), max(ratios))]
+                lines.append(_line(title, direction, len(ratios), *figures, sum(r < 0.95 for r in ratios)))
+    return "\n".join(lines)
+
+
+def memory(record: dict) -> str:
+    """Per network and way of building it: megabytes kept for backward, and at most during a training step."""
+    lines = _head("network", "nn", "MB saved for backward", "peak MB of a training step")
+    for m in record["memory"]:
+        lines.append(_line(m["network"], m["nn"], f"{m['saved'] / 1e6:.2f}", f"{m['peak'] / 1e6:.2f}"))
+    return "\n".join(lines)
+
+
 def networks(record: dict) -> str:
     """Per network that was trained: how far its losses are from ``torch.nn``'s over the first steps, test accuracies, and
     how many times faster a step was. The noise is what ``torch.nn`` with reversed batches, the same sums in another
@@ -100,7 +129,8 @@ def _early_difference(a: dict, b: dict) -> float:
 def table(record: dict) -> str:
     """A row per op, shape and layout: the ratios in each dtype and direction. Rows that ran on torch's op say so."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in record["rows"]))
-    columns = [(dtype, direction) for dtype in dtypes for direction in DIRECTIONS]
+    directions = list(dict.fromkeys(row["direction"] for row in record["rows"]))
+    columns = [(dtype, direction) for dtype in dtypes for direction in directions]
     groups: dict[tuple, dict] = {}
     for row in record["rows"]:
         key = (row["family"], row["op"], row["shape"], row["origin"], row["layout"])

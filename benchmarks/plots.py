@@ -15,9 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.cases import DIRECTIONS, FAMILIES
+from benchmarks.cases import DIRECTIONS
 from benchmarks.record import Record
-from benchmarks.report import EVEN
+from benchmarks.report import EVEN, families
 from benchmarks.runner import Row
 
 FASTER, SLOWER, EVEN_COLOUR, DARK = "#0072B2", "#D55E00", "#999999", "#222222"
@@ -41,7 +41,9 @@ def draw(record: Record, folder: Path) -> list[Path]:
         save(_losses(trainings), "training.png")
     if any(r.ratios for r in record.rows):
         save(_glance(record), "speedup.png")
-    for family in FAMILIES:
+    if record.limits and any(r.flops and r.samples for r in record.rows):
+        save(_roofline(record), "roofline.png")
+    for family in families(record.rows):
         rows = [r for r in record.rows if r.case.workload.family == family]
         if rows:
             save(_family(family, rows, record), f"speedup-{family}.png")
@@ -199,6 +201,59 @@ def _glance(record: Record):
         fontsize=11,
     )
     figure.text(0.01, -0.03, _machine(record), fontsize=7.5, color="#555555")
+    figure.tight_layout()
+    return figure
+
+
+MARKS = dict(zip(("conv", "pool", "linear", "attention", "module"), "os^Dv", strict=True))
+
+
+def _roofline(record: Record):
+    """Operations per second over operations per byte, under the probed roofs of the machine."""
+    limits = record.limits
+    figure, axis = plt.subplots(figsize=(8, 5))
+    rows = [r for r in record.rows if r.flops and r.bytes and r.samples]
+    x = np.array([r.flops / r.bytes for r in rows])
+    low, high = x.min() / 2, max(x.max() * 2, 100)
+    span = np.geomspace(low, high, 200)
+    top = max(rate for rate, _ in limits.peaks.values())
+    for name, (rate, by) in limits.peaks.items():
+        if name not in {r.case.dtype for r in rows} | {"fp32"}:
+            continue
+        axis.axhline(rate / 1e9, color=DARK, lw=1)
+        axis.text(high, rate / 1e9 * 1.04, f"{name}: {by}, {rate / 1e9:.0f} GFLOP/s", ha="right", fontsize=8)
+    for level in limits.levels:
+        speed = max(level.read, level.copy)
+        roof = np.minimum(span * speed, top) / 1e9
+        axis.plot(span, roof, color="#888888", lw=0.8, ls="-" if level.name == "memory" else ":")
+        axis.text(
+            low,
+            low * speed / 1e9 * 1.08,
+            f"{level.name}, {speed / 1e9:.0f} GB/s",
+            fontsize=7.5,
+            color="#555555",
+        )
+    for family, mark in MARKS.items():
+        for dtype, colour in (("fp32", FASTER), ("bf16", SLOWER)):
+            group = [r for r in rows if (r.case.workload.family, r.case.dtype) == (family, dtype)]
+            if group:
+                axis.plot(
+                    [r.flops / r.bytes for r in group],
+                    [r.flops / r.timings[next(iter(r.samples))].median / 1e9 for r in group],
+                    mark,
+                    ms=5,
+                    mfc=colour if dtype == "fp32" else "white",
+                    mec=colour,
+                    label=f"{family}, {dtype}",
+                )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlim(low, high)
+    axis.set_xlabel("operations per byte, if every tensor moves once")
+    axis.set_ylabel("GFLOP/s of fastnn")
+    axis.set_title("Every case under the limits of the machine", loc="left", weight="bold", fontsize=11)
+    axis.legend(fontsize=7.5, frameon=False, ncols=2, loc="lower right")
+    figure.text(0.01, -0.02, _machine(record), fontsize=7.5, color="#555555")
     figure.tight_layout()
     return figure
 

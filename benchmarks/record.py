@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import math
 import os
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.limits import Limits
+from benchmarks.memory import Memory
 from benchmarks.runner import Row
+from benchmarks.stored import SCHEMA_NAME, VERSION
 from benchmarks.training import Training
-
-SCHEMA = "fastnn-benchmark"
-VERSION = 1
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Record:
     peers: dict[str, str]
     training: list[Training] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    limits: Limits | None = None
     complete: bool = False
     note: str = ""
     created: str = field(
@@ -38,7 +41,7 @@ class Record:
 
     def as_json(self) -> dict:
         return {
-            "schema": SCHEMA,
+            "schema": SCHEMA_NAME,
             "version": VERSION,
             "created": self.created,
             "complete": self.complete,
@@ -46,8 +49,10 @@ class Record:
             "settings": self.settings,
             "environment": self.environment,
             "peers": self.peers,
+            "limits": self.limits.as_json() if self.limits else None,
             "training": [_training_as_json(t) for t in self.training],
             "rows": [_row_as_json(r) for r in self.rows],
+            "memory": [asdict(m) for m in self.memory],
         }
 
     def save(self, folder: Path) -> Path:
@@ -87,8 +92,14 @@ def _row_as_json(row: Row) -> dict:
         "torch_reason": row.torch_reason,
         "flops": row.flops,
         "bytes": row.bytes,
+        "limit": asdict(row.limit) if row.limit else None,
+        "share_of_limit": row.share_of_limit,
+        "runs": row.runs,
         "seconds": {name: asdict(t) for name, t in row.timings.items()},
         "speedup": {name: {**asdict(r), "unstable": r.unstable} for name, r in row.ratios.items()},
+        "cold_seconds": {name: asdict(t) for name, t in row.cold_seconds.items()},
+        "cold_speedup": {name: {**asdict(r), "unstable": r.unstable} for name, r in row.cold.items()},
+        "overhead_seconds": row.overhead,
         "peer_notes": row.peer_notes,
     }
 
@@ -124,6 +135,7 @@ def environment() -> dict:
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "threads": torch.get_num_threads(),
         "isa": _library.current_isa(),
@@ -133,12 +145,20 @@ def environment() -> dict:
         "fastnn": fastnn.__version__,
         "commit": _commit(),
         "torch": torch.__version__,
+        "packages": {name: _version(name) for name in ("numpy", "onnxruntime", "openvino", "triton")},
         "python": platform.python_version(),
         "system": platform.platform(),
         "variables": {
             k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTNN_", "OMP_", "MKL_", "KMP_"))
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

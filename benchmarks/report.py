@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.cases import FAMILIES
+from benchmarks.memory import Memory
 from benchmarks.record import Record
 from benchmarks.runner import Ratio, Row
 from benchmarks.training import EARLY, Training
@@ -25,11 +26,17 @@ def console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=170)
 
 
+def families(rows: list[Row]) -> list[str]:
+    """The families that the rows have, in the order of their declaration."""
+    present = dict.fromkeys(r.case.workload.family for r in rows)
+    return sorted(present, key=lambda f: FAMILIES.index(f) if f in FAMILIES else len(FAMILIES))
+
+
 def print_record(record: Record, to: Console) -> None:
     """All tables of a run."""
     if record.training:
         to.print(training_table(record.training))
-    for family in FAMILIES:
+    for family in families(record.rows):
         rows = [r for r in record.rows if r.case.workload.family == family]
         if rows:
             to.print(family_table(family, rows, record.peers))
@@ -37,10 +44,15 @@ def print_record(record: Record, to: Console) -> None:
         to.print(summary_table(record))
         to.print(
             "Times are medians. x is the time of stock PyTorch over fastnn's, the median over interleaved rounds with half "
-            "the interquartile range; ~ marks a spread above 10%. cl: channels_last. A row's note says why torch's own op "
-            "served it, if it did.",
+            "the interquartile range; ~ marks a spread above 10%. cl: channels_last. Of the limit: the least time that the "
+            "probed machine could need, over fastnn's. x cold: with the data out of the caches. Overhead: the same call on "
+            "next to no data, fastnn's and stock's. A row's note says why torch's own op served it, if it did.",
             style="dim",
         )
+    for title, notes in _absences(record).items():
+        to.print(f"{title}: {notes}", style="dim", highlight=False)
+    if record.memory:
+        to.print(memory_table(record.memory))
     e = record.environment
     to.print(
         f"{e['cpu']}, {e['threads']} threads of {e['cores']} cores, fastnn {e['fastnn']} at {e['isa']}, torch {e['torch']} at "
@@ -56,18 +68,25 @@ def family_table(family: str, rows: list[Row], peers: dict[str, str]) -> Table:
     """One family's rows, in the order of their declaration."""
     table = Table(title=family, title_justify="left", title_style="bold", pad_edge=False)
     others = [p for p in list(peers)[1:] if any(p in r.ratios for r in rows)]
-    short = {"eager": "stock", "channels_last": "stock cl"}
+    short = {"eager": "stock", "channels_last": "stock cl", "onnxruntime": "ORT"}
     table.add_column("op and shape", overflow="fold", min_width=30)
     table.add_column("from", overflow="fold", min_width=12)
     table.add_column("dtype")
     table.add_column("layout")
     table.add_column("direction")
-    for peer in others:
+    # With many rivals only stock's time is shown; ratios say the rest.
+    timed = others if len(others) <= 3 else others[:1]
+    for peer in timed:
         table.add_column(f"{short.get(peer, peer)}\nms", justify="right")
     table.add_column("fastnn\nms", justify="right")
     for peer in others:
         table.add_column(f"x over\n{short.get(peer, peer)}", justify="right")
     table.add_column("GFLOP/s\nGB/s", justify="right")
+    table.add_column("of the\nlimit", justify="right")
+    if any(r.cold for r in rows):
+        table.add_column("x cold", justify="right")
+    if any(r.overhead for r in rows):
+        table.add_column("overhead\nus / stock", justify="right")
     table.add_column("note", overflow="fold", min_width=8)
     last = None
     for row in rows:
@@ -84,10 +103,15 @@ def family_table(family: str, rows: list[Row], peers: dict[str, str]) -> Table:
         ]
         if not load.images:
             cells[3] = ""
-        cells += [_ms(row.timings[p].median) if p in row.timings else "" for p in others]
+        cells += [_ms(row.timings[p].median) if p in row.timings else "" for p in timed]
         cells.append(_ms(ours.median) if ours else "")
-        cells += [_ratio(row.ratios[p]) if p in row.ratios else _absent(row, p) for p in others]
-        cells += [_rates(row, ours), Text(_note(row), style="" if row.status == "ok" else f"bold {LOSS}")]
+        cells += [_ratio(row.ratios[p], p in timed) if p in row.ratios else _absent(row, p) for p in others]
+        cells += [_rates(row, ours), _limit(row)]
+        if any(r.cold for r in rows):
+            cells.append(_ratio(row.cold["eager"]) if "eager" in row.cold else "")
+        if any(r.overhead for r in rows):
+            cells.append(" / ".join(f"{t * 1e6:.0f}" for t in list(row.overhead.values())[:2]))
+        cells += [Text(_note(row), style="" if row.status == "ok" else f"bold {LOSS}")]
         table.add_row(*cells)
     return table
 
@@ -109,7 +133,8 @@ def summary_table(record: Record) -> Table:
         groups.setdefault(
             (row.case.workload.family, row.case.dtype, _direction(row.case.direction)), []
         ).append(row)
-    for key in sorted(groups, key=lambda k: (FAMILIES.index(k[0]), k[1] != "fp32", k[2])):
+    order = families(record.rows)
+    for key in sorted(groups, key=lambda k: (order.index(k[0]), k[1] != "fp32", k[2])):
         rows = groups[key]
         ratios = [r.ratios["eager"].median for r in rows if "eager" in r.ratios]
         failed = sum(r.status != "ok" for r in rows)
@@ -173,8 +198,35 @@ def training_table(trainings: list[Training]) -> Table:
     return table
 
 
+def memory_table(found: list[Memory]) -> Table:
+    """What a training step of each network keeps and holds."""
+    table = Table(title="memory of a training step", title_justify="left", title_style="bold", pad_edge=False)
+    for name in ("network", "nn"):
+        table.add_column(name)
+    for name in ("saved for backward, MB", "of torch.nn's", "peak, MB", "of torch.nn's"):
+        table.add_column(name, justify="right")
+    stock = {m.network: m for m in found if m.nn == "torch.nn"}
+    for m in found:
+        cells = [m.network if m.nn == "torch.nn" else "", m.nn]
+        for name in ("saved", "peak"):
+            ours, base = getattr(m, name), getattr(stock[m.network], name)
+            cells += [f"{ours / 1e6:.2f}", "" if m.nn == "torch.nn" else f"{ours / base:.0%}"]
+        table.add_row(*cells)
+    return table
+
+
+def _absences(record: Record) -> dict[str, str]:
+    """Of peers that had no part in any row: why."""
+    found = {}
+    for name, title in list(record.peers.items())[1:]:
+        notes = [r.peer_notes.get(name) for r in record.rows]
+        if record.rows and all(notes):
+            found[title] = "; ".join(dict.fromkeys(n for n in notes if n))[:300]
+    return found
+
+
 def _direction(direction: str) -> str:
-    return {"forward": "fwd", "forward+backward": "fwd+bwd"}[direction]
+    return {"forward": "fwd", "forward+backward": "fwd+bwd", "backward": "bwd"}[direction]
 
 
 def _ms(seconds: float) -> str:
@@ -186,8 +238,11 @@ def _styled(ratio: float, after: str = "") -> Text:
     return Text(f"{ratio:.2f}{after}", style=style)
 
 
-def _ratio(ratio: Ratio) -> Text:
+def _ratio(ratio: Ratio, spread: bool = True) -> Text:
     text = _styled(ratio.median)
+    if not spread:
+        text.append("~" if ratio.unstable else " ", style="dim")
+        return text
     text.append(f" ±{(ratio.q3 - ratio.q1) / 2:.2f}{'~' if ratio.unstable else ' '}", style="dim")
     return text
 
@@ -202,6 +257,12 @@ def _rates(row: Row, ours) -> str:
         return ""
     gflops = f"{row.flops / ours.median / 1e9:.0f}" if row.flops else "-"
     return f"{gflops} / {row.bytes / ours.median / 1e9:.3g}"
+
+
+def _limit(row: Row) -> str:
+    if row.share_of_limit is None:
+        return ""
+    return f"{row.share_of_limit:.0%}\n{row.limit.name}"
 
 
 def _note(row: Row) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.cases import Case
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,11 @@ class _NativeOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def observe(call: Callable[[], object], backward: bool) -> Work:
-    """Run `call` once and tell how fastnn served it."""
+def observe(call: Callable[[], object], case: Case) -> Work:
+    """Run `call`, fastnn's of a case, once and tell how it was served.
+
+    The operations and bytes are those that fastnn's ops declare; where torch's served the call, `count` has them.
+    """
     from fastnn.ops import _declare
 
     routed = []
@@ -47,11 +54,33 @@ def observe(call: Callable[[], object], backward: bool) -> Work:
     finally:
         _declare.recorder = before
     reasons = [reason for _, _, reason in routed if reason is not None]
+    if case.direction == "backward" or not case.elementwise:
+        # The forward pass was before this call, and its route with it; a module may mix both.
+        reason = reasons[0] if reasons else None if native.count else "torch's own function"
+        return Work(reason, *count(case))
     if not routed:
         reasons = ["torch's own function"]
     if not reasons:
         return Work(None, native.flops, native.bytes)
-    if backward or not routed:
-        return Work(reasons[0], None, None)
-    costs = [op.cost(*args) for op, args, _ in routed]
-    return Work(reasons[0], sum(c.flops for c in costs), sum(c.bytes for c in costs))
+    return Work(reasons[0], *count(case))
+
+
+def count(case: Case) -> tuple[float, float]:
+    """Operations of stock PyTorch's matrix products and convolutions, and bytes if each tensor moves once.
+
+    A backward pass reads inputs and upstream gradient again and writes a gradient for each input that wants one.
+    """
+    function, tensors = case.call("stock")
+    with FlopCounterMode(display=False) as counter:
+        # As views: the counter's hooks on modules refuse leaves that want gradients.
+        output = function(*(t.view_as(t) if t.requires_grad else t for t in tensors))
+        forward = counter.get_total_flops()
+        if case.backward:
+            wanted = [t for t in tensors if t.requires_grad]
+            torch.autograd.grad(output, wanted, torch.ones_like(output))
+    flops = counter.get_total_flops()
+    size = sum(t.nbytes for t in tensors) + output.nbytes
+    moved = 0 if case.direction == "backward" else size
+    if case.backward:
+        moved += size + sum(t.nbytes for t in wanted)
+    return float(flops - forward if case.direction == "backward" else flops), float(moved)

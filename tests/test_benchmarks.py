@@ -11,7 +11,22 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as cli
-from benchmarks import cases, check, markdown, peers, report, runner, training, work
+from benchmarks import (
+    cases,
+    check,
+    compare,
+    limits,
+    markdown,
+    memory,
+    modules,
+    ops,
+    peers,
+    report,
+    runner,
+    stored,
+    training,
+    work,
+)
 from benchmarks.cases import Case, Input, Workload
 
 RESULTS = Path(cases.__file__).parent / "results"
@@ -37,8 +52,8 @@ SMALL = cases.all_cases((LINEAR, CONV, ATTENTION))
 class Wrong(peers.FastNN):
     """Right but for one element, by a twentieth of the largest."""
 
-    def function(self, case):
-        right = peers.stock(case.workload.op, case.workload.options)
+    def bind(self, case):
+        right, tensors = case.call("stock")
 
         def function(*tensors):
             out = right(*tensors)
@@ -46,13 +61,13 @@ class Wrong(peers.FastNN):
             error[(0,) * out.dim()] = 0.05 * out.abs().max()
             return out + error
 
-        return function
+        return function, tensors
 
 
 class Crashing(peers.Peer):
     name, title = "crashing", "a peer that crashes"
 
-    def function(self, case):
+    def bind(self, case):
         raise RuntimeError("no such thing")
 
 
@@ -61,6 +76,16 @@ def quick(monkeypatch):
     """Rows of five rounds."""
     monkeypatch.setitem(cli.BUDGETS, "default", (2.0, None, 0.0))
     monkeypatch.setattr(runner, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "AGAIN", 0)
+    monkeypatch.setattr(limits, "measure", lambda: LIMITS)
+
+
+LIMITS = limits.Limits(
+    2,
+    {"fp32": (2e11, "FMA"), "int8": (8e11, "dot product")},
+    (limits.Level("L1", 1 << 16, 4e11, 3e11), limits.Level("memory", 1 << 62, 2e10, 1e10)),
+)
+FAST = [peers.FastNN(), peers.Eager(), peers.EagerChannelsLast()]
 
 
 def arguments(**given):
@@ -70,6 +95,10 @@ def arguments(**given):
         "family": [],
         "filter": [],
         "dtype": [],
+        "direction": [],
+        "peer": [],
+        "module": None,
+        "input": [],
         "out": None,
         "threads": None,
     }
@@ -78,7 +107,7 @@ def arguments(**given):
 
 def run(out, chosen=SMALL, nets=(), contenders=None, **given):
     console = Console(width=200, record=True)
-    status = cli.run(arguments(out=out, **given), list(chosen), list(nets), console, contenders)
+    status = cli.run(arguments(out=out, **given), list(chosen), list(nets), console, contenders or FAST)
     found = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else None
     return status, found, console.export_text()
 
@@ -87,7 +116,7 @@ def test_a_run(tmp_path, quick):
     status, found, text = run(tmp_path / "out")
     assert status == 0
     assert found["schema"] == "fastnn-benchmark"
-    assert found["version"] == 1
+    assert found["version"] == stored.VERSION
     assert found["complete"] is True
     assert [r["id"] for r in found["rows"]] == [c.id for c in SMALL]
     for row in found["rows"]:
@@ -104,12 +133,15 @@ def test_a_run(tmp_path, quick):
     for word in ("linear_relu", "4x8 3x8", "padding-mask", "geometric mean", "x over", str(tmp_path / "out")):
         assert word in text
     names = {p.name for p in (tmp_path / "out").iterdir()}
+    stored.load(tmp_path / "out")
     assert names == {
         "results.json",
+        "index.html",
         "speedup.png",
+        "roofline.png",
         *(f"speedup-{f}.png" for f in ("conv", "linear", "attention")),
     }
-    for name in names - {"results.json"}:
+    for name in names - {"results.json", "index.html"}:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -132,11 +164,13 @@ def test_failed_row_is_shown(tmp_path, quick):
 
 
 class WrongGradient(peers.FastNN):
-    def function(self, case):
-        right = peers.stock(case.workload.op, case.workload.options)
-        return lambda *tensors: right(
-            *(t + 0.1 * (t - t.detach()) if t.requires_grad else t for t in tensors)
-        )
+    def bind(self, case):
+        right, tensors = case.call("stock")
+
+        def function(*tensors):
+            return right(*(t + 0.1 * (t - t.detach()) if t.requires_grad else t for t in tensors))
+
+        return function, tensors
 
 
 def test_wrong_gradient_fails():
@@ -179,10 +213,10 @@ def test_subject_that_crashes(tmp_path, quick):
 def test_interrupt_leaves_a_partial_result(tmp_path, quick, monkeypatch):
     run_case, count = runner.run_case, iter(range(100))
 
-    def interrupted(*args):
+    def interrupted(*args, **given):
         if next(count) == 3:
             raise KeyboardInterrupt
-        return run_case(*args)
+        return run_case(*args, **given)
 
     monkeypatch.setattr(runner, "run_case", interrupted)
     status, found, text = run(tmp_path)
@@ -197,12 +231,34 @@ def test_interrupt_leaves_a_partial_result(tmp_path, quick, monkeypatch):
 def test_budget_is_kept(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(runner.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(runner, "run_case", lambda case, peers, seconds: runner.Row(case))
+    monkeypatch.setattr(runner, "run_case", lambda case, peers, seconds, **given: runner.Row(case))
     rows = []
-    runner.run_cases(SMALL, [], budget=4.0, row_seconds=1.0, on_row=rows.append)
-    assert len(rows) == 3
+    runner.run_cases(SMALL, [], budget=8.0, row_seconds=1.0, on_row=rows.append)
+    reached = len(rows)
+    assert 2 <= reached <= 6
     runner.run_cases(SMALL, [], budget=None, row_seconds=1.0, on_row=rows.append)
-    assert len(rows) == 3 + len(SMALL)
+    assert len(rows) == reached + len(SMALL)
+
+
+def test_unstable_row_is_measured_again(monkeypatch):
+    made = []
+
+    def measured(case, peers, seconds, **given):
+        made.append(case)
+        # The first measurement of the first case spreads by half, all others not at all.
+        spread = 0.5 if len(made) == 1 else 0.0
+        times = [1.0 + spread * (i % 2) for i in range(8 if spread else 32)]
+        return runner.Row(case, samples={"fastnn": [1.0] * len(times), "eager": times})
+
+    monkeypatch.setattr(runner, "run_case", measured)
+    again = []
+    rows = []
+    runner.run_cases(SMALL[:2], [], budget=None, row_seconds=1.0, on_row=rows.append, on_again=again.append)
+    assert [r.case for r in again] == [SMALL[0]]
+    assert rows[0].runs == 2
+    assert rows[0].timings["eager"].n > 8
+    assert not rows[0].unstable
+    assert rows[1].runs == 1
 
 
 def test_folder_that_cannot_be_written(tmp_path, quick):
@@ -263,12 +319,12 @@ def test_cases_are_well_declared():
     assert {c.workload.family for c in half} == set(cases.FAMILIES)
     for case in every:
         assert case.workload.origin
-        assert hasattr(torch.nn.functional, case.workload.op) or case.workload.op in peers._FUSED
+        assert hasattr(torch.nn.functional, case.workload.op) or case.workload.op in ops.FUSED
 
 
 def test_channels_last_peer_gets_channels_last():
     case = Case(CONV, "fp32", "nchw", "forward+backward")
-    x, w, _ = peers.EagerChannelsLast().tensors(case)
+    _, (x, w, _) = peers.EagerChannelsLast().bind(case)
     for t, given in zip((x, w), case.tensors(), strict=False):
         assert t.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(t, given)
@@ -293,20 +349,30 @@ def test_work_tells_native_from_torch(monkeypatch):
     from fastnn import _settings
 
     case = Case(LINEAR, "fp32", "nchw", "forward+backward")
-    x = case.tensors()
-    call = partial(peers.FastNN().function(case), *x)
-    native = work.observe(call, backward=False)
+    forward = Case(LINEAR, "fp32", "nchw", "forward")
+    function, x = case.call("fastnn")
+    call = partial(function, *x)
+    native = work.observe(call, forward)
     assert native.torch_reason is None
     assert native.flops >= 2 * 4 * 8 * 3
     assert native.bytes >= 4 * (4 * 8 + 3 * 8 + 3 + 4 * 3)
-    both = work.observe(lambda: call().sum().backward(), backward=True)
+    both = work.observe(lambda: call().sum().backward(), case)
     assert both.torch_reason is None
     assert both.flops >= 2.5 * native.flops
     monkeypatch.setattr(_settings, "disabled", True)
-    stock = work.observe(call, backward=False)
+    stock = work.observe(call, forward)
     assert stock.torch_reason == "FASTNN_DISABLE is set"
-    assert stock.flops == native.flops
-    assert work.observe(partial(torch.relu, x[0]), backward=False).torch_reason == "torch's own function"
+    assert stock.flops == 2 * 4 * 8 * 3
+    assert work.observe(partial(torch.relu, x[0]), forward).torch_reason == "torch's own function"
+
+
+def test_work_counts_what_torch_does():
+    sizes = 4 * (4 * 8 + 3 * 8 + 3 + 4 * 3)
+    gradients = 4 * (4 * 8 + 3 * 8 + 3)
+    counted = {d: work.count(Case(LINEAR, "fp32", "nchw", d)) for d in cases.DIRECTIONS}
+    assert counted["forward"] == (2 * 4 * 8 * 3, sizes)
+    assert counted["forward+backward"] == (3 * 2 * 4 * 8 * 3, 2 * sizes + gradients)
+    assert counted["backward"] == (2 * 2 * 4 * 8 * 3, sizes + gradients)
 
 
 class Recurring(torch.nn.Linear):
@@ -329,6 +395,8 @@ def test_training(tmp_path, quick, monkeypatch):
     assert result["speedup"]["fastnn.nn"]["median"] > 0
     assert "mnist_mlp" in text
     assert (tmp_path / "training.png").exists()
+    assert [m["nn"] for m in found["memory"]] == list(result["runs"])
+    assert all(0 < m["saved"] < m["peak"] for m in found["memory"])
 
 
 def test_training_that_differs_fails():
@@ -358,6 +426,310 @@ def test_readme_is_what_was_measured(result):
     folder = result.parent.relative_to(RESULTS.parents[1]).as_posix()
     assert markdown.section(json.loads(result.read_text()), folder) in readme
     assert (result.parent / "speedup.png").exists()
+
+
+@pytest.mark.parametrize("direction", cases.DIRECTIONS)
+@pytest.mark.parametrize("load", [*cases.WORKLOADS, LINEAR, CONV], ids=lambda w: f"{w.op}-{w.origin}")
+def test_least_call_runs(load, direction):
+    least = Case(load, "fp32", "nchw", direction).least()
+    for who in ("stock", "fastnn"):
+        function, tensors = least.call(who)
+        assert 0 < function(*tensors).numel() <= 2000
+
+
+def test_backward_alone_is_timed_without_forward(monkeypatch):
+    case = Case(LINEAR, "fp32", "nchw", "backward")
+    calls = []
+
+    class Counting(peers.Eager):
+        name = "counting"
+
+        def bind(self, case):
+            function, tensors = super().bind(case)
+            return lambda *t: calls.append(1) or function(*t), tensors
+
+    row = runner.run_case(case, [Counting(), peers.Eager()], seconds=0)
+    assert row.status == "ok"
+    # Once for the check and once for the graph, of the case and of its least form.
+    assert len(calls) == 4
+
+
+def test_limit_of_a_call():
+    name = "forward"
+    assert limits.limit(LIMITS, "fp32", 2e11, 10).name == "fp32 peak"
+    assert limits.limit(LIMITS, "fp32", 2e11, 10).seconds == pytest.approx(1)
+    assert limits.limit(LIMITS, "bf16", 4e11, 10).seconds == pytest.approx(2), name
+    assert limits.limit(LIMITS, "fp32", 0, 1 << 15) == limits.Limit("L1", (1 << 15) / 4e11)
+    assert limits.limit(LIMITS, "fp32", 0, 2e10) == limits.Limit("memory", 1.0)
+    assert limits.limit(LIMITS, "fp32", 0, 2e10).bandwidth
+
+
+@pytest.mark.slow
+def test_probe(monkeypatch):
+    monkeypatch.setattr(limits, "PROBE_SECONDS", 0.002)
+    monkeypatch.setattr(limits, "MEMORY_BYTES", 16 << 20)
+    probe = limits.probe_module()
+    found = limits.measure(1)
+    assert found.levels[-1].name == "memory"
+    assert all(x.read > 1e8 and x.copy > 1e8 for x in found.levels)
+    assert {"fp32", "fp64"} <= found.peaks.keys()
+    assert found.peaks["fp32"][0] > found.peaks["fp64"][0] > 1e8
+    with pytest.raises(ValueError, match="expected fp32, fp64, bf16 or int8, got fp7"):
+        probe.peak("fp7", 1, 0.001)
+    with pytest.raises(ValueError, match="expected read or copy"):
+        probe.bandwidth("write", 4096, 1, 0.001)
+    with pytest.raises(ValueError, match="at least one thread"):
+        probe.bandwidth("read", 4096, 0, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("compile", "torch"), ("onnxruntime", "onnxruntime"), ("openvino", "openvino")]
+)
+@pytest.mark.parametrize("load", [LINEAR, CONV, ATTENTION], ids=lambda w: w.family)
+def test_rival_agrees(name, package, load):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install fastnn[peers]")
+    peer = next(p for p in peers.all_peers() if p.name == name)
+    case = Case(load, "fp32", "nchw", "forward")
+    assert peer.why_not(case) is None
+    function, tensors = peer.bind(case)
+    reference = check.Reference(case)
+    got = check.results(function, tensors, None)
+    assert reference.disagreement(got, times=runner.TIMES_RIVAL) is None
+    # The bound for rivals still tells a wrong answer.
+    wrong = [got[0] + 0.05 * got[0].abs().max()]
+    assert reference.disagreement(wrong, times=runner.TIMES_RIVAL) is not None
+
+
+def test_rival_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    case = Case(LINEAR, "fp32", "nchw", "forward")
+    for peer in (peers.OnnxRuntime(), peers.OpenVINO()):
+        assert "is not installed" in peer.why_not(case)
+
+
+def test_rivals_by_name():
+    assert [p.name for p in peers.select_peers(["eager"])] == ["fastnn", "eager"]
+    with pytest.raises(cases.UnknownFilter, match="unknown peer tvm: there are eager, channels_last"):
+        peers.select_peers(["tvm"])
+
+
+def test_reduced_precision_is_set_around_its_calls_only():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with peers.Reduced().settings():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+MODEL = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Dropout(), nn.Linear(6, 2))
+
+def encoder():
+    return nn.Sequential(nn.Embedding(10, 8), nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False))
+
+def number():
+    return 3
+
+def broken():
+    return nn.Nothing()
+"""
+
+
+def test_own_module(tmp_path, quick):
+    path = tmp_path / "my_model.py"
+    path.write_text(MODEL)
+    chosen = modules.cases(f"{path}:build", ["2x3x12x12"])
+    assert len({c.id for c in chosen}) == len(chosen)
+    status, found, text = run(tmp_path / "out", chosen, module=f"{path}:build", input=["2x3x12x12"])
+    assert status == 0, text
+    stored.load(tmp_path / "out")
+    forward = [(r["op"], r["origin"]) for r in found["rows"] if r["direction"] == "forward"]
+    assert forward == [
+        ("Sequential", "build"),
+        ("ConvReLUMaxPool2d", "0"),
+        ("ConvReLU2d", "3"),
+        ("AdaptiveAvgPool2d", "5"),
+        ("LinearReLU", "7"),
+        ("Linear", "10"),
+    ]
+    for row in found["rows"]:
+        assert row["speedup"]["eager"]["median"] > 0
+        assert row["flops"] > 0 or row["op"] == "AdaptiveAvgPool2d"
+
+
+def test_own_encoder(tmp_path):
+    path = tmp_path / "my_model.py"
+    path.write_text(MODEL)
+    chosen = modules.cases(f"{path}:encoder", ["2x5:int10"], ["forward+backward"])
+    assert [c.workload.op for c in chosen] == ["Sequential", *["TransformerEncoderLayer"] * 2]
+    for case in chosen:
+        row = runner.run_case(case, FAST, seconds=0)
+        assert row.status == "ok", row.note
+
+
+def test_own_module_that_converts_wrongly_fails(tmp_path):
+    path = tmp_path / "my_model.py"
+    path.write_text(MODEL)
+    whole = modules.cases(f"{path}:build", ["2x3x12x12"], ["forward"])[0]
+    with torch.no_grad():
+        whole.modules["fastnn"][0].weight[0, 0, 0, 0] += 0.5
+    row = runner.run_case(whole, FAST, seconds=0)
+    assert row.status == "failed"
+    assert not row.timings
+
+
+@pytest.mark.parametrize(
+    ("target", "input", "words"),
+    [
+        ("nothing.py:build", "1x3", "no file"),
+        ("build", "1x3", "expected FILE.py:FUNCTION"),
+        ("{}:nothing", "1x3", "there are build, encoder, number, broken"),
+        ("{}:number", "1x3", "gave a int, expected a torch.nn.Module"),
+        ("{}:broken", "1x3", "has no attribute"),
+        ("{}:build", "1x4x12x12", "does not run on inputs of shape (1, 4, 12, 12)"),
+        ("{}:build", "1x", "cannot read the input 1x"),
+    ],
+)
+def test_own_module_that_cannot_be_measured(tmp_path, capsys, target, input, words):
+    path = tmp_path / "my_model.py"
+    path.write_text(MODEL)
+    assert cli.main(["run", "--module", target.format(path), "--input", input]) == 2
+    assert words in capsys.readouterr().out
+
+
+def stored_run(tmp_path, name, **rows):
+    """A record with rows of the given ratios: ``(q1, median, q3)`` or a status."""
+    record = cli.Record({}, cli.environment(), {"fastnn": "fastnn", "eager": "stock"}).as_json()
+    record["complete"] = True
+    for key, value in rows.items():
+        row = {
+            "id": key,
+            **dict.fromkeys(("op", "shape", "origin", "layout", "note"), ""),
+            **dict.fromkeys(("native", "torch_reason", "flops", "bytes", "limit", "share_of_limit")),
+            "family": "conv",
+            "dtype": "fp32",
+            "direction": "forward",
+            "runs": 1,
+            "status": value if isinstance(value, str) else "ok",
+            **{k: {} for k in ("seconds", "speedup", "cold_seconds", "cold_speedup", "overhead_seconds")},
+            "peer_notes": {},
+        }
+        if not isinstance(value, str):
+            q1, median, q3 = value
+            row["speedup"] = {"eager": {"q1": q1, "median": median, "q3": q3}}
+        record["rows"].append(row)
+    stored.validate(record)
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_compare_finds_what_became_slower(tmp_path, capsys):
+    steady = (1.99, 2.0, 2.01)
+    before = stored_run(
+        tmp_path, "a", one=steady, two=steady, noisy=(1.5, 2.0, 2.5), gone=steady, bad="failed"
+    )
+    same = stored_run(
+        tmp_path, "b", one=(1.9, 1.92, 1.94), two=(2.05, 2.1, 2.11), noisy=(1.3, 1.7, 2.1), bad="failed"
+    )
+    slower = stored_run(tmp_path, "c", one=(1.65, 1.667, 1.68), two=steady, noisy=steady, fresh=steady)
+    wrong = stored_run(tmp_path, "d", one=steady, two="failed", noisy=steady)
+    assert cli.main(["compare", str(before), str(same / "results.json")]) == 0
+    assert "only in the first: gone" in capsys.readouterr().out
+    assert cli.main(["compare", str(before), str(slower)]) == 1
+    out = capsys.readouterr().out
+    assert "-16.6%" in out
+    assert "1 slower, 0 faster, 0 broken" in out
+    assert "only in the second: fresh" in out
+    assert cli.main(["compare", str(slower), str(before)]) == 1, "what failed only now is broken"
+    capsys.readouterr()
+    assert cli.main(["compare", str(before), str(wrong)]) == 1
+    assert "BROKEN two: FAILED" in capsys.readouterr().out
+    assert cli.main(["compare", str(before), str(slower), "--tolerance", "0.3"]) == 0
+
+
+def test_compare_finds_a_family_that_became_slower(tmp_path):
+    before, after = (
+        stored_run(tmp_path, name, **{f"case{i}": (m - 0.01, m, m + 0.01) for i in range(6)})
+        for name, m in (("a", 1.0), ("b", 0.93))
+    )
+    found = compare.compare(stored.load(before), stored.load(after))
+    assert all(c.verdict == "same" for c in found.changes)
+    assert found.regressions == ["all of conv fp32 forward"]
+
+
+def test_compare_tells_runs_that_differ(tmp_path):
+    before, after = (stored.load(stored_run(tmp_path, n, one=(1.0, 1.0, 1.0))) for n in "ab")
+    after["environment"]["threads"] += 1
+    after["complete"], after["note"] = False, "Stopped by ^C"
+    warnings = compare.compare(before, after).warnings
+    assert any("differ in threads" in w for w in warnings)
+    assert any("second result is partial: Stopped" in w for w in warnings)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.update(version=1), "older schema version 1"),
+        (lambda r: r.update(version=99), "newer schema version 99"),
+        (lambda r: r.pop("version"), "names no version"),
+        (lambda r: r.update(schema="other"), "not a result of this suite"),
+        (lambda r: r.pop("rows"), "does not fit the schema"),
+        (lambda r: r["rows"][0].update(status="fine"), "does not fit the schema at rows/0/status"),
+    ],
+)
+def test_result_that_cannot_be_read(tmp_path, capsys, change, words):
+    folder = stored_run(tmp_path, "a", one=(1.0, 1.0, 1.0))
+    record = json.loads((folder / "results.json").read_text())
+    change(record)
+    (folder / "results.json").write_text(json.dumps(record))
+    assert cli.main(["compare", str(folder), str(folder)]) == 2
+    assert words in capsys.readouterr().out
+    assert cli.main(["page", str(folder)]) == 2
+
+
+def test_result_that_is_no_result(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("{")
+    assert cli.main(["page", str(tmp_path)]) == 2
+    assert "is not JSON" in capsys.readouterr().out
+    assert cli.main(["page", str(tmp_path / "nothing.json")]) == 2
+    assert "cannot read" in capsys.readouterr().out
+
+
+def test_failed_row_has_no_speedup_by_the_schema(tmp_path):
+    record = stored.load(stored_run(tmp_path, "a", one="failed"))
+    record["rows"][0]["speedup"] = {"eager": {"q1": 1.0, "median": 1.0, "q3": 1.0}}
+    with pytest.raises(stored.jsonschema.ValidationError):
+        stored.validate(record)
+
+
+@pytest.mark.parametrize("result", sorted(RESULTS.glob("*/results.json")), ids=lambda path: path.parent.name)
+def test_committed_result_fits_the_schema(result):
+    record = stored.load(result)
+    assert record["complete"]
+    assert all(t["status"] == "ok" for t in record["training"])
+
+
+def test_memory_is_counted():
+    x = torch.randn(100, requires_grad=True)
+    w = torch.randn(100, requires_grad=True)
+    assert memory.saved_bytes(lambda: (x * w).exp().sum(), [w]) == 400 + 400
+    assert memory.saved_bytes(lambda: (x * w).sum(), [w, x]) == 0
+
+    def step():
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        return torch.empty(100), second
+
+    assert memory.peak_bytes(step) == 6000
 
 
 def test_markdown_goes_between_its_lines(tmp_path):
