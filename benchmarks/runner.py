@@ -167,7 +167,7 @@ def run_case(
             continue
         try:
             with peer.settings():
-                call, got = _prepare(peer, case, reference)
+                call, got = prepare(peer, case, reference)
             wrong = reference.disagreement(
                 got, allowed=peer.allowed, times=1 if peer is peers[0] else TIMES_RIVAL
             )
@@ -211,7 +211,7 @@ class Ready:
     settings: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
-def _prepare(peer: Peer, case: Case, reference: Reference):
+def prepare(peer: Peer, case: Case, reference: Reference):
     """The call that is timed, and what it gives."""
     function, tensors = peer.bind(case)
     got = results(function, tensors, reference.upstream)
@@ -359,7 +359,7 @@ def run_cases(
 
 
 # How many times an unstable row is measured again, and the share of the time that is kept for that.
-AGAIN, AGAIN_SHARE = 2, 0.15
+AGAIN, AGAIN_SHARE = 2, 0.1
 
 
 def _spread(row: Row) -> float:

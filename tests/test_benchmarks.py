@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -730,6 +732,28 @@ def test_memory_is_counted():
         return torch.empty(100), second
 
     assert memory.peak_bytes(step) == 6000
+
+
+def test_cases_run_under_pytest_benchmark(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "avg_pool2d",
+    ]
+    options = ["--benchmark-json", str(tmp_path / "out.json"), "--benchmark-max-time", "0.01"]
+    done = subprocess.run(
+        [*command, *options, "--peers", "eager"], capture_output=True, text=True, cwd=RESULTS.parents[1]
+    )
+    assert done.returncode == 0, done.stdout
+    found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert {b["extra_info"]["peer"] for b in found} == {"fastnn", "stock eager"}
+    assert len(found) == 2 * sum("avg_pool2d" in c.id and cases.is_quick(c) for c in cases.all_cases())
 
 
 def test_markdown_goes_between_its_lines(tmp_path):
