@@ -147,20 +147,15 @@ def cases(target: str, inputs: list[str], directions=()) -> list[Case]:
         handle.remove()
     wanted = directions or USUAL
     name = target.rpartition(":")[2]
-    made = [
-        _case(type(stock).__name__, name, {"stock": stock, "fastnn": ours}, given, direction, whole=True)
-        for direction in wanted
-    ]
-    layers = dict(_replaced(ours))
+    pair = {"stock": stock, "fastnn": ours}
+    made = _cases(type(stock).__name__, name, pair, given, wanted, whole=True)
+    layers = _replaced(ours)
     for layer_name, layer_inputs in calls.items():
         layer = layers[layer_name]
         pair = {"stock": _counterpart(layer), "fastnn": copy.deepcopy(layer)}
         # A layer hands a gradient on, but for one that is fed with the model's own input.
         first = any(t.shape == x.shape and torch.equal(t, x) for t in layer_inputs for x in given)
-        made += [
-            _case(type(layer).__name__, layer_name, pair, layer_inputs, direction, grad=not first)
-            for direction in wanted
-        ]
+        made += _cases(type(layer).__name__, layer_name, pair, layer_inputs, wanted, grad=not first)
     return [c for c in made if not c.backward or any(t.requires_grad for t in c.call("stock")[1])]
 
 
@@ -169,20 +164,13 @@ def is_whole(case: Case) -> bool:
     return isinstance(case, ModuleCase) and case.whole
 
 
-def _case(
-    op: str,
-    origin: str,
-    modules: dict,
-    given: tuple,
-    direction: str,
-    *,
-    grad: bool = False,
-    whole: bool = False,
-) -> ModuleCase:
+def _cases(
+    op: str, origin: str, modules: dict, given: tuple, directions, *, grad: bool = False, whole: bool = False
+) -> list[Case]:
     specs = tuple(Input(tuple(t.shape), grad=grad and t.is_floating_point()) for t in given)
     load = Workload(FAMILY, op, origin, specs)
     dtype = next(name for name, dtype in DTYPES.items() if dtype is torch.float32)
-    return ModuleCase(load, dtype, "nchw", direction, modules, given, whole)
+    return [ModuleCase(load, dtype, "nchw", d, modules, given, whole) for d in directions]
 
 
 def _recorder(name: str, calls: dict) -> Callable:

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.cases import DIRECTIONS
@@ -21,6 +22,8 @@ from benchmarks.report import EVEN, families
 from benchmarks.runner import Row
 
 FASTER, SLOWER, EVEN_COLOUR, DARK = "#0072B2", "#D55E00", "#999999", "#222222"
+# One for each rival beside stock eager.
+PEER_MARKS = "Dsv^op*"
 RUN_STYLES = {"fastnn.nn": {"color": FASTER, "ls": "--"}, "fastnn.nn, fused": {"color": DARK, "ls": ":"}}
 
 
@@ -89,7 +92,8 @@ def _family(family: str, rows: list[Row], record: Record):
     figure, axes = plt.subplots(
         1, len(directions), figsize=(5.2 * len(directions) + 1.5, 0.21 * y + 1.3), sharey=True, squeeze=False
     )
-    others = [p for p in list(record.peers)[1:] if p != "eager"]
+    others = [p for p in list(record.peers)[1:] if p != "eager" and any(p in r.ratios for r in rows)]
+    marks = dict(zip(others, PEER_MARKS, strict=False))
     for axis, direction in zip(axes[0], directions, strict=True):
         axis.set_xscale("log")
         axis.set_xlim(low, high)
@@ -124,11 +128,10 @@ def _family(family: str, rows: list[Row], record: Record):
                 edge = max(r.q3, r.median) * 1.03 if r.median >= 1 else min(r.q1, r.median) / 1.03
                 side = "left" if r.median >= 1 else "right"
                 axis.text(edge, place, f"{r.median:.2f}", va="center", ha=side, fontsize=7, color=DARK)
-            for peer in others:
+            for peer, mark in marks.items():
                 if peer in row.ratios:
-                    axis.plot(
-                        row.ratios[peer].median, place, "D", ms=3.6, mfc="white", mec=DARK, mew=0.9, zorder=4
-                    )
+                    x = row.ratios[peer].median
+                    axis.plot(x, place, mark, ms=4, mfc="white", mec=DARK, mew=0.9, zorder=4)
         axis.set_title(direction, loc="left", fontsize=10)
         axis.set_xlabel("slower   ←   times as fast as stock eager   →   faster")
         axis.tick_params(axis="y", length=0)
@@ -151,8 +154,13 @@ def _family(family: str, rows: list[Row], record: Record):
     legend = (
         "Bar: stock eager in the row's layout; line: its interquartile range; hatched: torch's own op ran."
     )
-    if any(p in r.ratios for r in rows for p in others):
-        legend += "\nDiamond: stock in channels_last, which an NCHW user could have instead."
+    if marks:
+        handles = [
+            Line2D([], [], ls="", marker=m, mfc="white", mec=DARK, label=record.peers[p])
+            for p, m in marks.items()
+        ]
+        legend += "\nMarks: fastnn against the other rivals, which a user could have instead."
+        axes[0][-1].legend(handles=handles, fontsize=7.5, loc="lower right", framealpha=0.9)
     figure.tight_layout()
     figure.text(
         0.01,
@@ -216,10 +224,10 @@ def _roofline(record: Record):
     x = np.array([r.flops / r.bytes for r in rows])
     low, high = x.min() / 2, max(x.max() * 2, 100)
     span = np.geomspace(low, high, 200)
-    top = max(rate for rate, _ in limits.peaks.values())
-    for name, (rate, by) in limits.peaks.items():
-        if name not in {r.case.dtype for r in rows} | {"fp32"}:
-            continue
+    drawn = {r.case.dtype for r in rows} | {"fp32"}
+    peaks = {name: peak for name, peak in limits.peaks.items() if name in drawn}
+    top = max(rate for rate, _ in peaks.values())
+    for name, (rate, by) in peaks.items():
         axis.axhline(rate / 1e9, color=DARK, lw=1)
         axis.text(high, rate / 1e9 * 1.04, f"{name}: {by}, {rate / 1e9:.0f} GFLOP/s", ha="right", fontsize=8)
     for level in limits.levels:

@@ -333,17 +333,22 @@ def run_cases(
     # Some time is kept for the unstable rows.
     first_end = None if budget is None else time.perf_counter() + budget * (1 - AGAIN_SHARE)
     rows = []
+    # Seconds that the rows so far took beside their measurement: the check above all.
+    beside = 0.0
     for position, case in enumerate(cases):
         seconds = row_seconds
+        start = time.perf_counter()
         if first_end is not None:
-            left = first_end - time.perf_counter()
+            left = first_end - start
             if left <= 0:
                 break
-            seconds = min(row_seconds, left / (len(cases) - position))
+            seconds = min(row_seconds, left / (len(cases) - position) - beside / max(1, position))
+            seconds = max(seconds, LEAST_SECONDS)
         try:
             row = run_case(case, peers, seconds, limits=limits, slow=slow(case))
         except Exception as error:
             row = Row(case, "error", in_a_line(error))
+        beside += max(0.0, time.perf_counter() - start - seconds)
         rows.append(row)
         on_row(row)
     # The widest spread first.
@@ -358,6 +363,8 @@ def run_cases(
                 on_again(row)
 
 
+# Below this a row's median would be of too few rounds to be worth its check.
+LEAST_SECONDS = 0.2
 # How many times an unstable row is measured again, and the share of the time that is kept for that.
 AGAIN, AGAIN_SHARE = 2, 0.1
 
