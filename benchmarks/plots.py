@@ -160,7 +160,8 @@ def _family(family: str, rows: list[Row], record: Record):
             for p, m in marks.items()
         ]
         legend += "\nMarks: fastnn against the other rivals, which a user could have instead."
-        axes[0][-1].legend(handles=handles, fontsize=7.5, loc="lower right", framealpha=0.9)
+        place = {"loc": "upper right", "bbox_to_anchor": (0.99, -0.005), "ncols": 3, "frameon": False}
+        figure.legend(handles=handles, fontsize=7.5, **place)
     figure.tight_layout()
     figure.text(
         0.01,

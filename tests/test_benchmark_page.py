@@ -34,6 +34,7 @@ select.dispatchEvent(new Event("change"));
 found.pool = rows().filter(r => !r.hidden).length;
 found.headings = [...document.querySelectorAll("h2")].map(h => h.textContent);
 found.bars = document.querySelectorAll(".bar i.faster").length + document.querySelectorAll(".bar i.slower").length;
+found.barWidth = document.querySelector(".bar").getBoundingClientRect().width;
 found.pictures = [...document.images].map(i => [i.alt, i.decode === undefined]);
 found.count = document.getElementById("count").textContent;
 const pre = document.createElement("pre");
@@ -87,6 +88,7 @@ def test_page_in_a_browser(tmp_path, width):
     assert found["pool"] == sum(r["family"] == "pool" for r in record["rows"])
     assert found["count"] == f"{found['pool']} cases"
     assert found["bars"] > 0
+    assert found["barWidth"] > 100
     assert [alt for alt, _ in found["pictures"]] == [p.stem for p in pictures]
     for word in ("Summary", "Against each rival", "All cases", "Training", "Memory", "Machine"):
         assert any(word in h for h in found["headings"])
