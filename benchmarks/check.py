@@ -31,7 +31,7 @@ class Reference:
 
     Through many layers (``case.elementwise`` is false) that cannot be asked of single elements: where a ReLU's input is 0 but
     for rounding, one implementation hands a gradient on that another stops. There the error is the Euclidean norm of the
-    difference, and ``NORM_SLACK`` of the norm is allowed beside twice stock's.
+    difference, and ``NORM_SLACK`` of a gradient's norm is allowed beside twice stock's; an output's only one rounding.
     """
 
     # One flip in a million elements.
@@ -51,17 +51,17 @@ class Reference:
             other = "nchw" if case.layout == "channels_last" else "channels_last"
             from_stock.append(results(*case.call("stock", layout=other), self.upstream))
         self.stock_errors = [max(e) for e in zip(*map(self._errors, from_stock), strict=True)]
-        slack = torch.finfo(DTYPES[case.dtype]).eps if case.elementwise else self.NORM_SLACK
+        eps = torch.finfo(DTYPES[case.dtype]).eps
+        slacks = [eps, *[eps if case.elementwise else self.NORM_SLACK] * (len(self.values) - 1)]
         self.bounds = [
-            2 * e + slack * self._size(v) for e, v in zip(self.stock_errors, self.values, strict=True)
+            2 * e + slack * self._size(v)
+            for e, slack, v in zip(self.stock_errors, slacks, self.values, strict=True)
         ]
 
-    def disagreement(
-        self, got: list[torch.Tensor], allowed: float | None = None, times: float = 1
-    ) -> str | None:
+    def disagreement(self, got: list[torch.Tensor], allowed: float | None = None) -> str | None:
         """What is wrong with an implementation's results, or None.
 
-        The bound is `times` the usual one, or the relative error that is `allowed` if that is more.
+        The bound is the usual one, or the relative error that is `allowed` if that is more.
         """
         for name, g, v in zip(self.names, got, self.values, strict=True):
             if g.shape != v.shape:
@@ -72,7 +72,7 @@ class Reference:
         for name, error, bound, value in zip(
             self.names, self._errors(got), self.bounds, self.values, strict=True
         ):
-            bound = max(times * bound, (allowed or 0.0) * self._size(value))
+            bound = max(bound, (allowed or 0.0) * self._size(value))
             if not error <= bound:
                 return f"{name}: {kind} {error:.2e} against float64, at most {bound:.2e} is right"
         return None

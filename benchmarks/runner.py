@@ -168,9 +168,7 @@ def run_case(
         try:
             with peer.settings():
                 call, got = prepare(peer, case, reference)
-            wrong = reference.disagreement(
-                got, allowed=peer.allowed, times=1 if peer is peers[0] else TIMES_RIVAL
-            )
+            wrong = reference.disagreement(got, allowed=peer.allowed)
             status = "failed"
         except Exception as error:
             wrong, status = in_a_line(error), "error"
@@ -197,10 +195,6 @@ def run_case(
     if np.median(row.samples[peers[0].name]) < SHORT_SECONDS:
         row.overhead = _overhead(case, [p for p in peers if p.name in ready and not p.slow])
     return row
-
-
-# A rival needs to be right, not as exact as stock: leaving the fastest out for a rounding error would flatter.
-TIMES_RIVAL = 10
 
 
 @dataclass

@@ -18,7 +18,6 @@ def test_case(benchmark, case, peer):
     reference = Reference(case)
     with peer.settings():
         call, got = runner.prepare(peer, case, reference)
-        times = 1 if peer.name == "fastnn" else runner.TIMES_RIVAL
-        wrong = reference.disagreement(got, allowed=peer.allowed, times=times)
+        wrong = reference.disagreement(got, allowed=peer.allowed)
         assert wrong is None, f"{case.id}, {peer.title}: {wrong}"
         benchmark(call)

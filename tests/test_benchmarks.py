@@ -232,15 +232,22 @@ def test_interrupt_leaves_a_partial_result(tmp_path, quick, monkeypatch):
 
 
 def test_budget_is_kept(monkeypatch):
-    clock = iter(range(1000))
-    monkeypatch.setattr(runner.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(runner, "run_case", lambda case, peers, seconds, **given: runner.Row(case))
+    now = 0.0
+
+    def measured(case, peers, seconds, **given):
+        nonlocal now
+        now += 1.0
+        return runner.Row(case)
+
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(runner, "run_case", measured)
     rows = []
-    runner.run_cases(SMALL, [], budget=8.0, row_seconds=1.0, on_row=rows.append)
-    reached = len(rows)
-    assert 2 <= reached <= 6
+    # A tenth is kept for unstable rows: the fourth row begins before 3.6 s, and a fifth would not.
+    runner.run_cases(SMALL, [], budget=4.0, row_seconds=1.0, on_row=rows.append)
+    assert len(rows) == 4
+    assert now == 4.0
     runner.run_cases(SMALL, [], budget=None, row_seconds=1.0, on_row=rows.append)
-    assert len(rows) == reached + len(SMALL)
+    assert len(rows) == 4 + len(SMALL)
 
 
 def test_unstable_row_is_measured_again(monkeypatch):
@@ -437,7 +444,8 @@ def test_least_call_runs(load, direction):
     least = Case(load, "fp32", "nchw", direction).least()
     for who in ("stock", "fastnn"):
         function, tensors = least.call(who)
-        assert 0 < function(*tensors).numel() <= 2000
+        groups = load.options.get("groups", 1)
+        assert 0 < function(*tensors).numel() <= 64 * groups
 
 
 def test_backward_alone_is_timed_without_forward(monkeypatch):
@@ -497,10 +505,9 @@ def test_rival_agrees(name, package, load):
     function, tensors = peer.bind(case)
     reference = check.Reference(case)
     got = check.results(function, tensors, None)
-    assert reference.disagreement(got, times=runner.TIMES_RIVAL) is None
-    # The bound for rivals still tells a wrong answer.
+    assert reference.disagreement(got) is None
     wrong = [got[0] + 0.05 * got[0].abs().max()]
-    assert reference.disagreement(wrong, times=runner.TIMES_RIVAL) is not None
+    assert reference.disagreement(wrong) is not None
 
 
 def test_rival_that_is_not_installed(monkeypatch):
