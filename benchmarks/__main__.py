@@ -64,6 +64,14 @@ def main(argv: list[str] | None = None) -> int:
             metavar="SHAPE",
             help="with --module: 8x3x224x224, or 8x128:int1000 for integers below 1000 (once per input)",
         )
+        command.add_argument(
+            "--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)"
+        )
+        command.add_argument(
+            "--prefer-kernels",
+            action="store_true",
+            help="fastnn takes its own kernels also where it would leave a call to torch",
+        )
         size = command.add_mutually_exclusive_group()
         size.add_argument("--quick", action="store_true", help="a selection, within 2 minutes")
         size.add_argument("--full", action="store_true", help="no limit of time (by default 10 minutes)")
@@ -104,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.input and not args.module:
             raise cases.UnknownFilter("--input is for --module")
         chosen, nets = choose(args)
-        contenders = peers.select_peers(args.peer)
+        contenders = peers.select_peers(args.peer, args.device)
     except (cases.UnknownFilter, modules.UnusableModule, stored.UnreadableResult) as error:
         console.print(escape(str(error)), style="bold", highlight=False, soft_wrap=True)
         return 2
@@ -143,7 +151,13 @@ def _page(args, console) -> int:
 
 def choose(args) -> tuple[list[cases.Case], list[str]]:
     """The cases and the networks that the filters leave."""
+    if args.device == "cuda" and args.command == "run" and not torch.cuda.is_available():
+        raise cases.UnknownFilter(
+            f"--device cuda: torch {torch.__version__} finds no CUDA device here (torch.cuda.is_available() is False)"
+        )
     if args.module:
+        if args.device != "cpu":
+            raise modules.UnusableModule("--module is measured on the CPU: leave --device out")
         if not args.input:
             raise modules.UnusableModule("--module needs --input, such as --input 8x3x224x224")
         cases.refuse_unknown("direction", args.direction, cases.DIRECTIONS)
@@ -156,9 +170,17 @@ def choose(args) -> tuple[list[cases.Case], list[str]]:
     nets = [n for n in nets if not words or any(w in f"{TRAINING}/{n}" for w in words)]
     if args.dtype and "fp32" not in args.dtype:
         nets = []
-    every = cases.all_cases()
-    if not args.direction and not args.full:
-        every = [c for c in every if c.direction in cases.USUAL]
+    # Networks are trained on the CPU.
+    if args.device != "cpu":
+        nets = []
+    every = cases.all_cases(device=args.device)
+    if not args.full:
+        asked = args.direction or args.filter or args.dtype
+        every = [
+            c
+            for c in every
+            if cases.is_usual(c) or (asked and c.direction in (args.direction or cases.USUAL))
+        ]
     if args.quick:
         every = [c for c in every if cases.is_quick(c)]
     try:
@@ -180,12 +202,18 @@ def choose(args) -> tuple[list[cases.Case], list[str]]:
 
 def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None) -> int:
     """Measure, print, write. Returns the exit status: 0, 1 after a failure, 130 after ^C."""
-    contenders = contenders or peers.all_peers()
+    contenders = contenders or peers.select_peers(device=args.device)
     size = "quick" if args.quick else "full" if args.full else "default"
     settings = {
         "size": size,
         **{k: getattr(args, k) for k in ("family", "filter", "dtype", "direction", "peer")},
     }
+    if args.device != "cpu":
+        settings["device"] = args.device
+    if args.prefer_kernels:
+        from fastnn.ops import _declare
+
+        settings["prefer_kernels"] = _declare.prefer_kernels = True
     if args.module:
         settings |= {"module": args.module, "input": args.input}
     record = Record(settings, environment(), {p.name: p.title for p in contenders})
@@ -261,7 +289,8 @@ def _probe(record, chosen, console) -> None:
         return
     try:
         with console.status("probing the machine's limits (the probe is built once)"):
-            record.limits = limits.measure()
+            on_gpu = chosen[0].device == "cuda"
+            record.limits = limits.measure_gpu() if on_gpu else limits.measure()
     except Exception as error:
         reason = runner.in_a_line(error)
         record.note = f"No limits: the probe could not be built or run ({reason})."
@@ -294,18 +323,24 @@ def _measure(record, chosen, nets, contenders, budget, slow, console, save) -> N
                 progress.update(bar, completed=position + 1, refresh=True)
                 save()
         if chosen:
-            bar = progress.add_task("ops", total=len(chosen))
+            bar = progress.add_task("ops", total=len(chosen) * runner.PASSES)
+
+            def show(row, number):
+                what = "unstable, again" if number > runner.PASSES else f"pass {number} of {runner.PASSES}"
+                progress.update(
+                    bar, advance=1, description=f"{what}: {row.case.workload.op:22.22}", refresh=True
+                )
 
             def on_row(row):
                 record.rows.append(row)
-                progress.update(bar, advance=1, description=f"{row.case.workload.op:30.30}", refresh=True)
+                show(row, 1)
                 save()
 
-            def on_again(row):
-                progress.update(
-                    bar, description=f"unstable, again: {row.case.workload.op:20.20}", refresh=True
-                )
-                save()
+            def on_again(row, number):
+                show(row, number)
+                # A record takes some milliseconds to write.
+                if row is record.rows[-1]:
+                    save()
 
             runner.run_cases(
                 cases.spread(chosen),

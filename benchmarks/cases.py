@@ -65,17 +65,19 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """A workload in one dtype, layout and direction: one row of the results."""
+    """A workload in one dtype, layout and direction, on one kind of device: one row of the results."""
 
     workload: Workload
     dtype: str
     layout: str
     direction: str
+    device: str = "cpu"
 
     @property
     def id(self) -> str:
         w = self.workload
-        return "/".join((w.family, w.op, w.shape, self.dtype, self.layout, self.direction))
+        words = (w.family, w.op, w.shape, self.dtype, self.layout, self.direction)
+        return "/".join(words if self.device == "cpu" else (*words, self.device))
 
     @property
     def backward(self) -> bool:
@@ -126,6 +128,7 @@ class Case:
                 t = t.to(DTYPES[self.dtype])
             if self.layout == "channels_last" and t.dim() == 4:
                 t = t.contiguous(memory_format=torch.channels_last)
+            t = t.to(self.device)
             made.append(t.requires_grad_(self.backward and spec.grad and t.is_floating_point()))
         return made
 
@@ -259,10 +262,10 @@ WORKLOADS: tuple[Workload, ...] = (
 FAMILIES = tuple(dict.fromkeys(w.family for w in WORKLOADS))
 
 
-def all_cases(workloads: Iterable[Workload] = WORKLOADS) -> list[Case]:
+def all_cases(workloads: Iterable[Workload] = WORKLOADS, device: str = "cpu") -> list[Case]:
     """Every workload in every dtype, direction and, for images, layout."""
     return [
-        Case(w, dtype, layout, direction)
+        Case(w, dtype, layout, direction, device)
         for w in workloads
         for layout in (LAYOUTS if w.images else LAYOUTS[:1])
         for dtype in DTYPES
@@ -274,6 +277,11 @@ def is_quick(case: Case) -> bool:
     """Whether the quick run has the case: fp32 both ways and bf16 forward, in torch's default layout."""
     usual = case.direction in USUAL and (case.dtype == "fp32" or not case.backward)
     return case.workload.quick and case.layout == "nchw" and usual
+
+
+def is_usual(case: Case) -> bool:
+    """Whether a run has the case unless it is asked for: bf16 has torch's default layout, backward is not timed alone."""
+    return case.direction in USUAL and (case.dtype == "fp32" or case.layout == LAYOUTS[0])
 
 
 class UnknownFilter(ValueError):

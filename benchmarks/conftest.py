@@ -11,7 +11,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--peers",
         default="eager",
-        help="rivals beside fastnn, by commas: " + ",".join(p.name for p in peers.all_peers()[1:]),
+        help="rivals beside fastnn, by commas: " + ",".join(p.name for p in peers.select_peers()[1:]),
     )
 
 
@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc):
     if size == "quick":
         chosen = [c for c in chosen if cases.is_quick(c)]
     elif size == "default":
-        chosen = [c for c in chosen if c.direction in cases.USUAL]
+        chosen = [c for c in chosen if cases.is_usual(c)]
     contenders = peers.select_peers(metafunc.config.getoption("--peers").split(","))
     pairs = [(c, p) for c in chosen for p in contenders]
     metafunc.parametrize(

@@ -113,6 +113,29 @@ def measure(threads: int | None = None) -> Limits:
     return Limits(threads, peaks, tuple(levels))
 
 
+def measure_gpu() -> Limits:
+    """The rates of large matrix products and of a large copy on the current CUDA device, through torch."""
+    from benchmarks.clock import clock
+
+    timer = clock("cuda")
+
+    def best(call):
+        call()
+        return min(timer.seconds(call, 3) for _ in range(5))
+
+    peaks = {}
+    size = 8192
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        # Random numbers: products of zeros draw less power and run faster.
+        a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        rate = 2.0 * size**3 / best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        peaks[name] = (rate, f"{size}^3 product")
+    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    copied = 2.0 * source.nbytes / best(lambda: target.copy_(source))
+    return Limits(1, peaks, (Level("memory", 1 << 62, copied, copied),))
+
+
 def _memories(threads: int) -> list[tuple[str, int, int]]:
     """Name, bytes for each thread and bytes for all threads of each cache, smallest first, and of the memory."""
     found = []

@@ -11,7 +11,8 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,8 +33,13 @@ class ModuleCase(Case):
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
     given: tuple[torch.Tensor, ...] = ()
     whole: bool = False
+    # What cases() was asked for, and which of its cases this is: another process makes it anew from that.
+    source: tuple[str, tuple[str, ...], tuple[str, ...], int] | None = None
 
     elementwise = False
+
+    def __reduce__(self):
+        return _case_again, self.source
 
     @property
     def id(self) -> str:
@@ -156,7 +162,18 @@ def cases(target: str, inputs: list[str], directions=()) -> list[Case]:
         # A layer hands a gradient on, but for one that is fed with the model's own input.
         first = any(t.shape == x.shape and torch.equal(t, x) for t in layer_inputs for x in given)
         made += _cases(type(layer).__name__, layer_name, pair, layer_inputs, wanted, grad=not first)
-    return [c for c in made if not c.backward or any(t.requires_grad for t in c.call("stock")[1])]
+    made = [c for c in made if not c.backward or any(t.requires_grad for t in c.call("stock")[1])]
+    request = (target, tuple(inputs), tuple(directions))
+    return [replace(c, source=(*request, i)) for i, c in enumerate(made)]
+
+
+@cache
+def _cases_again(target: str, inputs: tuple[str, ...], directions: tuple[str, ...]) -> list[Case]:
+    return cases(target, list(inputs), directions)
+
+
+def _case_again(target: str, inputs: tuple[str, ...], directions: tuple[str, ...], number: int) -> Case:
+    return _cases_again(target, inputs, directions)[number]
 
 
 def is_whole(case: Case) -> bool:
@@ -170,7 +187,7 @@ def _cases(
     specs = tuple(Input(tuple(t.shape), grad=grad and t.is_floating_point()) for t in given)
     load = Workload(FAMILY, op, origin, specs)
     dtype = next(name for name, dtype in DTYPES.items() if dtype is torch.float32)
-    return [ModuleCase(load, dtype, "nchw", d, modules, given, whole) for d in directions]
+    return [ModuleCase(load, dtype, "nchw", d, modules=modules, given=given, whole=whole) for d in directions]
 
 
 def _recorder(name: str, calls: dict) -> Callable:

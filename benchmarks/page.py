@@ -153,7 +153,16 @@ def _case_head(record: dict, peers: list[str]) -> list[tuple[str, bool]]:
         ),
         ("fastnn, ms", True),
         *((f"x over {record['peers'][p]}", True) for p in peers),
-        *((name, True) for name in ("x over stock, cold", "GFLOP/s", "GB/s", "of the limit, %")),
+        *(
+            (name, True)
+            for name in (
+                "x over stock, cold",
+                "x over stock, CUDA graph",
+                "GFLOP/s",
+                "GB/s",
+                "of the limit, %",
+            )
+        ),
         ("limit", False),
         *((name, True) for name in ("overhead, us", "stock's", "relative error")),
         ("served by", False),
@@ -172,7 +181,8 @@ def _case(r: dict, record: dict, peers: list[str]) -> dict:
     cells = [_text(r[k]) for k in ("op", "shape", "origin", "family", "dtype", "layout", "direction")]
     cells += [status, _number(seconds and seconds * 1e3)]
     cells += [_speedup(r["speedup"].get(p)) for p in peers]
-    cells += [_speedup(r["cold_speedup"].get("eager")), *map(_number, rates)]
+    cells += [_speedup(r.get(k, {}).get("eager")) for k in ("cold_speedup", "graph_speedup")]
+    cells += map(_number, rates)
     cells += [_number(share and share * 100, "{:.0f}"), _text(r["limit"]["name"] if r["limit"] else "")]
     cells += [_number(overhead[p] * 1e6 if p in overhead else None) for p in (subject, "eager")]
     cells += [_number(r["relative_error"], "{:.1e}")]

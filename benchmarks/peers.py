@@ -31,6 +31,7 @@ class Peer:
 
     name: str
     title: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
     slow = False
     allowed: float | None = None
 
@@ -84,6 +85,7 @@ class Reduced(Eager):
     """Stock PyTorch that may round fp32 inputs to bfloat16, by torch's own switch. Not the same precision: a column apart."""
 
     name, title = "reduced", "stock, fp32 inputs rounded to bf16 where torch may"
+    devices = ("cpu",)
     allowed = 2.0**-6
 
     def why_not(self, case):
@@ -128,9 +130,123 @@ class CompiledMaxAutotune(Compiled):
     name, title, mode = "compile-max", "torch.compile, max-autotune", "max-autotune-no-cudagraphs"
 
 
+class TF32(Eager):
+    """Stock PyTorch that may round fp32 inputs to TF32 on a GPU. Not the same precision: a column apart."""
+
+    name, title = "tf32", "stock, fp32 inputs rounded to TF32"
+    devices = ("cuda",)
+    allowed = 2.0**-9
+
+    def why_not(self, case):
+        if case.dtype != "fp32":
+            return "the switch is for fp32"
+        return "no products" if case.workload.family == "pool" else None
+
+    @contextlib.contextmanager
+    def settings(self):
+        backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+        before = [b.fp32_precision for b in backends]
+        for b in backends:
+            b.fp32_precision = "tf32"
+        try:
+            yield
+        finally:
+            for b, precision in zip(backends, before, strict=True):
+                b.fp32_precision = precision
+
+
+class CudnnBenchmark(Eager):
+    """Stock PyTorch with the fastest of cuDNN's algorithms for each shape, in channels_last."""
+
+    name, title = "cudnn-benchmark", "stock channels_last, cuDNN benchmark mode"
+    devices = ("cuda",)
+
+    def why_not(self, case):
+        return None if case.workload.family == "conv" and case.has_layouts else "no images to convolve"
+
+    def bind(self, case):
+        return case.call("stock", layout="channels_last")
+
+    @contextlib.contextmanager
+    def settings(self):
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+
+class Attention(Eager):
+    """Stock attention on one of torch's backends."""
+
+    devices = ("cuda",)
+
+    def __init__(self, backend: str):
+        self.name, self.title = f"sdpa-{backend}", f"stock attention, {backend}"
+        self.backend = f"{backend.upper()}_ATTENTION"
+
+    def why_not(self, case):
+        return None if case.workload.family == "attention" else "not attention"
+
+    @contextlib.contextmanager
+    def settings(self):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(getattr(SDPBackend, self.backend)):
+            yield
+
+
+class CublasLt(Eager):
+    """cuBLASLt's product with bias and ReLU in its epilogue."""
+
+    name, title = "cublaslt", "cuBLASLt, fused epilogue"
+    devices = ("cuda",)
+
+    def why_not(self, case):
+        if case.workload.op != "linear_relu" or case.backward:
+            return "not a linear layer with ReLU, forward"
+        return None
+
+    def bind(self, case):
+        _, tensors = case.call("stock")
+
+        def function(x, weight, bias):
+            out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t())
+            return out.view(*x.shape[:-1], weight.shape[0])
+
+        return function, tensors
+
+
+class FlashAttention(Eager):
+    """The FlashAttention package."""
+
+    name, title = "flash-attn", "FlashAttention"
+    devices = ("cuda",)
+
+    def why_not(self, case):
+        if case.workload.family != "attention":
+            return "not attention"
+        if case.dtype == "fp32" or len(case.workload.inputs) > 3:
+            return "takes 16-bit inputs without a mask"
+        return None if importlib.util.find_spec("flash_attn") else "flash_attn is not installed"
+
+    def bind(self, case):
+        from flash_attn import flash_attn_func
+
+        causal = case.workload.options.get("is_causal", False)
+        _, tensors = case.call("stock")
+
+        def function(*given):
+            # Its layout is (batch, length, heads, size).
+            return flash_attn_func(*(t.transpose(1, 2) for t in given), causal=causal).transpose(1, 2)
+
+        return function, tensors
+
+
 class _Exported(Peer):
     """A runtime for inference: the stock function with its weights inside."""
 
+    devices = ("cpu",)
     slow = True
     package: str
 
@@ -259,6 +375,11 @@ def all_peers() -> list[Peer]:
         Eager(),
         EagerChannelsLast(),
         Reduced(),
+        TF32(),
+        CudnnBenchmark(),
+        *map(Attention, ("flash", "efficient", "cudnn")),
+        CublasLt(),
+        FlashAttention(),
         Compiled(),
         CompiledMaxAutotune(),
         OnnxRuntime(),
@@ -266,8 +387,8 @@ def all_peers() -> list[Peer]:
     ]
 
 
-def select_peers(wanted=()) -> list[Peer]:
-    """fastnn and the rivals that are `wanted` by name; all if none is."""
-    ours, *rivals = all_peers()
+def select_peers(wanted=(), device: str = "cpu") -> list[Peer]:
+    """fastnn and the rivals that are `wanted` by name, of those for a device; all if none is."""
+    ours, *rivals = (p for p in all_peers() if device in p.devices)
     refuse_unknown("peer", wanted, [p.name for p in rivals])
     return [ours, *(p for p in rivals if not wanted or p.name in wanted)]

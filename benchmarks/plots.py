@@ -42,9 +42,9 @@ def draw(record: Record, folder: Path) -> list[Path]:
     trainings = [t for t in record.training if t.runs]
     if trainings:
         save(_losses(trainings), "training.png")
-    if any(r.ratios for r in record.rows):
+    if any(r.warm.ratios for r in record.rows):
         save(_glance(record), "speedup.png")
-    if record.limits and any(r.flops and r.samples for r in record.rows):
+    if record.limits and any(r.flops and r.warm.by_peer for r in record.rows):
         save(_roofline(record), "roofline.png")
     for family in families(record.rows):
         rows = [r for r in record.rows if r.case.workload.family == family]
@@ -86,13 +86,13 @@ def _family(family: str, rows: list[Row], record: Record):
             labels.append((y, f"{key[0]} {layout}".strip()))
             y += 1
         y += 0.5
-    values = [v for r in rows for ratio in r.ratios.values() for v in (ratio.q1, ratio.q3)] or [1.0]
+    values = [v for r in rows for ratio in r.warm.ratios.values() for v in (ratio.q1, ratio.q3)] or [1.0]
     low, high = min(0.45, min(values) / 1.35), max(2.2, max(values) * 1.35)
     directions = [d for d in DIRECTIONS if any(r.case.direction == d for r in rows)]
     figure, axes = plt.subplots(
         1, len(directions), figsize=(5.2 * len(directions) + 1.5, 0.21 * y + 1.3), sharey=True, squeeze=False
     )
-    others = [p for p in list(record.peers)[1:] if p != "eager" and any(p in r.ratios for r in rows)]
+    others = [p for p in list(record.peers)[1:] if p != "eager" and any(p in r.warm.ratios for r in rows)]
     marks = dict(zip(others, PEER_MARKS, strict=False))
     for axis, direction in zip(axes[0], directions, strict=True):
         axis.set_xscale("log")
@@ -111,8 +111,8 @@ def _family(family: str, rows: list[Row], record: Record):
                     1.03, place, row.status.upper(), va="center", color=SLOWER, weight="bold", fontsize=8
                 )
                 continue
-            if "eager" in row.ratios:
-                r = row.ratios["eager"]
+            if "eager" in row.warm.ratios:
+                r = row.warm.ratios["eager"]
                 hatch = "////" if row.torch_reason else None
                 axis.barh(
                     place,
@@ -129,8 +129,8 @@ def _family(family: str, rows: list[Row], record: Record):
                 side = "left" if r.median >= 1 else "right"
                 axis.text(edge, place, f"{r.median:.2f}", va="center", ha=side, fontsize=7, color=DARK)
             for peer, mark in marks.items():
-                if peer in row.ratios:
-                    x = row.ratios[peer].median
+                if peer in row.warm.ratios:
+                    x = row.warm.ratios[peer].median
                     axis.plot(x, place, mark, ms=4, mfc="white", mec=DARK, mew=0.9, zorder=4)
         axis.set_title(direction, loc="left", fontsize=10)
         axis.set_xlabel("slower   ←   times as fast as stock eager   →   faster")
@@ -177,8 +177,10 @@ def _family(family: str, rows: list[Row], record: Record):
 
 def _glance(record: Record):
     """Every row as one bar, the slowest first."""
-    timed = sorted((r for r in record.rows if "eager" in r.ratios), key=lambda r: r.ratios["eager"].median)
-    values = np.array([r.ratios["eager"].median for r in timed])
+    timed = sorted(
+        (r for r in record.rows if "eager" in r.warm.ratios), key=lambda r: r.warm.ratios["eager"].median
+    )
+    values = np.array([r.warm.ratios["eager"].median for r in timed])
     failed = sum(r.status != "ok" for r in record.rows)
     figure, axis = plt.subplots(figsize=(max(7, min(14, 0.06 * len(values) + 4)), 4))
     axis.bar(np.arange(len(values)), values - 1, bottom=1, width=0.85, color=[_colour(v) for v in values])
@@ -221,7 +223,7 @@ def _roofline(record: Record):
     """Operations per second over operations per byte, under the probed roofs of the machine."""
     limits = record.limits
     figure, axis = plt.subplots(figsize=(8, 5))
-    rows = [r for r in record.rows if r.flops and r.bytes and r.samples]
+    rows = [r for r in record.rows if r.flops and r.bytes and r.warm.by_peer]
     x = np.array([r.flops / r.bytes for r in rows])
     low, high = x.min() / 2, max(x.max() * 2, 100)
     span = np.geomspace(low, high, 200)
@@ -248,7 +250,7 @@ def _roofline(record: Record):
             if group:
                 axis.plot(
                     [r.flops / r.bytes for r in group],
-                    [r.flops / r.timings[next(iter(r.samples))].median / 1e9 for r in group],
+                    [r.flops / r.warm.ours.median / 1e9 for r in group],
                     mark,
                     ms=5,
                     mfc=colour if dtype == "fp32" else "white",

@@ -84,6 +84,7 @@ def _row_as_json(row: Row) -> dict:
         "dtype": case.dtype,
         "layout": case.layout,
         "direction": case.direction,
+        "device": case.device,
         "status": row.status,
         "note": row.note,
         "relative_error": row.error,
@@ -95,10 +96,14 @@ def _row_as_json(row: Row) -> dict:
         "limit": asdict(row.limit) if row.limit else None,
         "share_of_limit": row.share_of_limit,
         "runs": row.runs,
-        "seconds": {name: asdict(t) for name, t in row.timings.items()},
-        "speedup": {name: {**asdict(r), "unstable": r.unstable} for name, r in row.ratios.items()},
-        "cold_seconds": {name: asdict(t) for name, t in row.cold_seconds.items()},
-        "cold_speedup": {name: {**asdict(r), "unstable": r.unstable} for name, r in row.cold.items()},
+        "seconds": {name: asdict(t) for name, t in row.warm.timings.items()},
+        "speedup": {name: {**asdict(r), "unstable": r.unstable} for name, r in row.warm.ratios.items()},
+        "cold_seconds": {name: asdict(t) for name, t in row.cold.timings.items()},
+        "cold_speedup": {name: {**asdict(r), "unstable": r.unstable} for name, r in row.cold.ratios.items()},
+        "graph_seconds": {name: asdict(t) for name, t in row.graph.timings.items()},
+        "graph_speedup": {
+            name: {**asdict(r), "unstable": r.unstable} for name, r in row.graph.ratios.items()
+        },
         "overhead_seconds": row.overhead,
         "peer_notes": row.peer_notes,
     }
@@ -148,9 +153,31 @@ def environment() -> dict:
         "packages": {name: _version(name) for name in ("numpy", "onnxruntime", "openvino", "triton")},
         "python": platform.python_version(),
         "system": platform.platform(),
+        "gpu": _gpu(),
         "variables": {
             k: v for k, v in sorted(os.environ.items()) if k.startswith(("FASTNN_", "OMP_", "MKL_", "KMP_"))
         },
+    }
+
+
+def _gpu() -> dict | None:
+    """The CUDA device, its driver and what torch was built with."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    try:
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        driver = None
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "memory": found.total_memory,
+        "multiprocessors": found.multi_processor_count,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 

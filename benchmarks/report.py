@@ -13,7 +13,8 @@ from rich.text import Text
 from benchmarks.cases import FAMILIES
 from benchmarks.memory import Memory
 from benchmarks.record import Record
-from benchmarks.runner import Ratio, Row
+from benchmarks.runner import Row
+from benchmarks.samples import Ratio
 from benchmarks.training import EARLY, Training
 
 # Nearer to 1 than this is neither faster nor slower.
@@ -45,7 +46,7 @@ def print_record(record: Record, to: Console) -> None:
         to.print(
             "Times are medians. x is the time of stock PyTorch over fastnn's, the median over interleaved rounds with half "
             "the interquartile range; ~ marks a spread above 10%. cl: channels_last. Of the limit: the least time that the "
-            "probed machine could need, over fastnn's. x cold: with the data out of the caches. Overhead: the same call on "
+            "probed machine could need, over fastnn's. x cold: with the data out of the caches. x as graph: CUDA graphs replayed. Overhead: the same call on "
             "next to no data, fastnn's and stock's. A row's note says why torch's own op served it, if it did.",
             style="dim",
         )
@@ -54,6 +55,13 @@ def print_record(record: Record, to: Console) -> None:
     if record.memory:
         to.print(memory_table(record.memory))
     e = record.environment
+    if e["gpu"] and any(r.case.device == "cuda" for r in record.rows):
+        g = e["gpu"]
+        to.print(
+            f"{g['name']}, driver {g['driver']}, CUDA {g['cuda']}, cuDNN {g['cudnn']}",
+            style="dim",
+            highlight=False,
+        )
     to.print(
         f"{e['cpu']}, {e['threads']} threads of {e['cores']} cores, fastnn {e['fastnn']} at {e['isa']}, torch {e['torch']} at "
         f"{e['torch_isa']}, Python {e['python']}, commit {(e['commit'] or 'unknown')[:12]}, {record.created}",
@@ -67,7 +75,7 @@ def print_record(record: Record, to: Console) -> None:
 def family_table(family: str, rows: list[Row], peers: dict[str, str]) -> Table:
     """One family's rows, in the order of their declaration."""
     table = Table(title=family, title_justify="left", title_style="bold", pad_edge=False)
-    others = [p for p in list(peers)[1:] if any(p in r.ratios for r in rows)]
+    others = [p for p in list(peers)[1:] if any(p in r.warm.ratios for r in rows)]
     short = {"eager": "stock", "channels_last": "stock cl", "onnxruntime": "ORT"}
     table.add_column("op and shape", overflow="fold", min_width=30)
     table.add_column("from", overflow="fold", min_width=12)
@@ -83,8 +91,10 @@ def family_table(family: str, rows: list[Row], peers: dict[str, str]) -> Table:
         table.add_column(f"x over\n{short.get(peer, peer)}", justify="right")
     table.add_column("GFLOP/s\nGB/s", justify="right")
     table.add_column("of the\nlimit", justify="right")
-    if any(r.cold for r in rows):
+    if any(r.cold.by_peer for r in rows):
         table.add_column("x cold", justify="right")
+    if any(r.graph.by_peer for r in rows):
+        table.add_column("x as\ngraph", justify="right")
     if any(r.overhead for r in rows):
         table.add_column("overhead\nus / stock", justify="right")
     table.add_column("note", overflow="fold", min_width=8)
@@ -94,7 +104,7 @@ def family_table(family: str, rows: list[Row], peers: dict[str, str]) -> Table:
         if last not in (None, load):
             table.add_section()
         first, last = last is not load, load
-        ours = row.timings.get(next(iter(peers)))
+        ours = row.warm.timings.get(next(iter(peers)))
         cells = [Text(f"{load.op}\n  {load.shape}" if first else ""), Text(load.origin if first else "")]
         cells += [
             case.dtype,
@@ -103,12 +113,17 @@ def family_table(family: str, rows: list[Row], peers: dict[str, str]) -> Table:
         ]
         if not load.images:
             cells[3] = ""
-        cells += [_ms(row.timings[p].median) if p in row.timings else "" for p in timed]
+        cells += [_ms(row.warm.timings[p].median) if p in row.warm.timings else "" for p in timed]
         cells.append(_ms(ours.median) if ours else "")
-        cells += [_ratio(row.ratios[p], p in timed) if p in row.ratios else _absent(row, p) for p in others]
+        cells += [
+            _ratio(row.warm.ratios[p], p in timed) if p in row.warm.ratios else _absent(row, p)
+            for p in others
+        ]
         cells += [_rates(row, ours), _limit(row)]
-        if any(r.cold for r in rows):
-            cells.append(_ratio(row.cold["eager"]) if "eager" in row.cold else "")
+        if any(r.cold.by_peer for r in rows):
+            cells.append(_ratio(row.cold.ratios["eager"]) if "eager" in row.cold.ratios else "")
+        if any(r.graph.by_peer for r in rows):
+            cells.append(_ratio(row.graph.ratios["eager"]) if "eager" in row.graph.ratios else "")
         if any(r.overhead for r in rows):
             cells.append(" / ".join(f"{t * 1e6:.0f}" for t in list(row.overhead.values())[:2]))
         cells += [Text(_note(row), style="" if row.status == "ok" else f"bold {LOSS}")]
@@ -136,7 +151,7 @@ def summary_table(record: Record) -> Table:
     order = families(record.rows)
     for key in sorted(groups, key=lambda k: (order.index(k[0]), k[1] != "fp32", k[2])):
         rows = groups[key]
-        ratios = [r.ratios["eager"].median for r in rows if "eager" in r.ratios]
+        ratios = [r.warm.ratios["eager"].median for r in rows if "eager" in r.warm.ratios]
         failed = sum(r.status != "ok" for r in rows)
         counts = [sum(r >= 1 + EVEN for r in ratios), 0, sum(r <= 1 - EVEN for r in ratios)]
         counts[1] = len(ratios) - counts[0] - counts[2]

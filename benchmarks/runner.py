@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,56 +12,33 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from benchmarks import work
+from benchmarks import clock, work
 from benchmarks.cases import Case
 from benchmarks.check import Reference, results
+from benchmarks.clock import HostClock
+from benchmarks.fresh import FreshProcess
 from benchmarks.limits import Limit, Limits, limit
 from benchmarks.peers import FastNN, Peer
+from benchmarks.samples import UNSTABLE, Samples
 
 # A block of calls is timed as one, long enough that the clock's own cost does not count.
 BLOCK_SECONDS = 2e-3
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
-# A row whose ratio spreads wider than this (interquartile range over median) is marked unstable.
-UNSTABLE = 0.10
+# For each pass.
+MIN_ROUNDS, MAX_ROUNDS = 3, 100
 # Overhead is measured for calls that are shorter than this, of which it may be a good part.
 SHORT_SECONDS = 200e-6
-# A row that is bound by bandwidth is also timed with its data out of the caches, once per round, for this share of its time.
+# A row that is bound by bandwidth is also timed with its data out of the caches, for this share of its first pass.
 COLD_SHARE = 0.3
-FLUSH_BYTES = 128 << 20
-
-
-@dataclass
-class Timing:
-    """Seconds per call of one implementation, over `n` blocks."""
-
-    median: float
-    q1: float
-    q3: float
-    least: float
-    n: int
-
-
-@dataclass
-class Ratio:
-    """A peer's time over fastnn's: the median, over rounds, of the ratio within a round."""
-
-    median: float
-    q1: float
-    q3: float
-
-    @property
-    def unstable(self) -> bool:
-        return (self.q3 - self.q1) > UNSTABLE * self.median
 
 
 @dataclass
 class Row:
     """What came of one case.
 
-    `status` is "ok", "failed" (wrong answer: no time is taken) or "error" (an exception). `timings` and `ratios` are by
-    peer; a peer that took no part stands in `peer_notes` with the reason. `torch_reason` says why the call went to
-    torch's own op, if it did. `limit` is the least time that the machine could need; `cold` are ratios and `cold_seconds`
-    times with the data out of the caches; `overhead` is the time of the same call on next to no data.
+    `status` is "ok", "failed" (wrong answer: no time is taken) or "error" (an exception). A peer that took no part stands in
+    `peer_notes` with the reason. `torch_reason` says why the call went to torch's own op, if it did. `limit` is the least time
+    that the machine could need; `cold` are times with the data out of the caches, `graph` times of replayed CUDA graphs;
+    `overhead` is the time of the same call on next to no data.
     """
 
     case: Case
@@ -72,69 +50,26 @@ class Row:
     flops: float | None = None
     bytes: float | None = None
     limit: Limit | None = None
-    samples: dict[str, list[float]] = field(default_factory=dict, repr=False)
-    cold_samples: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    warm: Samples = field(default_factory=Samples)
+    cold: Samples = field(default_factory=Samples)
+    graph: Samples = field(default_factory=Samples)
     overhead: dict[str, float] = field(default_factory=dict)
     peer_notes: dict[str, str] = field(default_factory=dict)
-    # How many times it was measured: an unstable row is measured again, and all its rounds count.
+    # In how many passes it was measured.
     runs: int = 1
 
-    @property
-    def timings(self) -> dict[str, Timing]:
-        return _timings(self.samples)
-
-    @property
-    def ratios(self) -> dict[str, Ratio]:
-        return _ratios(self.samples)
-
-    @property
-    def cold_seconds(self) -> dict[str, Timing]:
-        return _timings(self.cold_samples)
-
-    @property
-    def cold(self) -> dict[str, Ratio]:
-        return _ratios(self.cold_samples)
+    def add(self, times: dict[str, list[float]]) -> None:
+        """Take another pass in; an empty one is none."""
+        if times:
+            self.warm.add(times)
+            self.runs += 1
 
     @property
     def share_of_limit(self) -> float | None:
         """The limit's time over fastnn's: 1 is as fast as the machine can be."""
-        if self.limit is None or not self.samples:
+        if self.limit is None or self.warm.ours is None:
             return None
-        return self.limit.seconds / float(np.median(next(iter(self.samples.values()))))
-
-    @property
-    def unstable(self) -> bool:
-        return any(r.unstable for r in self.ratios.values())
-
-    def add(self, again: Row) -> None:
-        """Take the rounds of another measurement of the same case in, if the same peers took part."""
-        for mine, other in ((self.samples, again.samples), (self.cold_samples, again.cold_samples)):
-            if mine.keys() == other.keys():
-                for name, times in other.items():
-                    mine[name] = [*mine[name], *times]
-        self.runs += again.runs
-
-
-def _timings(samples: dict[str, list[float]]) -> dict[str, Timing]:
-    made = {}
-    for name, times in samples.items():
-        q1, median, q3 = np.percentile(times, (25, 50, 75)).tolist()
-        made[name] = Timing(median, q1, q3, min(times), len(times))
-    return made
-
-
-def _ratios(samples: dict[str, list[float]]) -> dict[str, Ratio]:
-    """Of each peer but the first over the first, within each round."""
-    if not samples:
-        return {}
-    ours, *others = samples
-    made = {}
-    for name in others:
-        n = min(len(samples[ours]), len(samples[name]))
-        quotients = np.array(samples[name][:n]) / np.array(samples[ours][:n])
-        q1, median, q3 = np.percentile(quotients, (25, 50, 75)).tolist()
-        made[name] = Ratio(median, q1, q3)
-    return made
+        return self.limit.seconds / self.warm.ours.median
 
 
 def in_a_line(error: Exception) -> str:
@@ -150,11 +85,12 @@ def run_case(
     limits: Limits | None = None,
     slow: bool = True,
 ) -> Row:
-    """Check and time one case, the first of `peers` against the others, in about `seconds` of measurement.
+    """Check one case and time it a first time, the first of `peers` against the others, in about `seconds` of measurement.
 
     Without `slow`, the peers that take seconds to prepare have no part.
     """
     row = Row(case)
+    timer = clock.clock(case.device)
     reference = Reference(case)
     row.stock_error = reference.worst_stock
     ready: dict[str, Ready] = {}
@@ -187,14 +123,33 @@ def run_case(
     if limits is not None and row.bytes is not None:
         row.limit = limit(limits, case.dtype, row.flops or 0.0, row.bytes)
     # Beyond the caches every call is cold.
-    cold = row.limit is not None and row.limit.bandwidth and row.bytes < FLUSH_BYTES / 2
+    cold = row.limit is not None and row.limit.bandwidth and row.bytes < clock.SWEEP_BYTES[case.device] / 2
     start = time.perf_counter()
-    row.samples = _interleave(ready, start + seconds * (1 - COLD_SHARE if cold else 1))
+    row.warm.add(_interleave(ready, start + seconds * (1 - COLD_SHARE if cold else 1), timer))
     if cold:
-        row.cold_samples = _interleave_cold(ready, start + seconds)
-    if np.median(row.samples[peers[0].name]) < SHORT_SECONDS:
+        row.cold.add(_interleave_cold(ready, start + seconds, timer))
+    if case.device == "cuda":
+        replays = _captured({p.name: ready[p.name] for p in peers if p.name in ready and not p.slow})
+        if peers[0].name in replays:
+            row.graph.add(_interleave(replays, time.perf_counter() + seconds, timer))
+    if row.warm.ours.median < SHORT_SECONDS:
         row.overhead = _overhead(case, [p for p in peers if p.name in ready and not p.slow])
     return row
+
+
+def measure(case: Case, peers: list[Peer], known: dict[str, float], seconds: float) -> dict[str, list[float]]:
+    """Time a case that was checked before. `known` is about how long each peer's call takes."""
+    ready = {}
+    for peer in peers:
+        with peer.settings():
+            function, tensors = peer.bind(case)
+            output = upstream = None
+            if case.backward:
+                with torch.no_grad():
+                    output = function(*tensors)
+                upstream = torch.randn_like(output)
+            ready[peer.name] = Ready(_timed(function, tensors, case, output, upstream), peer.settings)
+    return _interleave(ready, time.perf_counter() + seconds, clock.clock(case.device), known)
 
 
 @dataclass
@@ -229,6 +184,15 @@ def _timed(function, tensors, case: Case, output: torch.Tensor, upstream: torch.
     return lambda: torch.autograd.grad(made, wanted, upstream, retain_graph=True)
 
 
+def _captured(ready: dict[str, Ready]) -> dict[str, Ready]:
+    """The calls as CUDA graphs; those that cannot be captured are left out."""
+    replays = {}
+    for name, one in ready.items():
+        with contextlib.suppress(Exception), one.settings():
+            replays[name] = Ready(clock.captured(one.call))
+    return replays
+
+
 def _overhead(case: Case, peers: list[Peer]) -> dict[str, float]:
     """Seconds per call on next to no data."""
     least = case.least()
@@ -243,45 +207,46 @@ def _overhead(case: Case, peers: list[Peer]) -> dict[str, float]:
             ready[peer.name] = Ready(_timed(function, tensors, case, output, upstream), peer.settings)
         except Exception:
             continue
-    samples = _interleave(ready, time.perf_counter() + 0.05)
+    samples = _interleave(ready, time.perf_counter() + 0.05, clock.clock(case.device))
     return {name: float(np.median(times)) for name, times in samples.items()}
 
 
-def _interleave(ready: dict[str, Ready], deadline: float) -> dict[str, list[float]]:
-    """Seconds per call of each, from blocks in turn (A B C, B C A, ...) until `deadline`."""
+def _interleave(
+    ready: dict[str, Ready], deadline: float, timer: HostClock, known: dict[str, float] | None = None
+) -> dict[str, list[float]]:
+    """Seconds per call of each, from blocks in turn (A B C, B C A, ...) until `deadline`.
+
+    `known` is about how long a call of each takes, if that is known.
+    """
     names = list(ready)
     blocks = {}
     for name, one in ready.items():
         with one.settings():
             one.call()
-            start = time.perf_counter()
-            one.call()
-            once = time.perf_counter() - start
+            once = known[name] if known else timer.seconds(one.call, 1)
         blocks[name] = max(1, round(BLOCK_SECONDS / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in names}
+    # Calls of their own that fill a block are warm by now; blocks of many have a round to warm up.
+    first = 0 if set(blocks.values()) == {1} else -1
     with _no_garbage_collection():
-        # The first round is warm-up.
-        for number in range(MAX_ROUNDS + 1):
-            if number > MIN_ROUNDS and time.perf_counter() > deadline:
+        for number in range(first, MAX_ROUNDS):
+            if number >= MIN_ROUNDS and time.perf_counter() > deadline:
                 break
             for i in range(len(names)):
                 name = names[(i + number) % len(names)]
                 call, count = ready[name].call, blocks[name]
                 with ready[name].settings():
-                    start = time.perf_counter()
-                    for _ in range(count):
-                        call()
-                    elapsed = (time.perf_counter() - start) / count
-                if number:
+                    elapsed = timer.seconds(call, count)
+                if number >= 0:
                     samples[name].append(elapsed)
     return samples
 
 
-def _interleave_cold(ready: dict[str, Ready], deadline: float) -> dict[str, list[float]]:
+def _interleave_cold(ready: dict[str, Ready], deadline: float, timer: HostClock) -> dict[str, list[float]]:
     """Seconds of single calls in turn, each after a sweep through memory that leaves nothing of its data in the caches."""
     names = list(ready)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    sweep = torch.empty(FLUSH_BYTES, dtype=torch.uint8)
+    sweep = timer.sweeper()
     with _no_garbage_collection():
         for number in range(MAX_ROUNDS):
             if number >= MIN_ROUNDS and time.perf_counter() > deadline:
@@ -289,10 +254,8 @@ def _interleave_cold(ready: dict[str, Ready], deadline: float) -> dict[str, list
             for i in range(len(names)):
                 name = names[(i + number) % len(names)]
                 with ready[name].settings():
-                    sweep.add_(1)
-                    start = time.perf_counter()
-                    ready[name].call()
-                    samples[name].append(time.perf_counter() - start)
+                    sweep()
+                    samples[name].append(timer.seconds(ready[name].call, 1))
     return samples
 
 
@@ -315,53 +278,65 @@ def run_cases(
     on_row: Callable[[Row], None],
     limits: Limits | None = None,
     slow: Callable[[Case], bool] = lambda case: True,
-    on_again: Callable[[Row], None] = lambda row: None,
+    on_again: Callable[[Row, int], None] = lambda row, number: None,
 ) -> None:
-    """Run the cases in order, then those again that came out unstable.
+    """Run the cases in order, in `PASSES` passes, then those again that came out unstable.
 
-    Each takes at most `row_seconds` of measurement and all together at most `budget` seconds. A case takes longer only if its
-    few unavoidable calls do. Cases that the budget leaves no time for are not run. ``slow(case)`` says whether slow peers take
-    part. ``on_row(row)`` is called after each case, ``on_again(row)`` after each repetition.
+    Passes spread each row's measurement over the run, since what else a machine does changes within seconds, and over
+    processes (see `fresh`). The first checks the results, and is the only one with slow peers. Each case takes at most `row_seconds` of measurement in all
+    passes, and all cases together at most `budget` seconds; what is under way when they end is finished. Cases that the
+    budget leaves no time for are not run. ``slow(case)`` says whether slow peers take part. ``on_row(row)`` is called after
+    each case's first pass, ``on_again(row, number)`` after pass `number`; passes beyond `PASSES` have the unstable rows only.
     """
-    end = None if budget is None else time.perf_counter() + budget
-    # Some time is kept for the unstable rows.
-    first_end = None if budget is None else time.perf_counter() + budget * (1 - AGAIN_SHARE)
-    rows = []
-    # Seconds that the rows so far took beside their measurement: the check above all.
+    clock_now = time.perf_counter
+    slow_names = {p.name for p in peers if p.slow}
+    end = math.inf if budget is None else clock_now() + budget
+    rows: list[Row] = []
+    # Seconds that each visit took beside its measurement: the check above all.
     beside = 0.0
     for position, case in enumerate(cases):
-        seconds = row_seconds
-        start = time.perf_counter()
-        if first_end is not None:
-            left = first_end - start
-            if left <= 0:
-                break
-            seconds = min(row_seconds, left / (len(cases) - position) - beside / max(1, position))
-            seconds = max(seconds, LEAST_SECONDS)
+        start = clock_now()
+        if start >= end:
+            break
+        # A later pass has no check, but calls that cannot be fewer: about half of what this one takes beside.
+        unavoidable = beside / max(1, position) * (PASSES + 1) / 2
+        share = (end - start) / (len(cases) - position) - unavoidable
+        seconds = max(LEAST_SECONDS, min(row_seconds, share) / PASSES)
         try:
             row = run_case(case, peers, seconds, limits=limits, slow=slow(case))
         except Exception as error:
             row = Row(case, "error", in_a_line(error))
-        beside += max(0.0, time.perf_counter() - start - seconds)
+        beside += max(0.0, clock_now() - start - seconds)
         rows.append(row)
         on_row(row)
-    # The widest spread first.
-    unstable = sorted((r for r in rows if r.unstable), key=_spread, reverse=True)
-    for _ in range(AGAIN):
-        for row in unstable:
-            if end is not None and time.perf_counter() >= end:
-                return
-            if row.unstable:
-                with contextlib.suppress(Exception):
-                    row.add(run_case(row.case, peers, row_seconds, limits=limits, slow=slow(row.case)))
-                on_again(row)
+    todo = [r for r in rows if r.warm.by_peer]
+    for number in range(2, PASSES + AGAIN + 1):
+        if number > PASSES:
+            todo = sorted((r for r in todo if _spread(r, peers) > UNSTABLE), key=lambda r: -_spread(r, peers))
+        if not todo or clock_now() >= end:
+            return
+        beside = 0.0
+        with FreshProcess([p for p in peers if not p.slow]) as process:
+            for position, row in enumerate(todo):
+                start = clock_now()
+                if start >= end:
+                    return
+                visits = len(todo) * max(1, PASSES - number + 1) - position
+                share = (end - start) / visits - beside / max(1, position)
+                seconds = max(LEAST_SECONDS, min(row_seconds / PASSES, share))
+                known = {name: t.median for name, t in row.warm.timings.items() if name not in slow_names}
+                row.add(process.measure(row.case, known, seconds))
+                beside += max(0.0, clock_now() - start - seconds)
+                on_again(row, number)
 
 
-# Below this a row's median would be of too few rounds to be worth its check.
-LEAST_SECONDS = 0.2
-# How many times an unstable row is measured again, and the share of the time that is kept for that.
-AGAIN, AGAIN_SHARE = 2, 0.1
+# How often each case is measured, and how often then those that are unstable.
+PASSES, AGAIN = 3, 5
+# Below this a pass would be of too few rounds.
+LEAST_SECONDS = 0.1
 
 
-def _spread(row: Row) -> float:
-    return max((r.q3 - r.q1) / r.median for r in row.ratios.values())
+def _spread(row: Row, peers: list[Peer]) -> float:
+    """The widest relative spread of the ratios over the rivals that are measured in all passes."""
+    ratios = row.warm.ratios
+    return max((ratios[p.name].spread for p in peers if p.name in ratios and not p.slow), default=0.0)

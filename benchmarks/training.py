@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.runner import Ratio
+from benchmarks.samples import Ratio
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NETS = ("mnist_mlp", "cifar_cnn", "transformer_text", "vgg_start")

@@ -1,5 +1,6 @@
 """The benchmark suite: what it checks, what it writes, and what it does when something goes wrong."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from benchmarks import (
     cases,
     check,
     compare,
+    fresh,
     limits,
     markdown,
     memory,
@@ -31,6 +33,7 @@ from benchmarks import (
     work,
 )
 from benchmarks.cases import Case, Input, Workload
+from fastnn.ops import _declare
 
 RESULTS = Path(cases.__file__).parent / "results"
 LINEAR = Workload(
@@ -76,9 +79,10 @@ class Crashing(peers.Peer):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Rows of five rounds."""
+    """One pass of few rounds."""
     monkeypatch.setitem(cli.BUDGETS, "default", (2.0, None, 0.0))
     monkeypatch.setattr(runner, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "PASSES", 1)
     monkeypatch.setattr(runner, "AGAIN", 0)
     monkeypatch.setattr(limits, "measure", lambda: LIMITS)
 
@@ -104,6 +108,8 @@ def arguments(**given):
         "input": [],
         "out": None,
         "threads": None,
+        "device": "cpu",
+        "prefer_kernels": False,
     }
     return Namespace(**{**defaults, **given})
 
@@ -153,8 +159,8 @@ def test_wrong_answer_fails(case):
     row = runner.run_case(case, [Wrong(), peers.Eager()], seconds=0)
     assert row.status == "failed"
     assert "output: largest error" in row.note or case.dtype == "bf16"
-    assert not row.timings
-    assert not row.ratios
+    assert not row.warm.timings
+    assert not row.warm.ratios
 
 
 def test_failed_row_is_shown(tmp_path, quick):
@@ -231,44 +237,120 @@ def test_interrupt_leaves_a_partial_result(tmp_path, quick, monkeypatch):
     assert (tmp_path / "speedup.png").exists()
 
 
-def test_budget_is_kept(monkeypatch):
-    now = 0.0
+class Clock:
+    """Stands in for the clock and for the measurement: each takes as long as it is given, and `beside` more."""
 
-    def measured(case, peers, seconds, **given):
-        nonlocal now
-        now += 1.0
-        return runner.Row(case)
+    def __init__(self, monkeypatch, beside=0.0, spread=lambda case, number: 0.0):
+        self.now, self.beside, self.spread = 0.0, beside, spread
+        self.made: list[tuple[Case, float]] = []
+        self.processes = 0
+        monkeypatch.setattr(runner.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(runner, "run_case", self.first)
+        monkeypatch.setattr(runner, "FreshProcess", self.process)
 
-    monkeypatch.setattr(runner.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(runner, "run_case", measured)
+    def first(self, case, peers, seconds, **given):
+        row = runner.Row(case)
+        row.warm.add(self.measure(case, None, seconds))
+        return row
+
+    @contextlib.contextmanager
+    def process(self, peers):
+        self.processes += 1
+        yield self
+
+    def measure(self, case, known, seconds):
+        self.made.append((case, seconds))
+        self.now += seconds + self.beside
+        spread = self.spread(case, sum(c is case for c, _ in self.made))
+        times = [1.0 + spread * (i % 2) for i in range(16)]
+        return {"fastnn": [1.0] * len(times), "eager": times}
+
+
+def run_rows(chosen, **given):
     rows = []
-    # A tenth is kept for unstable rows: the fourth row begins before 3.6 s, and a fifth would not.
-    runner.run_cases(SMALL, [], budget=4.0, row_seconds=1.0, on_row=rows.append)
+    runner.run_cases(chosen, [peers.FastNN(), peers.Eager()], on_row=rows.append, **given)
+    return rows
+
+
+def test_passes(monkeypatch):
+    clock = Clock(monkeypatch)
+    rows = run_rows(SMALL, budget=None, row_seconds=2.0)
+    # Each pass has all cases before the next begins.
+    assert [case for case, _ in clock.made] == list(SMALL) * runner.PASSES
+    assert {seconds for _, seconds in clock.made} == {2.0 / runner.PASSES}
+    assert clock.processes == runner.PASSES - 1
+    for row in rows:
+        assert row.runs == runner.PASSES
+        assert row.warm.timings["eager"].n == 16 * runner.PASSES
+
+
+def test_budget_is_shared(monkeypatch):
+    # Half of what each row would like, with a check that takes time as well.
+    clock = Clock(monkeypatch, beside=0.05)
+    budget = len(SMALL) * 1.0
+    rows = run_rows(SMALL, budget=budget, row_seconds=2.0)
+    assert [r.runs for r in rows] == [runner.PASSES] * len(SMALL)
+    assert 0.9 * budget <= clock.now <= budget + 0.3
+
+
+def test_budget_that_is_too_small(monkeypatch):
+    clock = Clock(monkeypatch, beside=0.9)
+    rows = run_rows(SMALL, budget=4.0, row_seconds=1.0)
+    # A second each: the fourth begins before the end, and a fifth would not.
+    assert [seconds for _, seconds in clock.made[1:]] == [runner.LEAST_SECONDS] * 3
     assert len(rows) == 4
-    assert now == 4.0
-    runner.run_cases(SMALL, [], budget=None, row_seconds=1.0, on_row=rows.append)
-    assert len(rows) == 4 + len(SMALL)
 
 
 def test_unstable_row_is_measured_again(monkeypatch):
-    made = []
+    # The first case spreads by half until the sixth pass, all others not at all.
+    clock = Clock(monkeypatch, spread=lambda case, number: 0.5 if case is SMALL[0] and number < 7 else 0.0)
+    rows = run_rows(SMALL[:2], budget=None, row_seconds=1.0)
+    assert rows[0].runs == runner.PASSES + runner.AGAIN
+    assert rows[1].runs == runner.PASSES
+    assert clock.made[-1][0] is SMALL[0]
+    assert rows[0].warm.ratios["eager"].unstable
+    assert not rows[1].warm.ratios["eager"].unstable
 
-    def measured(case, peers, seconds, **given):
-        made.append(case)
-        # The first measurement of the first case spreads by half, all others not at all.
-        spread = 0.5 if len(made) == 1 else 0.0
-        times = [1.0 + spread * (i % 2) for i in range(8 if spread else 32)]
-        return runner.Row(case, samples={"fastnn": [1.0] * len(times), "eager": times})
 
-    monkeypatch.setattr(runner, "run_case", measured)
-    again = []
+def test_prefer_kernels(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    _, found, _ = run(tmp_path, SMALL[:1], prefer_kernels=True)
+    assert found["settings"]["prefer_kernels"] is True
+    assert _declare.prefer_kernels is True
+
+
+def test_fresh_process():
+    """Later passes: in another process, without the slow rivals, on every kind of case."""
+    who = [peers.FastNN(), peers.Eager(), peers.OpenVINO()]
+    mine = modules.cases(f"{__file__}:build", ["2x8"])
     rows = []
-    runner.run_cases(SMALL[:2], [], budget=None, row_seconds=1.0, on_row=rows.append, on_again=again.append)
-    assert [r.case for r in again] == [SMALL[0]]
-    assert rows[0].runs == 2
-    assert rows[0].timings["eager"].n > 8
-    assert not rows[0].unstable
-    assert rows[1].runs == 1
+    runner.run_cases(
+        [*SMALL[:3], *mine], who, budget=None, row_seconds=0.0, on_row=rows.append, slow=lambda case: False
+    )
+    assert len(mine) > 2
+    for row in rows:
+        assert row.status == "ok"
+        assert row.runs >= runner.PASSES, row.case.id
+        assert row.warm.timings["eager"].n >= runner.PASSES * runner.MIN_ROUNDS
+        assert "openvino" not in row.warm.by_peer
+
+
+def build():
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+
+def test_process_that_dies():
+    with fresh.FreshProcess([peers.FastNN(), peers.Eager()]) as process:
+        known = {"fastnn": 1e-5, "eager": 1e-5}
+        found = process.measure(SMALL[0], known, 0.01)
+        assert found.keys() == known.keys()
+        assert min(map(len, found.values())) >= runner.MIN_ROUNDS
+        # A case that cannot be measured costs its own pass only.
+        assert process.measure(Case(LINEAR, "int3", "nchw", "forward"), known, 0.01) == {}
+        assert process.measure(SMALL[0], known, 0.01).keys() == known.keys()
+        process._process.kill()
+        process._process.join()
+        assert process.measure(SMALL[0], known, 0.01) == {}
 
 
 def test_folder_that_cannot_be_written(tmp_path, quick):
@@ -449,6 +531,8 @@ def test_least_call_runs(load, direction):
 
 
 def test_backward_alone_is_timed_without_forward(monkeypatch):
+    # However busy the machine is, the call is short enough for its overhead to be measured.
+    monkeypatch.setattr(runner, "SHORT_SECONDS", math.inf)
     case = Case(LINEAR, "fp32", "nchw", "backward")
     calls = []
 
@@ -591,7 +675,7 @@ def test_own_module_that_converts_wrongly_fails(tmp_path):
         whole.modules["fastnn"][0].weight[0, 0, 0, 0] += 0.5
     row = runner.run_case(whole, FAST, seconds=0)
     assert row.status == "failed"
-    assert not row.timings
+    assert not row.warm.timings
 
 
 @pytest.mark.parametrize(

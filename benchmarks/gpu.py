@@ -1,0 +1,136 @@
+"""Everything that a machine with a GPU is for, in one command without a network: ``python3 -m benchmarks.gpu``.
+
+It builds the library with this Python and the torch and nvcc that are here, runs the tests marked ``gpu``, then the suite on the
+families that have CUDA kernels, and writes ``gpu.json`` and ``report.txt``. Each step that is done, or cut off by the time, leaves
+its result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Share of the time that the build and the tests may take at most; the suite has the rest.
+BUILD_SHARE, TESTS_SHARE = 0.4, 0.3
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench-results/gpu-<date and time>")
+    args = parser.parse_args(argv)
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    out = (args.out or ROOT / "bench-results" / f"gpu-{stamp}").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + args.minutes * 60
+    report = Report(out)
+    built = report.step("build", build_commands(), args.minutes * 60 * BUILD_SHARE)
+    if not built:
+        print(report.text())
+        return 1
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    tested = report.step("tests", [tests], args.minutes * 60 * TESTS_SHARE)
+    suite = [sys.executable, "-m", "benchmarks", "run", "--device", "cuda", "--prefer-kernels"]
+    for family in families():
+        suite += ["--family", family]
+    # The suite ends by itself with a valid partial result when it is interrupted.
+    measured = report.step("suite", [[*suite, "--out", str(out / "suite")]], end - time.monotonic() - 10)
+    report.save()
+    print(report.text())
+    print(f"All of it is in {out}/gpu.json, this text in {out}/report.txt")
+    return 0 if tested and measured else 1
+
+
+def build_commands() -> list[list[str]]:
+    """Configure and build in a folder of their own; the library lands in the source tree."""
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure = ["cmake", "-S", ".", "-B", "build-gpu", *generator, "-DFASTNN_CUDA=ON"]
+    configure.append(f"-DPython3_EXECUTABLE={sys.executable}")
+    return [configure, ["cmake", "--build", "build-gpu", "-j", str(os.cpu_count() or 1)]]
+
+
+def families() -> list[str]:
+    """The families that have CUDA kernels, asked in a process of its own, since only now there is a library."""
+    code = (
+        "from fastnn.ops._declare import OPS; "
+        "print(*dict.fromkeys(o.unsupported.__module__.rpartition('.')[2] for o in OPS.values() if o.on_gpus))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+class Report:
+    """What each step did. It is written after every one."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.steps: dict[str, dict] = {}
+
+    def step(self, name: str, commands: list[list[str]], seconds: float) -> bool:
+        """Run commands one after another, interrupt what is over the time, keep the output; whether all went well."""
+        print(f"{name} ...", flush=True)
+        start = time.monotonic()
+        status, texts = "ok", []
+        for command in commands:
+            left = max(1.0, seconds - (time.monotonic() - start))
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            try:
+                text, _ = process.communicate(timeout=left)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                try:
+                    text, _ = process.communicate(timeout=20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    text, _ = process.communicate()
+                status = f"out of time ({seconds:.0f} s)"
+            texts.append(text)
+            if status == "ok" and process.returncode:
+                status = f"exit status {process.returncode}"
+            if status != "ok":
+                break
+        output = "\n".join(texts)
+        self.steps[name] = {"status": status, "seconds": round(time.monotonic() - start, 1), "output": output}
+        self.save()
+        return status == "ok"
+
+    def as_json(self) -> dict:
+        suite = self.out / "suite" / "results.json"
+        found = self.steps.get("tests", {}).get("output", "")
+        counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", found)}
+        return {
+            "schema": "fastnn-gpu",
+            "version": 1,
+            "steps": {name: {**step, "output": step["output"][-20000:]} for name, step in self.steps.items()},
+            "tests": counts,
+            "suite": json.loads(suite.read_text(encoding="utf-8")) if suite.is_file() else None,
+        }
+
+    def text(self) -> str:
+        lines = []
+        for name, step in self.steps.items():
+            lines.append(f"== {name}: {step['status']}, {step['seconds']} s")
+            # Of a build that went well nobody wants to read.
+            if name != "build" or step["status"] != "ok":
+                lines.append(step["output"][-12000:])
+        return "\n".join(lines)
+
+    def save(self) -> None:
+        (self.out / "gpu.json").write_text(json.dumps(self.as_json(), indent=1), encoding="utf-8")
+        (self.out / "report.txt").write_text(self.text(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

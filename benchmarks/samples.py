@@ -1,0 +1,79 @@
+"""Times of calls that took turns, and what is said of them: medians, ratios, spread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# A ratio that spreads wider than this (interquartile range over median) is marked unstable.
+UNSTABLE = 0.10
+
+
+@dataclass
+class Timing:
+    """Seconds per call of one implementation, over `n` blocks."""
+
+    median: float
+    q1: float
+    q3: float
+    least: float
+    n: int
+
+
+@dataclass
+class Ratio:
+    """A peer's time over fastnn's: the median, over rounds, of the ratio within a round."""
+
+    median: float
+    q1: float
+    q3: float
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range over the median."""
+        return (self.q3 - self.q1) / self.median
+
+    @property
+    def unstable(self) -> bool:
+        return self.spread > UNSTABLE
+
+
+@dataclass
+class Samples:
+    """Seconds per call. `by_peer`: of each peer, the subject first; `rounds`: of each rival, beside the subject's in a round."""
+
+    by_peer: dict[str, list[float]] = field(default_factory=dict)
+    rounds: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def add(self, times: dict[str, list[float]]) -> None:
+        """Take another measurement in, of the same subject and of the same or fewer rivals."""
+        if not times:
+            return
+        ours, *rivals = times
+        for name, seconds in times.items():
+            self.by_peer.setdefault(name, []).extend(seconds)
+        for name in rivals:
+            self.rounds.setdefault(name, []).extend(zip(times[name], times[ours], strict=True))
+
+    @property
+    def timings(self) -> dict[str, Timing]:
+        made = {}
+        for name, times in self.by_peer.items():
+            q1, median, q3 = np.percentile(times, (25, 50, 75)).tolist()
+            made[name] = Timing(median, q1, q3, min(times), len(times))
+        return made
+
+    @property
+    def ours(self) -> Timing | None:
+        """The subject's timing."""
+        return next(iter(self.timings.values()), None)
+
+    @property
+    def ratios(self) -> dict[str, Ratio]:
+        made = {}
+        for name, pairs in self.rounds.items():
+            theirs, ours = np.array(pairs).T
+            q1, median, q3 = np.percentile(theirs / ours, (25, 50, 75)).tolist()
+            made[name] = Ratio(median, q1, q3)
+        return made

@@ -1,0 +1,151 @@
+"""The benchmark suite on a GPU, as far as it goes without one: stand-ins take the place of the device's events and graphs."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as cli
+from benchmarks import cases, check, clock, gpu, limits, peers, runner
+from benchmarks.cases import Case, Input, Workload
+
+LINEAR = Workload(
+    "linear", "linear_relu", "a test", (Input((2, 4, 8)), Input((3, 8), "weight"), Input((3,), "bias"))
+)
+CONV = Workload("conv", "conv2d_relu", "a test", (Input((2, 3, 9, 9)), Input((4, 3, 3, 3), "weight")))
+FAST = [peers.FastNN(), peers.Eager(), peers.EagerChannelsLast()]
+
+
+class Event:
+    """Stands in for a CUDA event: the host's clock, in milliseconds."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.at = None
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        assert self.at is not None
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+def test_events_time_a_block(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    calls = []
+    timer = clock.CudaClock()
+    seconds = timer.seconds(lambda: calls.append(time.sleep(0.002)), 5)
+    assert len(calls) == 5
+    assert 0.002 <= seconds < 0.1
+
+
+def test_row_on_a_gpu(monkeypatch):
+    """The protocol of a row on a GPU, with the host in its place: cold calls and replayed graphs beside the warm ones."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(clock, "SWEEP_BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
+    monkeypatch.setattr(clock.CudaClock, "sweeper", lambda self: lambda: None)
+    replays = []
+
+    def captured(call):
+        if len(replays) == 2:
+            raise RuntimeError("this cannot be captured")
+        replays.append(call)
+        return call
+
+    monkeypatch.setattr(clock, "captured", captured)
+    monkeypatch.setattr(
+        cases.Case, "tensors", lambda self, made=Case.tensors: made(replace(self, device="cpu"))
+    )
+    monkeypatch.setattr(
+        check, "_upstream", lambda case, f, t, make=check._upstream: make(replace(case, device="cpu"), f, t)
+    )
+    bound = limits.Limits(1, {"fp32": (1e15, "x")}, (limits.Level("memory", 1 << 62, 1e9, 1e9),))
+    case = Case(CONV, "fp32", "nchw", "forward+backward", "cuda")
+    assert case.id.endswith("/cuda")
+    row = runner.run_case(case, FAST, seconds=0, limits=bound)
+    assert row.status == "ok"
+    n = runner.MIN_ROUNDS
+    assert {name: t.n for name, t in row.warm.timings.items()} == dict.fromkeys(
+        ("fastnn", "eager", "channels_last"), n
+    )
+    assert row.cold.timings.keys() == row.warm.timings.keys()
+    assert row.graph.timings.keys() == {"fastnn", "eager"}
+    assert set(row.graph.ratios) == {"eager"}
+
+
+def test_device_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["run", "--device", "cuda"]) == 2
+    assert "finds no CUDA device" in capsys.readouterr().out
+    assert cli.main(["list", "--device", "cuda", "--family", "pool", "--filter", "vgg"]) == 0
+    assert all("/cuda " in line for line in capsys.readouterr().out.splitlines())
+
+
+def test_rivals_by_device():
+    on = {d: {p.name for p in peers.select_peers(device=d)} for d in ("cpu", "cuda")}
+    assert {"eager", "channels_last", "compile", "compile-max"} <= on["cpu"] & on["cuda"]
+    assert on["cpu"] - on["cuda"] == {"reduced", "onnxruntime", "openvino"}
+    expected = {
+        "tf32",
+        "cudnn-benchmark",
+        "cublaslt",
+        "flash-attn",
+        "sdpa-flash",
+        "sdpa-efficient",
+        "sdpa-cudnn",
+    }
+    assert on["cuda"] - on["cpu"] == expected
+
+
+@pytest.mark.parametrize("load", cases.WORKLOADS, ids=lambda w: w.shape.replace(" ", ","))
+def test_rivals_on_a_gpu_take_what_they_are_for(load):
+    for direction in cases.USUAL:
+        case = Case(load, "bf16", "nchw", direction, "cuda")
+        taking = {p.name for p in peers.select_peers(device="cuda") if p.why_not(case) is None}
+        assert ("cudnn-benchmark" in taking) == (load.family == "conv" and load.images)
+        assert ("sdpa-flash" in taking) == (load.family == "attention")
+        assert ("cublaslt" in taking) == (load.op == "linear_relu" and direction == "forward")
+        assert "tf32" not in taking
+
+
+def test_cublaslt_gives_the_layer():
+    case = Case(LINEAR, "fp32", "nchw", "forward")
+    function, tensors = peers.CublasLt().bind(case)
+    assert check.Reference(case).disagreement(check.results(function, tensors, None)) is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
+    """The one command for a GPU machine, with the steps in its place that this machine can run."""
+    monkeypatch.setattr(
+        gpu, "build_commands", lambda: [[sys.executable, "-c", f"raise SystemExit({int(fails)})"]]
+    )
+    monkeypatch.setattr(gpu, "families", lambda: ["pool"])
+    status = gpu.main(["--out", str(tmp_path), "--minutes", "2"])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    if fails:
+        assert status == 1
+        assert found["steps"]["build"]["status"] == "exit status 1"
+        assert list(found["steps"]) == ["build"]
+        return
+    assert list(found["steps"]) == ["build", "tests", "suite"]
+    assert "build: ok" in (tmp_path / "report.txt").read_text()
+    if not torch.cuda.is_available():
+        assert status == 1
+        assert found["suite"] is None
+        assert "finds no CUDA device" in found["steps"]["suite"]["output"]
+        assert set(found["tests"]) == {"skipped"}
+
+
+def test_step_that_takes_too_long_is_interrupted(tmp_path):
+    report = gpu.Report(tmp_path)
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('a partial result', flush=True)"
+    assert not report.step("long", [[sys.executable, "-u", "-c", code]], seconds=3)
+    assert report.steps["long"]["status"] == "out of time (3 s)"
+    assert "a partial result" in report.steps["long"]["output"]
