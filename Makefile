@@ -10,14 +10,14 @@ JOBS ?= $(shell awk -v cores="$$(nproc)" '/MemAvailable/ {n = int($$2 / 2097152)
 SANITIZERS ?= address,undefined
 BENCH_ARGS := $(if $(QUICK),--quick) $(if $(FULL),--full)
 
-.PHONY: env build build-tests test test-wheel bench wheel lint format clean
+.PHONY: env build build-tests test test-wheel bench gpu wheel lint format clean
 
 # torch first and alone: its own pinned version decides which build of it pip takes.
 $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(TORCH)
 	$(PY) -m pip install -q -c constraints.txt cmake ninja pybind11 scikit-build-core setuptools wheel numpy rich \
-	  matplotlib jinja2 jsonschema scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes
+	  matplotlib jinja2 jsonschema scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes triton
 	touch $@
 
 env: $(VENV)/.installed
@@ -37,6 +37,7 @@ build-tests: env
 
 test: build build-tests
 	FASTNN_KERNELS=build-tests $(PY) -m pytest -n $(JOBS) tests
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_triton_interpreted.py
 	FASTNN_KERNELS=build-sanitize ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest tests/test_*_kernels.py
@@ -56,6 +57,10 @@ $(VENV)/.peers: $(VENV)/.installed
 bench: build $(VENV)/.peers
 	$(PY) -m benchmarks run $(BENCH_ARGS)
 
+# On a machine with a GPU: build, tests and suite, with the python3, torch and nvcc that are there and without a network.
+gpu:
+	python3 -m benchmarks.gpu $(GPU_ARGS)
+
 wheel: env
 	rm -f dist/fastnn-*.whl
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
@@ -71,4 +76,4 @@ format: env
 	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp benchmarks/native/*.cpp
 
 clean:
-	rm -rf build build-tests build-sanitize dist $(VENV)
+	rm -rf build build-gpu build-tests build-sanitize dist $(VENV)

@@ -1,4 +1,4 @@
-"""The kernels of pool, without torch, at every level this machine can run, under sanitizers too."""
+"""The kernels of pool, without torch, at every level this machine can run, under sanitizers too, and those for a GPU."""
 
 from __future__ import annotations
 
@@ -46,21 +46,25 @@ def back(a, channels_last):
 
 
 BOTH = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+# Channels that fill vectors, and that do not.
+SHAPES = pytest.mark.parametrize("shape", [(2, 19), (1, 16)], ids=str)
+LEVELS = pytest.mark.parametrize("level", [*kernels.levels(), "cuda"])
 EVERY = pytest.mark.parametrize("axes", AXES, ids=str)
 
 
 @EVERY
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", kernels.levels())
-def test_max(level, dtype, channels_last, axes):
+@SHAPES
+@LEVELS
+def test_max(level, shape, dtype, channels_last, axes):
     rows, columns = axes
-    n, c = 2, 19
+    n, c = shape
     rng = np.random.default_rng(rows[0] * columns[0])
     x64 = rng.standard_normal((n, c, rows[0], columns[0])).round(1).astype(DTYPES[dtype]).astype(np.float64)
     x64[0, 1] = np.nan
-    x64[1, 2, ::2, ::3] = np.nan
-    x64[1, 3] = -np.inf
+    x64[-1, 2, ::2, ::3] = np.nan
+    x64[-1, 3] = -np.inf
     best = np.empty((n, c, rows[1], columns[1]))
     tap, index = np.empty(best.shape, np.int64), np.empty(best.shape, np.int64)
     for i, j, u, v in np.ndindex(best.shape):
@@ -103,23 +107,24 @@ def test_max(level, dtype, channels_last, axes):
 @EVERY
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", kernels.levels())
-def test_avg(level, dtype, channels_last, axes):
+@SHAPES
+@LEVELS
+def test_avg(level, shape, dtype, channels_last, axes):
     rows, columns = axes
     if rows[5] != 1 or columns[5] != 1:
         rows, columns = (*rows[:5], 1), (*columns[:5], 1)
-    n, c = 2, 19
+    n, c = shape
     rng = np.random.default_rng(rows[0] * columns[0])
     kind = DTYPES[dtype]
-    shape = (n, c, rows[1], columns[1])
+    outputs = (n, c, rows[1], columns[1])
     x64, g64 = (
-        rng.standard_normal(s).astype(kind).astype(np.float64) for s in ((n, c, rows[0], columns[0]), shape)
+        rng.standard_normal(s).astype(kind).astype(np.float64) for s in ((n, c, rows[0], columns[0]), outputs)
     )
     x, g = (laid_out(a, channels_last).astype(kind) for a in (x64, g64))
     for count_include_pad, divisor in ((True, 0), (False, 0), (True, 3)):
-        y64, scale = np.empty(shape), np.empty(shape)
+        y64, scale = np.empty(outputs), np.empty(outputs)
         gx64, size = np.zeros(x64.shape), np.zeros(x64.shape)
-        for u, v in np.ndindex(shape[2:]):
+        for u, v in np.ndindex(outputs[2:]):
             over = divisor or extent(rows, u, count_include_pad) * extent(columns, v, count_include_pad)
             inside = np.ix_([p for p, _ in window(rows, u)], [p for p, _ in window(columns, v)])
             at = (slice(None), slice(None), *inside)

@@ -1,8 +1,16 @@
+#ifdef FASTNN_CUDA
+#define USE_CUDA
+#endif
 #include "ops/common.h"
 
 #include <array>
 #include <cstdlib>
 #include <sstream>
+
+#ifdef FASTNN_CUDA
+// A torch without CUDA lacks it, and loads this library all the same.
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
 
 namespace fastnn::ops {
 
@@ -37,6 +45,25 @@ DType dtype_of(const Tensor& t, const char* name) {
   }
   return DType::f32;
 }
+
+void check_device(const Tensor& t, const char* name) {
+#ifdef FASTNN_CUDA
+  FASTNN_CHECK(t.is_cpu() || t.is_cuda(), name, " must be on the CPU or on a CUDA device");
+#else
+  FASTNN_CHECK(t.is_cpu(), name, " must be on the CPU");
+#endif
+}
+
+bool same_device(const Tensor& a, const Tensor& b) { return a.device() == b.device(); }
+
+#ifdef FASTNN_CUDA
+cuda::Stream current_stream(const Tensor& t) {
+  FASTNN_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return stream;
+}
+#endif
 
 void check_like(const Tensor& first, const Tensor& other, const char* name) {
   FASTNN_CHECK(first.scalar_type() == other.scalar_type(), name, " must have the input's dtype (ScalarType ",
@@ -82,16 +109,19 @@ Tensor dense(const Tensor& t, MemoryFormat format) {
   return torch::stable::contiguous(t, format);
 }
 
-Tensor empty_strided(ScalarType dtype, const Sizes& sizes, const Sizes& strides) {
+namespace {
+
+Tensor empty_strided_on(int32_t device_type, int32_t device_index, ScalarType dtype, const Sizes& sizes,
+                        const Sizes& strides) {
   AtenTensorHandle made = nullptr;
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), code, aoti_torch_device_type_cpu(),
-                                                         0, &made));
+                                                         strides.data(), code, device_type, device_index,
+                                                         &made));
   return Tensor(made);
 }
 
-Tensor empty(ScalarType dtype, const Sizes& sizes, MemoryFormat format) {
+Sizes dense_strides(const Sizes& sizes, MemoryFormat format) {
   const size_t dims = sizes.size();
   Sizes strides(dims);
   int64_t stride = 1;
@@ -101,11 +131,27 @@ Tensor empty(ScalarType dtype, const Sizes& sizes, MemoryFormat format) {
     strides[d] = stride;
     stride *= sizes[d] > 0 ? sizes[d] : 1;
   }
-  return empty_strided(dtype, sizes, strides);
+  return strides;
+}
+
+}  // namespace
+
+Tensor empty_strided(ScalarType dtype, const Sizes& sizes, const Sizes& strides) {
+  return empty_strided_on(aoti_torch_device_type_cpu(), 0, dtype, sizes, strides);
+}
+
+Tensor empty(ScalarType dtype, const Sizes& sizes, MemoryFormat format) {
+  return empty_strided(dtype, sizes, dense_strides(sizes, format));
+}
+
+Tensor empty_like(const Tensor& like, ScalarType dtype, const Sizes& sizes, MemoryFormat format) {
+  const Sizes strides = dense_strides(sizes, format);
+  if (like.is_cpu()) return empty_strided(dtype, sizes, strides);
+  return empty_strided_on(aoti_torch_device_type_cuda(), like.get_device_index(), dtype, sizes, strides);
 }
 
 Tensor empty_like(const Tensor& like, const Sizes& sizes, MemoryFormat format) {
-  return empty(like.scalar_type(), sizes, format);
+  return empty_like(like, like.scalar_type(), sizes, format);
 }
 
 std::string packed_schema(const std::string& name, const std::string& signature, size_t tensors,
@@ -160,6 +206,13 @@ namespace {
 
 int64_t detected() { return static_cast<int64_t>(detected_isa()); }
 int64_t current() { return static_cast<int64_t>(current_isa()); }
+std::string cuda_architectures() {
+#ifdef FASTNN_CUDA
+  return FASTNN_CUDA;
+#else
+  return "";
+#endif
+}
 bool intel() { return is_intel(); }
 bool set(int64_t level) { return level >= 0 && level < kIsaLevels && set_isa(static_cast<Isa>(level)); }
 
@@ -169,6 +222,7 @@ STABLE_TORCH_LIBRARY(fastnn, m) {
   m.def("_detected_isa() -> int");
   m.def("_current_isa() -> int");
   m.def("_is_intel() -> bool");
+  m.def("_cuda_architectures() -> str");
   m.def("_set_isa(int level) -> bool");
 }
 
@@ -176,6 +230,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
   m.impl("_detected_isa", TORCH_BOX(&detected));
   m.impl("_current_isa", TORCH_BOX(&current));
   m.impl("_is_intel", TORCH_BOX(&intel));
+  m.impl("_cuda_architectures", TORCH_BOX(&cuda_architectures));
   m.impl("_set_isa", TORCH_BOX(&set));
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,6 +19,7 @@
 #include "cpu/context.h"
 #include "cpu/isa.h"
 #include "cpu/types.h"
+#include "cuda/stream.h"
 
 namespace fastnn::ops {
 
@@ -37,6 +39,11 @@ Sizes sizes_of(const Tensor& t);
 // The kernels' name of a floating dtype; refuses any other, naming the argument.
 DType dtype_of(const Tensor& t, const char* name);
 
+// Refuses a tensor that is neither on the CPU nor, in a build with CUDA kernels, on a GPU.
+void check_device(const Tensor& t, const char* name);
+
+bool same_device(const Tensor& a, const Tensor& b);
+
 // Refuses a tensor whose dtype or device differs from the first argument's.
 void check_like(const Tensor& first, const Tensor& other, const char* name);
 void check_like(const Tensor& first, const std::optional<Tensor>& other, const char* name);
@@ -50,8 +57,11 @@ MemoryFormat suggested_format(const Tensor& t);
 // The same values, dense in the given format; the tensor itself where it already is.
 Tensor dense(const Tensor& t, MemoryFormat format = MemoryFormat::Contiguous);
 
-// An uninitialised CPU tensor of the dtype of `like`, or of the given dtype.
+// An uninitialised tensor on the device of `like`, of its dtype or of the given one.
 Tensor empty_like(const Tensor& like, const Sizes& sizes, MemoryFormat format = MemoryFormat::Contiguous);
+Tensor empty_like(const Tensor& like, ScalarType dtype, const Sizes& sizes,
+                  MemoryFormat format = MemoryFormat::Contiguous);
+// On the CPU.
 Tensor empty(ScalarType dtype, const Sizes& sizes, MemoryFormat format = MemoryFormat::Contiguous);
 // By torch's C function: the dispatcher's `empty` takes a microsecond more, as long as a small kernel runs.
 Tensor empty_strided(ScalarType dtype, const Sizes& sizes, const Sizes& strides);
@@ -67,6 +77,31 @@ class TorchContext : public Context {
   std::vector<Tensor> held_;
   size_t used_ = 0;  // bytes of the scratch that the thread keeps
 };
+
+// Runs a kernel on the CPU.
+template <class Args>
+void run_on_cpu(void (*kernel)(const Args&, const Context&), const Args& args) {
+  TorchContext context;
+  kernel(args, context);
+}
+
+#ifdef FASTNN_CUDA
+// The stream that torch's ops on the tensor's GPU run on now.
+cuda::Stream current_stream(const Tensor& t);
+
+// Starts a kernel on the GPU where `t` lies.
+template <class Args>
+void run_on_gpu(const char* (*kernel)(const Args&, cuda::Stream), const Tensor& t, const Args& args) {
+  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  const char* wrong = kernel(args, current_stream(t));
+  FASTNN_CHECK(wrong == nullptr, "a CUDA kernel could not be started: ", wrong);
+}
+
+#define FASTNN_RUN(kernel, t, ...) \
+  ((t).is_cpu() ? run_on_cpu(kernel, __VA_ARGS__) : run_on_gpu(cuda::kernel, t, __VA_ARGS__))
+#else
+#define FASTNN_RUN(kernel, t, ...) run_on_cpu(kernel, __VA_ARGS__)
+#endif
 
 inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
@@ -160,3 +195,15 @@ void implement_packed(Library& m, const char* name) {
     m.impl(#name ".raw", TORCH_BOX(&name));    \
     implement_packed<&name>(m, #name);         \
   }
+
+// Where the op has kernels for GPUs too.
+#ifdef FASTNN_CUDA
+#define FASTNN_OP_ON_GPUS(name)                \
+  STABLE_TORCH_LIBRARY_IMPL(fastnn, CUDA, m) { \
+    m.impl(#name, TORCH_BOX(&name));           \
+    m.impl(#name ".raw", TORCH_BOX(&name));    \
+    implement_packed<&name>(m, #name);         \
+  }
+#else
+#define FASTNN_OP_ON_GPUS(name)
+#endif

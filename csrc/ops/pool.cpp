@@ -1,5 +1,6 @@
 #include "cpu/pool.h"
 
+#include "cuda/pool.h"
 #include "ops/common.h"
 
 namespace fastnn::ops {
@@ -12,7 +13,7 @@ struct Pair {
 
 void check_images(const Tensor& t, const char* name, const char* op) {
   dtype_of(t, name);
-  FASTNN_CHECK(t.is_cpu(), name, " must be on the CPU");
+  check_device(t, name);
   FASTNN_CHECK(t.dim() == 4, op, " expects a ", name, " of 4 dimensions (N, C, H, W), got shape ", shape(t));
   FASTNN_CHECK(t.numel() > 0, op, " expects a ", name, " with elements, got shape ", shape(t));
 }
@@ -77,6 +78,10 @@ MemoryFormat format(bool channels_last) {
 
 Sizes output_sizes(const PoolShape& s) { return {s.n, s.c, s.rows.outputs, s.columns.outputs}; }
 
+void check_fits(const Tensor& t, const PoolShape& s) {
+  FASTNN_CHECK(t.is_cpu() || cuda::fits(s), "an image or a window of too many elements for the CUDA kernel");
+}
+
 struct MaxOutputs {
   Tensor values, locations, indices;
 };
@@ -88,15 +93,15 @@ MaxOutputs max_forward(const Tensor& input, const PoolShape& s, MemoryFormat lay
                s.columns.kernel);
   const Tensor x = dense(input, layout);
   const auto made = [&](ScalarType dtype, bool wanted) {
-    return wanted ? empty(dtype, output_sizes(s), layout) : empty(dtype, {0});
+    return wanted ? empty_like(input, dtype, output_sizes(s), layout) : empty(dtype, {0});
   };
   MaxOutputs out{made(input.scalar_type(), true), made(ScalarType::Byte, locations),
                  made(ScalarType::Long, indices)};
-  TorchContext context;
-  max_pool_forward({dtype_of(input, "input"), s, x.const_data_ptr(), out.values.mutable_data_ptr(),
+  const MaxPoolArgs args{dtype_of(input, "input"), s, x.const_data_ptr(), out.values.mutable_data_ptr(),
                     locations ? static_cast<uint8_t*>(out.locations.mutable_data_ptr()) : nullptr,
-                    indices ? static_cast<int64_t*>(out.indices.mutable_data_ptr()) : nullptr},
-                   context);
+                    indices ? static_cast<int64_t*>(out.indices.mutable_data_ptr()) : nullptr};
+  check_fits(input, s);
+  FASTNN_RUN(max_pool_forward, input, args);
   return out;
 }
 
@@ -158,16 +163,16 @@ Tensor max_pool2d_backward(Tensor grad, Tensor locations, int64_t input_h, int64
   const PoolShape s =
       windows(FASTNN_WINDOW_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, last(layout));
   check_grad(grad, s, "max_pool2d_backward");
-  FASTNN_CHECK(locations.scalar_type() == ScalarType::Byte && locations.is_cpu() &&
+  FASTNN_CHECK(locations.scalar_type() == ScalarType::Byte && same_device(locations, grad) &&
                    sizes_of(locations) == sizes_of(grad),
                "max_pool2d_backward expects uint8 locations of the gradient's shape ", shape(grad), ", got ",
                shape(locations));
   const Tensor dy = dense(grad, layout), l = dense(locations, layout);
   Tensor out = empty_like(grad, {s.n, s.c, input_h, input_w}, layout);
-  TorchContext context;
-  max_pool_backward({dtype_of(grad, "grad"), s, dy.const_data_ptr(),
-                     static_cast<const uint8_t*>(l.const_data_ptr()), nullptr, out.mutable_data_ptr()},
-                    context);
+  const MaxPoolBackwardArgs args{dtype_of(grad, "grad"), s, dy.const_data_ptr(),
+                     static_cast<const uint8_t*>(l.const_data_ptr()), nullptr, out.mutable_data_ptr()};
+  check_fits(grad, s);
+  FASTNN_RUN(max_pool_backward, grad, args);
   return out;
 }
 
@@ -175,7 +180,7 @@ Tensor max_pool2d_indices_backward(Tensor grad, Tensor indices, int64_t input_h,
   check_images(grad, "grad", "max_pool2d_indices_backward");
   check_pair({input_h, input_w}, "input_size", 1);
   FASTNN_CHECK(
-      indices.scalar_type() == ScalarType::Long && indices.is_cpu() && sizes_of(indices) == sizes_of(grad),
+      indices.scalar_type() == ScalarType::Long && indices.is_cpu() && grad.is_cpu() && sizes_of(indices) == sizes_of(grad),
       "max_pool2d_indices_backward expects int64 indices of the gradient's shape ", shape(grad), ", got ",
       shape(indices));
   const MemoryFormat layout = suggested_format(indices);
@@ -184,10 +189,10 @@ Tensor max_pool2d_indices_backward(Tensor grad, Tensor indices, int64_t input_h,
   const PoolShape s{grad.size(0), grad.size(1), rows, columns, last(layout)};
   const Tensor dy = dense(grad, layout), i = dense(indices, layout);
   Tensor out = empty_like(grad, {s.n, s.c, input_h, input_w}, layout);
-  TorchContext context;
-  max_pool_backward({dtype_of(grad, "grad"), s, dy.const_data_ptr(), nullptr,
-                     static_cast<const int64_t*>(i.const_data_ptr()), out.mutable_data_ptr()},
-                    context);
+  const MaxPoolBackwardArgs args{dtype_of(grad, "grad"), s, dy.const_data_ptr(), nullptr,
+                     static_cast<const int64_t*>(i.const_data_ptr()), out.mutable_data_ptr()};
+  check_fits(grad, s);
+  FASTNN_RUN(max_pool_backward, grad, args);
   return out;
 }
 
@@ -200,10 +205,9 @@ Tensor avg_forward(const Tensor& input, const PoolShape& s, MemoryFormat layout,
                    int64_t divisor) {
   const Tensor x = dense(input, layout);
   Tensor out = empty_like(input, output_sizes(s), layout);
-  TorchContext context;
-  avg_pool_forward(
-      {dtype_of(input, "input"), s, count_include_pad, divisor, x.const_data_ptr(), out.mutable_data_ptr()},
-      context);
+  const AvgPoolArgs args{dtype_of(input, "input"), s, count_include_pad, divisor, x.const_data_ptr(), out.mutable_data_ptr()};
+  check_fits(input, s);
+  FASTNN_RUN(avg_pool_forward, input, args);
   return out;
 }
 
@@ -211,10 +215,9 @@ Tensor avg_backward(const Tensor& grad, const PoolShape& s, MemoryFormat layout,
                     int64_t divisor) {
   const Tensor dy = dense(grad, layout);
   Tensor out = empty_like(grad, {s.n, s.c, s.rows.inputs, s.columns.inputs}, layout);
-  TorchContext context;
-  avg_pool_backward(
-      {dtype_of(grad, "grad"), s, count_include_pad, divisor, dy.const_data_ptr(), out.mutable_data_ptr()},
-      context);
+  const AvgPoolBackwardArgs args{dtype_of(grad, "grad"), s, count_include_pad, divisor, dy.const_data_ptr(), out.mutable_data_ptr()};
+  check_fits(grad, s);
+  FASTNN_RUN(avg_pool_backward, grad, args);
   return out;
 }
 
@@ -271,6 +274,17 @@ FASTNN_OP(adaptive_avg_pool2d, "(Tensor input, int output_h, int output_w) -> Te
 FASTNN_OP(adaptive_avg_pool2d_backward,
           "(Tensor grad, int input_h, int input_w, bool channels_last) -> Tensor")
 FASTNN_OP(adaptive_max_pool2d, "(Tensor input, int output_h, int output_w) -> (Tensor, Tensor)")
+
+// Without max_pool2d_indices_backward: indices alone do not say which windows to gather from.
+FASTNN_OP_ON_GPUS(max_pool2d)
+FASTNN_OP_ON_GPUS(max_pool2d_with_locations)
+FASTNN_OP_ON_GPUS(max_pool2d_with_indices)
+FASTNN_OP_ON_GPUS(max_pool2d_backward)
+FASTNN_OP_ON_GPUS(avg_pool2d)
+FASTNN_OP_ON_GPUS(avg_pool2d_backward)
+FASTNN_OP_ON_GPUS(adaptive_avg_pool2d)
+FASTNN_OP_ON_GPUS(adaptive_avg_pool2d_backward)
+FASTNN_OP_ON_GPUS(adaptive_max_pool2d)
 
 }  // namespace
 }  // namespace fastnn::ops

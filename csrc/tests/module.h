@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -23,6 +24,8 @@
 #else
 #define FASTNN_LEVELS(name) portable::name, portable::name, portable::name, portable::name
 #endif
+
+#include "cuda/stream.h"
 
 namespace fastnn::tests {
 
@@ -51,6 +54,15 @@ inline int level_of(const std::string& name) {
   }
   throw py::value_error("unknown level " + name);
 }
+
+// One kernel at every level, and on the modelled GPU, whose level is called "cuda".
+template <class Args>
+struct Kernel {
+  void (*levels[kIsaLevels])(const Args&, const Context&);
+  const char* (*on_gpu)(const Args&, cuda::Stream) = nullptr;
+
+  void operator()(const std::string& level, int threads, const Args& args) const;
+};
 
 // The data of an array, or null for None.
 inline const void* in(const py::object& array) {
@@ -90,5 +102,16 @@ class TestContext : public Context {
  private:
   std::vector<void*> held_;
 };
+
+template <class Args>
+void Kernel<Args>::operator()(const std::string& level, int threads, const Args& args) const {
+  if (level == "cuda") {
+    if (on_gpu == nullptr) throw py::value_error("no CUDA kernel");
+    if (const char* wrong = on_gpu(args, nullptr)) throw std::runtime_error(wrong);
+    return;
+  }
+  TestContext context(threads);
+  levels[level_of(level)](args, context);
+}
 
 }  // namespace fastnn::tests

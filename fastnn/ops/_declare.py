@@ -21,6 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fastnn import _settings
+from fastnn.ops import _gpu
 
 log = logging.getLogger("fastnn")
 
@@ -57,6 +58,7 @@ class Op:
     keep: Callable | None
     backward: Callable | None
     autocast: bool
+    on_gpus: str | None
     tensors: tuple[int, ...] = field(default=())
 
     @property
@@ -79,19 +81,25 @@ def tensor_bytes(*tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _unfit(tensors, own_dtype=()) -> str | None:
+def _unfit(tensors, own_dtype=(), on_gpus: str | None = None) -> str | None:
     """Why no native kernel takes these tensors, whatever the op; None if one may.
 
-    Those at the places `own_dtype` need not have the dtype of the others.
+    Those at the places `own_dtype` need not have the dtype of the others. `on_gpus` is the kind of the op's
+    kernels for GPUs, None where it has none.
     """
-    dtype = None
+    dtype = device = None
     for i, t in enumerate(tensors):
         if t is None:
             continue
         if type(t) not in _PLAIN:
             return f"{type(t).__name__} is not a plain tensor"
         if not t.is_cpu:
-            return f"no kernel for device {t.device.type}"
+            if reason := _gpu.why_not(t, on_gpus):
+                return reason
+        if device is None:
+            device = t.device
+        elif t.device != device:
+            return f"mixed devices {device} and {t.device}"
         if dtype is None:
             dtype = t.dtype
             if dtype not in FLOATS:
@@ -191,6 +199,8 @@ def declare(
     own_dtype: tuple[str, ...] = (),
     constant: tuple[str, ...] = (),
     slower: Callable | None = None,
+    on_gpus: bool = False,
+    triton: Callable | None = None,
 ) -> Callable:
     """Declare the op ``fastnn::<name>`` and return the function that routes a call to it or to torch.
 
@@ -224,6 +234,10 @@ def declare(
     slower
         None if the kernels are to take a call that they support, else the reason why torch's op does better.
         It may raise where `unsupported` has a reason.
+    on_gpus
+        Whether the library, if it is built with CUDA, has kernels of this op for GPUs.
+    triton
+        The same result from Triton kernels, for tensors on a GPU that `unsupported` has nothing against.
     """
     packet = getattr(torch.ops.fastnn, name)
     default, raw = packet.default, packet.raw
@@ -242,9 +256,12 @@ def declare(
         keep or (lambda ctx, inputs, output: None),
         backward or _no_gradient(name),
         autocast,
+        "triton" if triton is not None else "cuda" if on_gpus else None,
         positions,
     )
     OPS[name] = op
+    if triton is not None:
+        _register_triton(op, triton, free)
 
     for overload in ("", ".raw"):
         torch.library.register_fake(f"fastnn::{name}{overload}", fake)
@@ -268,7 +285,7 @@ def declare(
         pack = _Packs([str(a.type) == "Optional[int]" for a in arguments[count:]])
 
     def run(*args):
-        if packed is not None and not _watching_modes():
+        if packed is not None and args[0].is_cpu and not _watching_modes():
             numbers = pack[args[count:]]
             if numbers is not None:
                 return packed(*args[:count], *numbers)
@@ -343,10 +360,12 @@ def declare(
     def why_stock(args):
         if _settings.disabled:
             return "FASTNN_DISABLE is set"
-        reason = _unfit(args[:count], free) or wanted_constant(args) or unsupported(*args)
-        if reason is None and slower is not None and not prefer_kernels:
-            return slower(*args)
-        return reason
+        reason = _unfit(args[:count], free, op.on_gpus) or wanted_constant(args) or unsupported(*args)
+        if reason is not None or prefer_kernels:
+            return reason
+        if args[0].is_cuda:
+            return _gpu.slower(name, args[0].device)
+        return slower(*args) if slower is not None else None
 
     route.__name__ = route.__qualname__ = name
     route.op = op
@@ -355,6 +374,19 @@ def declare(
 
 
 _library = torch.library.Library("fastnn", "FRAGMENT")
+
+
+def _register_triton(op: Op, triton: Callable, own_dtype) -> None:
+    def kernel(*args):
+        count = len(op.tensors)
+        if reason := _unfit(args[:count], own_dtype, op.on_gpus) or op.unsupported(*args):
+            raise RuntimeError(f"fastnn::{op.name} on a GPU: {reason}")
+        # Triton launches on the current device, whichever its arguments lie on.
+        with torch.cuda.device(args[0].device):
+            return triton(*args)
+
+    for overload in ("", ".raw"):
+        _library.impl(op.name + overload, kernel, "CUDA")
 
 
 def _register_autocast(name: str, default) -> None:

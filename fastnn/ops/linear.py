@@ -142,6 +142,21 @@ def _backward_grad(ctx, grad_grad_input, grad_grad_weight, grad_grad_bias):
     return to_grad, to_input, to_weight, None, None, None
 
 
+def _triton_forward(relu):
+    def forward(input, weight, bias=None):
+        from fastnn.triton.linear import linear_forward
+
+        return linear_forward(input, weight, bias, relu)
+
+    return forward
+
+
+def _triton_backward(grad, input, weight, output, *wanted):
+    from fastnn.triton.linear import linear_backward
+
+    return linear_backward(grad, input, weight, output, *wanted)
+
+
 linear_backward = declare(
     "linear_backward",
     stock=_stock_backward,
@@ -150,6 +165,7 @@ linear_backward = declare(
     cost=_cost_backward,
     keep=_keep_backward,
     backward=_backward_grad,
+    triton=lambda grad, input, weight, *wanted: _triton_backward(grad, input, weight, None, *wanted),
 )
 
 
@@ -193,6 +209,7 @@ linear_relu_backward = declare(
     cost=lambda grad, input, weight, output, *wanted: _cost_backward(grad, input, weight, *wanted),
     keep=_keep_relu_backward,
     backward=_relu_backward_grad,
+    triton=_triton_backward,
 )
 
 # ---- the forward ops ----
@@ -207,6 +224,7 @@ _linear = declare(
     keep=_keep_linear,
     backward=_linear_grad,
     autocast=True,
+    triton=_triton_forward(relu=False),
 )
 
 _linear_relu = declare(
@@ -219,6 +237,7 @@ _linear_relu = declare(
     keep=_keep_linear_relu,
     backward=_linear_relu_grad,
     autocast=True,
+    triton=_triton_forward(relu=True),
 )
 
 

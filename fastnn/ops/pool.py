@@ -18,6 +18,9 @@ __all__ = [
     "max_pool2d",
 ]
 
+# CUDA kernels count the elements of an image, and places within windows, in 32 bits.
+_MOST_PER_IMAGE, _MOST_IN_WINDOW = 1 << 29, 1 << 24
+
 # One byte tells a place in windows of up to this many elements.
 _MOST_LOCATIONS = 256
 
@@ -73,7 +76,22 @@ def _unfit(input, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, 
         or w + 2 * padding_w < dilation_w * (kernel_w - 1) + 1
     ):
         return "a window larger than the padded input"
+    window = (kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w)
+    return _too_large(input, h * w, window)
+
+
+def _too_large(t, pixels, window=()):
+    """Why an image of so many pixels, or a window, is more than the CUDA kernels can count."""
+    if not t.is_cuda:
+        return None
+    if t.shape[1] * pixels >= _MOST_PER_IMAGE or any(number >= _MOST_IN_WINDOW for number in window):
+        return "an image or a window of too many elements for the CUDA kernel"
     return None
+
+
+def _adaptive_pixels(input_h, input_w, output_h, output_w):
+    """The larger image's, or what finding an adaptive window multiplies."""
+    return max(input_h * input_w, output_h * output_w, input_h * output_h, input_w * output_w)
 
 
 # ---- maximum ----
@@ -168,6 +186,7 @@ _max_pool2d = declare(
     cost=_cost_max(0),
     keep=_keep_input,
     backward=_max_grad,
+    on_gpus=True,
 )
 
 _max_pool2d_with_locations = declare(
@@ -178,6 +197,7 @@ _max_pool2d_with_locations = declare(
     cost=_cost_max(1),
     keep=_keep_places,
     backward=_locations_grad,
+    on_gpus=True,
 )
 
 _max_pool2d_with_indices = declare(
@@ -188,6 +208,7 @@ _max_pool2d_with_indices = declare(
     cost=_cost_max(8),
     keep=_keep_places,
     backward=_indices_grad,
+    on_gpus=True,
 )
 
 
@@ -240,7 +261,7 @@ def _fits_max_backward(grad, locations, input_h, input_w, *window):
         return "locations that are not one byte per element of the gradient"
     if input_h < 1 or input_w < 1 or grad.numel() == 0:
         return "an empty gradient or input"
-    return None
+    return _too_large(grad, input_h * input_w, window[:-1])
 
 
 def _fake_max_backward(grad, places, input_h, input_w, *window):
@@ -266,6 +287,7 @@ max_pool2d_backward = declare(
     keep=_keep_max_backward,
     backward=_max_backward_grad,
     own_dtype=("locations",),
+    on_gpus=True,
 )
 
 
@@ -350,7 +372,9 @@ def _stock_avg_backward(grad, input_h, input_w, *rest):
 def _fits_avg_backward(grad, input_h, input_w, *rest):
     if grad.dim() != 4 or grad.numel() == 0 or input_h < 1 or input_w < 1:
         return "not an image batch of 4 dimensions with elements"
-    return None
+    if len(rest) > 1:
+        return _too_large(grad, input_h * input_w, rest[:6])
+    return _too_large(grad, _adaptive_pixels(input_h, input_w, *grad.shape[2:]))
 
 
 def _fake_avg_backward(grad, input_h, input_w, *rest):
@@ -365,6 +389,7 @@ avg_pool2d_backward = declare(
     cost=lambda grad, input_h, input_w, *rest: _cost_of_backward(grad, None, input_h, input_w),
     keep=_keep_avg_backward,
     backward=_avg_backward_grad,
+    on_gpus=True,
 )
 
 _avg_pool2d = declare(
@@ -375,6 +400,7 @@ _avg_pool2d = declare(
     cost=_cost_avg,
     keep=_keep_avg,
     backward=_avg_grad,
+    on_gpus=True,
 )
 
 # ---- to a given output size ----
@@ -385,7 +411,7 @@ def _unsupported_adaptive(input, output_h, output_w):
         return "not an image batch of 4 dimensions"
     if input.numel() == 0 or output_h < 1 or output_w < 1:
         return "an empty input or output"
-    return None
+    return _too_large(input, _adaptive_pixels(*input.shape[2:], output_h, output_w))
 
 
 def _fake_adaptive(input, output_h, output_w, dtype=None):
@@ -431,6 +457,7 @@ adaptive_avg_pool2d_backward = declare(
     cost=lambda grad, input_h, input_w, channels_last: _cost_of_backward(grad, None, input_h, input_w),
     keep=_keep_adaptive_backward,
     backward=_adaptive_backward_grad,
+    on_gpus=True,
 )
 
 _adaptive_avg_pool2d = declare(
@@ -441,6 +468,7 @@ _adaptive_avg_pool2d = declare(
     cost=_cost_adaptive(0),
     keep=_keep_avg,
     backward=_adaptive_avg_grad,
+    on_gpus=True,
 )
 
 _adaptive_max_pool2d = declare(
@@ -451,6 +479,7 @@ _adaptive_max_pool2d = declare(
     cost=_cost_adaptive(8),
     keep=_keep_places,
     backward=_indices_grad,
+    on_gpus=True,
 )
 
 # ---- what users call ----

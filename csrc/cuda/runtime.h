@@ -1,0 +1,95 @@
+// What the kernels need of CUDA: launches, and elements as they are stored and computed with. FASTNN_CUDA_ON_HOST compiles the
+// same sources with the host's compiler, against a model of the runtime, for tests.
+#pragma once
+
+#ifdef FASTNN_CUDA_ON_HOST
+#include "tests/cuda_on_host.h"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/types.h"
+#include "cuda/stream.h"
+
+namespace fastnn::cuda {
+
+#ifndef FASTNN_CUDA_ON_HOST
+// Starts a kernel on a stream. Returns null, or what went wrong.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
+                   Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+__device__ inline float from_f16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ inline uint16_t to_f16(float value) { return __half_as_ushort(__float2half_rn(value)); }
+#endif
+
+// Division by a number that the whole grid shares, as a multiplication: right for numerators below 2^31.
+// (T. Granlund, P. Montgomery, Division by Invariant Integers using Multiplication, PLDI 1994, section 4.)
+struct Divisor {
+  uint32_t divisor = 1, multiplier = 1, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)) {
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    multiplier =
+        static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
+  }
+  __device__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, multiplier) + n) >> shift; }
+  // Leaves the quotient in n and gives the remainder.
+  __device__ uint32_t split(uint32_t& n) const {
+    const uint32_t q = quotient(n), remainder = n - q * divisor;
+    n = q;
+    return remainder;
+  }
+};
+
+// V elements that lie side by side, moved in one access.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Vector {
+  T element[V];
+};
+
+template <class T>
+__device__ inline acc_t<T> widen(T value) {
+  if constexpr (sizeof(T) != 2) {
+    return value;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
+  } else {
+    return from_f16(value.bits);
+  }
+}
+
+// Rounds to nearest, ties to even.
+template <class T>
+__device__ inline T narrow(acc_t<T> value) {
+  if constexpr (sizeof(T) != 2) {
+    return value;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    const uint32_t bits = __float_as_uint(value);
+    // A NaN keeps its sign and is made quiet: rounding could carry it into infinity.
+    if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  } else {
+    return {to_f16(value)};
+  }
+}
+
+constexpr int kThreads = 256;
+
+// Threads of a grid beyond this many would not have a 31-bit number of their own.
+constexpr int64_t kMostPerLaunch = int64_t{1} << 30;
+
+}  // namespace fastnn::cuda

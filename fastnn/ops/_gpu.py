@@ -1,0 +1,57 @@
+"""Whether a call on a GPU may go to a CUDA or Triton kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+#: The least compute capability that the kernels are built for.
+LEAST_CAPABILITY = (8, 0)
+
+#: Ops whose kernels were measured to be at least as fast as torch's, by compute capability. A call that stands here goes to the
+#: kernel; any other stays with torch. Results of ``make gpu`` belong in it.
+MEASURED: dict[tuple[int, int], frozenset[str]] = {}
+
+
+@cache
+def architectures() -> str:
+    """What the library's CUDA kernels are built for, such as ``80;90a;100``; empty if it has none."""
+    return torch.ops.fastnn._cuda_architectures()
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not(tensor: torch.Tensor, kind: str | None) -> str | None:
+    """Why no kernel of a kind, "cuda" or "triton" (or None: there is none), can take a tensor on a GPU, or None."""
+    if kind is None or not tensor.is_cuda:
+        return f"no kernel for device {tensor.device.type}"
+    if kind == "cuda" and not architectures():
+        return "this build holds no CUDA kernels"
+    if kind == "triton":
+        if not _has_triton():
+            return "Triton is not installed"
+        if tensor.dtype is torch.float64:
+            return "no Triton kernel for torch.float64"
+    capability = _capability(tensor.device.index)
+    if capability < LEAST_CAPABILITY:
+        least, own = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))
+        return f"GPU kernels need compute capability {least}, this GPU has {own}"
+    return None
+
+
+def slower(op: str, device: torch.device) -> str | None:
+    """Why a call that a kernel could take on a GPU stays with torch, or None."""
+    capability = _capability(device.index)
+    if op in MEASURED.get(capability, ()):
+        return None
+    return f"its kernel is not measured on GPUs of compute capability {capability[0]}.{capability[1]}"

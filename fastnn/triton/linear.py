@@ -1,0 +1,162 @@
+"""Fully connected layers in Triton: one kernel for the forward product and for both products of the backward pass.
+
+``C = act(A B + bias)``, with any strides. In the backward pass A is the gradient, which a ReLU's output may mask as it is read, and
+the sums of A's rows, which are the bias's gradient, come out beside the product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["linear_backward", "linear_forward", "pick"]
+
+
+@triton.jit
+def product(
+    a_ptr, mask_ptr, b_ptr, bias_ptr, c_ptr, sums_ptr,
+    M, N, K,
+    a_m, a_k, b_k, b_n, c_m,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, HAS_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of C for each program; `mask_ptr` has A's strides, C's columns lie side by side."""
+    # Tiles that run at the same time share rows of A and columns of B, which the second-level cache then holds.
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    in_group = GROUP * tiles_n
+    first = program // in_group * GROUP
+    height = min(tiles_m - first, GROUP)
+    tile_m = first + program % in_group % height
+    tile_n = program % in_group // height
+
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    steps = tl.arange(0, BLOCK_K)
+    # 64 bits: a row may begin beyond 2^31 elements.
+    a_at = rows.to(tl.int64)[:, None] * a_m + steps.to(tl.int64)[None, :] * a_k
+    b_at = steps.to(tl.int64)[:, None] * b_k + columns.to(tl.int64)[None, :] * b_n
+    a_in = rows[:, None] < M
+    b_in = columns[None, :] < N
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        left = K - start
+        a_now = a_in & (steps[None, :] < left)
+        a = tl.load(a_ptr + a_at, a_now, other=0.0)
+        if HAS_MASK:
+            # As torch's: a NaN lets the gradient through.
+            a = tl.where(tl.load(mask_ptr + a_at, a_now, other=0.0) <= 0, 0.0, a).to(a.dtype)
+        b = tl.load(b_ptr + b_at, b_in & (steps[:, None] < left), other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        if HAS_SUMS:
+            sums += tl.sum(a.to(tl.float32), 1)
+        a_at += BLOCK_K * a_k
+        b_at += BLOCK_K * b_k
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + columns, columns < N, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    c_at = rows.to(tl.int64)[:, None] * c_m + columns[None, :]
+    tl.store(c_ptr + c_at, total.to(c_ptr.dtype.element_ty), a_in & b_in)
+    if HAS_SUMS:
+        # Every program of a row of tiles has the same sums: the first writes them.
+        tl.store(sums_ptr + rows, sums.to(sums_ptr.dtype.element_ty), (rows < M) & (tile_n == 0))
+
+
+class Tile(NamedTuple):
+    """A launch's constants: the tile, the depth of a step, warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def pick(rows: int, columns: int, dtype: torch.dtype, aligned: bool) -> Tile:
+    """The tile for a product of a shape class; to be replaced by what ``make gpu`` measures.
+
+    `aligned`: rows of 16-byte multiples, which are read 16 bytes at a time and copied ahead asynchronously. Others pass through
+    registers, which bound the tile.
+    """
+    if dtype is torch.float32:
+        # On the FMA units: operands take twice the room.
+        return Tile(64, 64, 32, 8, 3) if rows > 32 else Tile(32, 64, 32, 4, 3)
+    if not aligned:
+        return Tile(32, 32, 32, 4, 3) if rows <= 32 else Tile(64, 64, 32, 4, 3)
+    if rows <= 32:
+        return Tile(32, 64, 128, 4, 3)
+    if rows <= 64 or columns <= 64:
+        return Tile(64, 64, 64, 4, 3)
+    # Two blocks on each of 132 multiprocessors want this many tiles of 128 x 128.
+    if rows * columns < 128 * 128 * 264:
+        return Tile(128, 64, 64, 8, 3)
+    return Tile(128, 128, 64, 8, 3)
+
+
+def _precision() -> str:
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    return "tf32" if allowed in ("tf32", "bf16") else "ieee"
+
+
+def _multiply(a, b, c, *, mask=None, bias=None, sums=None, relu=False) -> None:
+    rows, depth = a.shape
+    columns = b.shape[1]
+    if c.numel() == 0:
+        return
+    pitches = [s for t in (a, b) for s in t.stride() if s != 1]
+    aligned = all(s % 16 == 0 for s in (*pitches, rows, columns, depth))
+    tile = pick(rows, columns, a.dtype, aligned)
+    grid = (triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n),)
+    product[grid](
+        a, a if mask is None else mask, b, c if bias is None else bias, c, c if sums is None else sums,
+        rows, columns, depth,
+        a.stride(0), a.stride(1), b.stride(0), b.stride(1), c.stride(0),
+        HAS_MASK=mask is not None, HAS_BIAS=bias is not None, RELU=relu, HAS_SUMS=sums is not None,
+        PRECISION=_precision(), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def linear_forward(input, weight, bias=None, relu=False):
+    """``input @ weight.T + bias``, and a ReLU if wanted, over the last dimension of a non-empty input."""
+    x = input.reshape(-1, input.shape[-1])
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    if bias is not None:
+        bias = bias.contiguous()
+    _multiply(x, weight.t(), out, bias=bias, relu=relu)
+    return out.view(*input.shape[:-1], weight.shape[0])
+
+
+def linear_backward(grad, input, weight, output, input_grad, weight_grad, bias_grad):
+    """The three gradients; those that are not wanted come back empty. `output` is the ReLU's, or None without one."""
+    g = grad.reshape(-1, grad.shape[-1])
+    x = input.reshape(-1, input.shape[-1])
+    # The mask is read with the gradient's strides.
+    mask = None
+    if output is not None:
+        g, mask = g.contiguous(), output.reshape(g.shape).contiguous()
+    to_input, to_weight, to_bias = (weight.new_empty(0) for _ in range(3))
+    if input_grad:
+        to_input = x.new_empty(x.shape)
+        _multiply(g, weight, to_input, mask=mask)
+        to_input = to_input.view(input.shape)
+    if bias_grad:
+        to_bias = weight.new_empty(weight.shape[0])
+    if weight_grad:
+        to_weight = weight.new_empty(weight.shape)
+        _multiply(
+            g.t(),
+            x,
+            to_weight,
+            mask=None if mask is None else mask.t(),
+            sums=to_bias if bias_grad else None,
+        )
+    elif bias_grad:
+        to_bias = (g if mask is None else torch.where(mask <= 0, 0, g)).sum(0)
+    return to_input, to_weight, to_bias

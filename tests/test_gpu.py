@@ -1,0 +1,212 @@
+"""On a GPU: every op that has a CUDA kernel, against torch and float64. Without one, what can be told of the way there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from conftest import assert_as_good
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastnn.ops import _declare, _gpu, conv, linear, pool
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture
+def native():
+    """The ops called, each with the reason why it went to torch; None where a kernel took it."""
+    seen = []
+    _declare.recorder = lambda op, args, reason: seen.append((op.name, reason))
+    yield seen
+    _declare.recorder = None
+
+
+def images(*shape, dtype, layout):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # Ties.
+    return x.mul(4).round().div(4).to("cuda", dtype).contiguous(memory_format=layout)
+
+
+CALLS = [
+    ("max_pool2d", (2,), {}),
+    ("max_pool2d", (3, 2, 1), {}),
+    ("max_pool2d", (3, 1, 1), {"return_indices": True}),
+    ("max_pool2d", ((2, 3), (3, 2), (1, 0)), {"dilation": (2, 1), "ceil_mode": True}),
+    ("avg_pool2d", (2,), {}),
+    ("avg_pool2d", (3, 2, 1), {"count_include_pad": False, "ceil_mode": True}),
+    ("avg_pool2d", (3, 1, 1), {"divisor_override": 5}),
+    ("adaptive_avg_pool2d", (1,), {}),
+    ("adaptive_avg_pool2d", ((5, 3),), {}),
+    ("adaptive_max_pool2d", ((4, 7),), {"return_indices": True}),
+]
+SHAPES = [(2, 19, 13, 17), (3, 16, 14, 14), (1, 64, 56, 56), (70000, 1, 7, 7)]
+
+
+class TestOnGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize(("name", "args", "options"), CALLS, ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_pool(self, dtype, layout, shape, name, args, options, native):
+        x = images(*shape, dtype=dtype, layout=layout)
+        a, b = (x.clone().requires_grad_() for _ in range(2))
+        c = x.double().requires_grad_()
+        y, s, exact = (
+            f(t, *args, **options)
+            for f, t in ((getattr(pool, name), a), (getattr(TF, name), b), (getattr(TF, name), c))
+        )
+        if isinstance(y, tuple):
+            assert torch.equal(y[1], s[1])
+            y, s, exact = y[0], s[0], exact[0]
+        assert y.is_contiguous(memory_format=layout)
+        assert_as_good(y, s, exact.detach())
+        upstream = torch.randn_like(y)
+        (ga,), (gb,), (gc,) = (
+            torch.autograd.grad(out, t, upstream.to(out.dtype)) for out, t in ((y, a), (s, b), (exact, c))
+        )
+        assert_as_good(ga, gb, gc)
+        # Indices alone do not say which windows to gather from.
+        assert all(reason is None for op, reason in native if op != "max_pool2d_indices_backward")
+        assert len(native) == 2
+
+    @pytest.mark.parametrize("function", ["linear", "linear_relu"])
+    @pytest.mark.parametrize(
+        "sizes", [(1, 784, 10), (64, 784, 128), (3, 17, 5), (1000, 1023, 511), (4096, 1024, 4096)]
+    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_linear(self, dtype, sizes, function, native):
+        rows, features, outputs = sizes
+        shapes = ((rows, features), (outputs, features), (outputs,))
+        generator = torch.Generator().manual_seed(0)
+        given = [torch.randn(s, generator=generator).div(s[-1] ** 0.5).to("cuda", dtype) for s in shapes]
+
+        def results(double=False, stock=False):
+            inputs = [(t.double() if double else t).detach().clone().requires_grad_() for t in given]
+            y = TF.linear(*inputs) if stock else getattr(linear, function)(*inputs)
+            y = torch.relu(y) if stock and function == "linear_relu" else y
+            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+            # Where rounding decides about the ReLU, nothing is handed back.
+            upstream = upstream.masked_fill(undecided, 0)
+            return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+        z = TF.linear(*(t.double() for t in given))
+        undecided = z.abs() < 64 * torch.finfo(dtype).eps * z.abs().max()
+        for a, b, c in zip(results(), results(stock=True), results(double=True, stock=True), strict=True):
+            assert_as_good(a, b, c)
+        assert all(reason is None for _, reason in native)
+
+    def test_storage_that_is_not_aligned(self):
+        buffer = torch.randn(8 * 16 * 6 * 6 + 1, device="cuda", dtype=torch.bfloat16)
+        x = buffer[1:].view(8, 6, 6, 16).permute(0, 3, 1, 2)
+        assert torch.equal(pool.max_pool2d(x, 2), TF.max_pool2d(x, 2))
+
+    def test_current_stream_and_graph(self):
+        x = torch.randn(4, 8, 32, 32, device="cuda")
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                y = pool.max_pool2d(x, 2)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            z = pool.max_pool2d(x, 2)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(z, TF.max_pool2d(x, 2))
+        assert y.shape == z.shape
+
+    def test_mixed_devices(self):
+        grad, locations = torch.randn(1, 1, 2, 2, device="cuda"), torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+        with pytest.raises(RuntimeError, match="locations"):
+            torch.ops.fastnn.max_pool2d_backward(grad, locations, 4, 4, 2, 2, 2, 2, 0, 0, 1, 1, False)
+
+    def test_deterministic(self):
+        x = torch.randn(4, 8, 33, 33, device="cuda", requires_grad=True)
+        g = torch.randn(4, 8, 17, 17, device="cuda")
+        first, second = (torch.autograd.grad(pool.max_pool2d(x, 3, 2, 1), x, g)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """Tensors on a GPU of compute capability 9.0 that there need not be."""
+    monkeypatch.setattr(_gpu, "architectures", lambda: "80-real 90a-real")
+    monkeypatch.setattr(_gpu, "_capability", lambda index: (9, 0))
+    with FakeTensorMode():
+        yield lambda *shape: torch.empty(shape, device="cuda")
+
+
+def test_call_goes_to_the_cuda_kernel(fake_gpu, native):
+    assert pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2).device.type == "cuda"
+    assert pool.adaptive_avg_pool2d(fake_gpu(2, 3, 8, 8), 1).shape == (2, 3, 1, 1)
+    assert native == [("max_pool2d", None), ("adaptive_avg_pool2d", None)]
+
+
+def test_kernel_that_is_not_measured_stays_with_torch(fake_gpu, native, monkeypatch):
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
+    assert native == [("max_pool2d", "its kernel is not measured on GPUs of compute capability 9.0")]
+    native.clear()
+    monkeypatch.setattr(_gpu, "MEASURED", {(9, 0): frozenset({"max_pool2d"})})
+    pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
+    assert native == [("max_pool2d", None)]
+
+
+def test_old_gpu_and_build_without_cuda(fake_gpu, native, monkeypatch):
+    monkeypatch.setattr(_gpu, "_capability", lambda index: (7, 5))
+    pool.avg_pool2d(fake_gpu(2, 3, 8, 8), 2)
+    monkeypatch.setattr(_gpu, "architectures", lambda: "")
+    pool.avg_pool2d(fake_gpu(2, 3, 8, 8), 2)
+    assert [reason for _, reason in native] == [
+        "GPU kernels need compute capability 8.0, this GPU has 7.5",
+        "this build holds no CUDA kernels",
+    ]
+
+
+def test_image_that_is_too_large(fake_gpu, native):
+    pool.max_pool2d(fake_gpu(1, 1, 1 << 15, 1 << 14), 2)
+    pool.max_pool2d(fake_gpu(4, 1, 1 << 14, 1 << 14), 2)
+    pool.adaptive_avg_pool2d(fake_gpu(1, 1, 1, 1 << 20), (1, 1 << 10))
+    pool.adaptive_avg_pool2d(fake_gpu(1, 1, 1, 1 << 20), 1)
+    reason = "an image or a window of too many elements for the CUDA kernel"
+    assert [r for _, r in native] == [reason, None, reason, None]
+
+
+def test_triton(fake_gpu, native, monkeypatch):
+    x, w = fake_gpu(2, 3), fake_gpu(4, 3)
+    monkeypatch.setattr(_gpu, "_has_triton", lambda: False)
+    linear.linear(x, w)
+    monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
+    assert linear.linear_relu(x, w).shape == (2, 4)
+    linear.linear_relu(x.double(), w.double())
+    # The reason is fastnn's, the error torch's.
+    with pytest.raises(RuntimeError, match="same device"):
+        linear.linear_relu(x, torch.empty(4, 3))
+    reasons = [
+        "Triton is not installed",
+        None,
+        "no Triton kernel for torch.float64",
+        "mixed devices cuda:0 and cpu",
+    ]
+    assert [reason for _, reason in native] == reasons
+
+
+def test_op_without_kernels_for_gpus(fake_gpu, native):
+    conv.conv2d(fake_gpu(2, 3, 4, 4), fake_gpu(4, 3, 1, 1))
+    assert native == [("conv2d", "no kernel for device cuda")]
+
+
+def test_registered_where_there_are_kernels():
+    for name, op in _declare.OPS.items():
+        has = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{name}", "CUDA")
+        assert has == (op.on_gpus == "triton" or (op.on_gpus == "cuda" and bool(_gpu.architectures())))

@@ -1,0 +1,111 @@
+"""Triton kernels compiled ahead of time for each architecture: what they take of registers and shared memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+ARCHITECTURES = (80, 90, 100)
+# At least this many warps have to fit into the 65536 registers of a multiprocessor.
+LEAST_WARPS = 8
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel takes: registers of each thread, bytes spilled, bytes of shared memory of each block."""
+
+    registers: int
+    spilled: int
+    shared: int
+    ptx: str
+
+
+def compiled(kernel, signature, constants, aligned, tile, architecture, folder) -> Usage:
+    """Compile a kernel for an architecture, its `aligned` arguments multiples of 16."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    # The assembler in Triton's package tells of spills.
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    assembler = tools / ("ptxas-blackwell" if architecture >= 100 else "ptxas")
+    (folder / "kernel.ptx").write_text(binary.asm["ptx"])
+    target = re.search(r"^\.target (\w+)", binary.asm["ptx"], flags=re.M)[1]
+    command = [assembler, "-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    stores, loads = map(
+        int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr).groups()
+    )
+    registers = int(re.search(r"Used (\d+) registers", done.stderr)[1])
+    return Usage(registers, stores + loads, binary.metadata.shared, binary.asm["ptx"])
+
+
+# The constants of each launch; strides of 1 are constants as well.
+LAUNCHES = {
+    "forward": {"HAS_MASK": False, "HAS_BIAS": True, "RELU": True, "HAS_SUMS": False, "a_k": 1, "b_k": 1},
+    "input gradient": {
+        "HAS_MASK": True,
+        "HAS_BIAS": False,
+        "RELU": False,
+        "HAS_SUMS": False,
+        "a_k": 1,
+        "b_n": 1,
+    },
+    "weight gradient": {
+        "HAS_MASK": True,
+        "HAS_BIAS": False,
+        "RELU": False,
+        "HAS_SUMS": True,
+        "a_m": 1,
+        "b_n": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "odd sizes"])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "columns"),
+    [
+        ("fp32", 16, 4096),
+        ("fp32", 4096, 4096),
+        ("bf16", 16, 4096),
+        ("bf16", 64, 1024),
+        ("bf16", 1024, 1024),
+        ("bf16", 8192, 8192),
+    ],
+    ids=str,
+)
+def test_linear_compiles(architecture, launch, aligned, dtype, rows, columns, tmp_path):
+    from fastnn.triton import linear
+
+    tile = linear.pick(rows, columns, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], aligned)
+    pointers = [n for n in linear.product.arg_names if n.endswith("_ptr")]
+    numbers = ("M", "N", "K", "a_m", "a_k", "b_k", "b_n", "c_m")
+    constants = {
+        **LAUNCHES[launch], "PRECISION": "ieee", "GROUP": 8,
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+    }  # fmt: skip
+    names = linear.product.arg_names
+    kinds = {**dict.fromkeys(pointers, f"*{dtype}"), **dict.fromkeys(numbers, "i32")}
+    kinds = {n: kind for n, kind in kinds.items() if n not in constants}
+    signature = {n: kinds.get(n, "constexpr") for n in names}
+    where = {(names.index(n),): v for n, v in constants.items()}
+    # torch aligns the storage; rows of an odd length begin anywhere.
+    pointers_or_all = kinds if aligned else pointers
+    used = compiled(linear.product, signature, where, pointers_or_all, tile, architecture, tmp_path)
+    assert used.spilled == 0
+    assert used.registers * 32 * tile.warps * max(1, LEAST_WARPS // tile.warps) <= 65536
+    assert used.shared <= {80: 163, 90: 227, 100: 227}[architecture] * 1024
+    if dtype == "bf16" and tile.m >= 64:
+        assert {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[architecture] in used.ptx
