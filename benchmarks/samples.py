@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# A ratio that spreads wider than this (interquartile range over median) is marked unstable.
+# A ratio that spreads wider than this is marked unstable.
 UNSTABLE = 0.10
 
 
@@ -23,16 +23,18 @@ class Timing:
 
 @dataclass
 class Ratio:
-    """A peer's time over fastnn's: the median, over rounds, of the ratio within a round."""
+    """A peer's time over fastnn's: the median, over rounds, of the ratio within a round; `passes` are the medians of each pass."""
 
     median: float
     q1: float
     q3: float
+    passes: tuple[float, ...] = ()
 
     @property
     def spread(self) -> float:
-        """The interquartile range over the median."""
-        return (self.q3 - self.q1) / self.median
+        """The interquartile range, or the range of the passes if that is more, over the median."""
+        between = max(self.passes) - min(self.passes) if self.passes else 0.0
+        return max(self.q3 - self.q1, between) / self.median
 
     @property
     def unstable(self) -> bool:
@@ -41,10 +43,10 @@ class Ratio:
 
 @dataclass
 class Samples:
-    """Seconds per call. `by_peer`: of each peer, the subject first; `rounds`: of each rival, beside the subject's in a round."""
+    """Seconds per call. `by_peer`: of each peer, the subject first; `rounds`: in each pass, of each rival beside the subject's."""
 
     by_peer: dict[str, list[float]] = field(default_factory=dict)
-    rounds: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    rounds: dict[str, list[list[tuple[float, float]]]] = field(default_factory=dict)
 
     def add(self, times: dict[str, list[float]]) -> None:
         """Take another measurement in, of the same subject and of the same or fewer rivals."""
@@ -54,7 +56,7 @@ class Samples:
         for name, seconds in times.items():
             self.by_peer.setdefault(name, []).extend(seconds)
         for name in rivals:
-            self.rounds.setdefault(name, []).extend(zip(times[name], times[ours], strict=True))
+            self.rounds.setdefault(name, []).append(list(zip(times[name], times[ours], strict=True)))
 
     @property
     def timings(self) -> dict[str, Timing]:
@@ -72,8 +74,8 @@ class Samples:
     @property
     def ratios(self) -> dict[str, Ratio]:
         made = {}
-        for name, pairs in self.rounds.items():
-            theirs, ours = np.array(pairs).T
-            q1, median, q3 = np.percentile(theirs / ours, (25, 50, 75)).tolist()
-            made[name] = Ratio(median, q1, q3)
+        for name, passes in self.rounds.items():
+            quotients = [np.divide(*np.array(pairs).T) for pairs in passes]
+            q1, median, q3 = np.percentile(np.concatenate(quotients), (25, 50, 75)).tolist()
+            made[name] = Ratio(median, q1, q3, tuple(float(np.median(q)) for q in quotients))
         return made

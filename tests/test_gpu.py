@@ -8,7 +8,7 @@ import torch.nn.functional as TF
 from conftest import assert_as_good
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastnn.ops import _declare, _gpu, conv, linear, pool
+from fastnn.ops import _declare, _gpu, attention, conv, linear, pool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -103,6 +103,44 @@ class TestOnGpu:
         for a, b, c in zip(results(), results(stock=True), results(double=True, stock=True), strict=True):
             assert_as_good(a, b, c)
         assert all(reason is None for _, reason in native)
+
+    @pytest.mark.parametrize(
+        ("sizes", "options"),
+        [
+            ((2, 3, 3, 197, 197, 64), {}),
+            ((1, 4, 4, 1024, 1024, 128), {"is_causal": True}),
+            ((2, 8, 2, 300, 500, 80), {"enable_gqa": True}),
+            ((1, 2, 2, 65, 129, 256), {"scale": 0.2}),
+            ((2, 4, 4, 128, 128, 32), {"mask": "boolean"}),
+            ((2, 4, 4, 100, 130, 48), {"mask": "additive"}),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_attention(self, dtype, sizes, options, native):
+        batch, heads, key_heads, queries, keys, width = sizes
+        generator = torch.Generator().manual_seed(0)
+        shapes = (batch, heads, queries, width), *((batch, key_heads, keys, width),) * 2
+        given = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
+        options = dict(options)
+        mask = kind_of_mask = options.pop("mask", None)
+        if mask is not None:
+            mask = torch.randn(batch, 1, queries, keys, generator=generator).to("cuda", dtype)
+            if kind_of_mask == "boolean":
+                mask = mask > 0
+
+        def results(function, kind):
+            inputs = [t.to(kind).detach().clone().requires_grad_() for t in given]
+            fitting = mask.to(kind) if mask is not None and mask.is_floating_point() else mask
+            y = function(*inputs, fitting, **options)
+            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+            return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+        ours = results(attention.scaled_dot_product_attention, dtype)
+        assert [reason for _, reason in native] == [None, None]
+        stock, exact = (results(TF.scaled_dot_product_attention, kind) for kind in (dtype, torch.float64))
+        for a, b, c in zip(ours, stock, exact, strict=True):
+            assert_as_good(a, b, c, roundings=8)
 
     def test_storage_that_is_not_aligned(self):
         buffer = torch.randn(8 * 16 * 6 * 6 + 1, device="cuda", dtype=torch.bfloat16)

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's interpreter wants TRITON_INTERPRET=1 (make test sets it)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastnn.triton import linear
+from fastnn.triton import attention, linear
 
 # The interpreter's bfloat16 products are wrong.
 DTYPES = (torch.float32, torch.float16)
@@ -93,3 +93,75 @@ def test_nan_and_what_is_wanted():
             assert g.shape == (e.shape if want else (0,))
             if want:
                 torch.testing.assert_close(g, e, equal_nan=True)
+
+
+# ---- attention ----
+
+
+def exact_attention(q, k, v, mask, causal, scale):
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask.to(q.dtype)
+        )
+    none = (scores == -torch.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(none, 0.0), -1).masked_fill(none, 0.0) @ v
+
+
+# Batch, heads, heads of keys, queries, keys, width, width of values; mask; causal.
+ATTENTION = [
+    ((1, 2, 2, 17, 33, 16, 16), None, False),
+    ((2, 2, 1, 40, 40, 24, 8), None, True),
+    ((1, 4, 2, 33, 70, 48, 80), None, False),
+    ((1, 1, 1, 70, 33, 64, 64), None, True),
+    ((1, 1, 1, 33, 70, 20, 20), None, True),
+    ((2, 2, 2, 20, 36, 32, 32), (2, 1, 1, 36), False),
+    ((2, 2, 1, 20, 36, 32, 32), (20, 36), False),
+    ((1, 1, 1, 130, 140, 130, 40), None, False),
+]
+
+
+@pytest.mark.parametrize("kind", [torch.bool, None], ids=["boolean", "additive"])
+@pytest.mark.parametrize(("sizes", "mask_shape", "causal"), ATTENTION, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(dtype, sizes, mask_shape, causal, kind):
+    batch, heads, key_heads, queries, keys, width, value_width = sizes
+    q = made(batch, queries, heads, width, dtype=dtype).mul(width**0.5).transpose(1, 2)
+    k = made(batch, key_heads, keys, width, dtype=dtype, seed=1).mul(width**0.5)
+    v = made(batch, key_heads, keys, value_width, dtype=dtype, seed=2).mul(value_width**0.5)
+    mask = None
+    if mask_shape is not None:
+        mask = made(*mask_shape, dtype=dtype, seed=3)
+        if kind is torch.bool:
+            # Among them a query that no key takes part in.
+            mask = (mask > 0).index_fill(-2, torch.tensor([0]), mask_shape[-2] == 1)
+            mask[..., 0] |= mask_shape[-2] == 1
+    scale = None if causal else 0.3
+    out = torch.empty_like(q) if value_width == width else q.new_empty(batch, heads, queries, value_width)
+    logsumexp = attention.attention_forward(q, k, v, mask, causal, scale, out)
+
+    def results(kind):
+        inputs = [t.to(kind).detach().clone().requires_grad_() for t in (q, k, v)]
+        y = exact_attention(*inputs, mask, causal, scale)
+        return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(kind))]
+
+    grad = made(*out.shape, dtype=dtype, seed=4)
+    gradients = [torch.full_like(t, torch.nan) for t in (q, k, v)]
+    attention.attention_backward(grad, q, k, v, mask, out, logsumexp, causal, scale, gradients)
+    # Stock in float16 would round the weights as well: float32 products of the rounded inputs are as good.
+    stock = [t.to(dtype) for t in results(dtype if dtype is torch.float32 else torch.float32)]
+    for ours, s, e in zip([out, *gradients], stock, results(torch.float64), strict=True):
+        assert_as_good(ours, s, e, roundings=8)
+    assert logsumexp.shape == q.shape[:3]
+
+
+def test_attention_nan():
+    q, k, v = (made(1, 1, 20, 16, dtype=torch.float32, seed=i) for i in range(3))
+    q[0, 0, 3, 0] = torch.nan
+    out = torch.empty_like(q)
+    attention.attention_forward(q, k, v, None, False, None, out)
+    assert out[0, 0, 3].isnan().all()
+    assert not out[0, 0, 4].isnan().any()

@@ -150,8 +150,8 @@ __global__ void max_forward(Images s, Places places, const T* input, T* output, 
       }
     }
   }
-  const int64_t out = ((int64_t{p.image} * s.rows.outputs + p.row) * s.columns.outputs + p.column) * s.channels +
-                      p.channel;
+  const int64_t out =
+      ((int64_t{p.image} * s.rows.outputs + p.row) * s.columns.outputs + p.column) * s.channels + p.channel;
   write<V>(output, out, most);
   if constexpr (kPlaces) {
     if (locations != nullptr) {
@@ -164,7 +164,8 @@ __global__ void max_forward(Images s, Places places, const T* input, T* output, 
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const int r = at[v] / width, c = at[v] - r * width;
-        indices[out + v] = int64_t{row + r * s.rows.dilation} * s.columns.inputs + column + c * s.columns.dilation;
+        indices[out + v] =
+            int64_t{row + r * s.rows.dilation} * s.columns.inputs + column + c * s.columns.dilation;
       }
     }
   }
@@ -208,7 +209,8 @@ __global__ void max_backward(Images s, Places places, const T* grad, const uint8
 #pragma unroll
   for (int v = 0; v < V; ++v) out.element[v] = narrow<T>(sum[v]);
   write<V>(grad_input,
-           ((int64_t{p.image} * s.rows.inputs + row) * s.columns.inputs + column) * s.channels + p.channel, out);
+           ((int64_t{p.image} * s.rows.inputs + row) * s.columns.inputs + column) * s.channels + p.channel,
+           out);
 }
 
 template <class T, int V>
@@ -237,9 +239,10 @@ __global__ void avg_forward(Images s, Places places, bool count_include_pad, acc
   Vector<T, V> out;
 #pragma unroll
   for (int v = 0; v < V; ++v) out.element[v] = narrow<T>(sum[v] / divisor);
-  write<V>(output,
-           ((int64_t{p.image} * s.rows.outputs + p.row) * s.columns.outputs + p.column) * s.channels + p.channel,
-           out);
+  write<V>(
+      output,
+      ((int64_t{p.image} * s.rows.outputs + p.row) * s.columns.outputs + p.column) * s.channels + p.channel,
+      out);
 }
 
 template <class T, int V>
@@ -258,10 +261,9 @@ __global__ void avg_backward(Images s, Places places, bool count_include_pad, ac
     for (int w = first_column; w <= last_column; ++w) {
       const int c = s.columns.tap(w, column);
       if (r < 0 || r >= end_row || c < 0 || c >= s.columns.end_tap(w, s.columns.start(w))) continue;
-      const acc_t<T> over = divisor != 0
-                                ? divisor
-                                : static_cast<acc_t<T>>(s.rows.extent(u, count_include_pad)) *
-                                      static_cast<acc_t<T>>(s.columns.extent(w, count_include_pad));
+      const acc_t<T> over = divisor != 0 ? divisor
+                                         : static_cast<acc_t<T>>(s.rows.extent(u, count_include_pad)) *
+                                               static_cast<acc_t<T>>(s.columns.extent(w, count_include_pad));
       const auto g = read<T, V>(image, u * line + int64_t{w} * s.channels);
 #pragma unroll
       for (int v = 0; v < V; ++v) sum[v] += widen(g.element[v]) / over;
@@ -271,26 +273,28 @@ __global__ void avg_backward(Images s, Places places, bool count_include_pad, ac
 #pragma unroll
   for (int v = 0; v < V; ++v) out.element[v] = narrow<T>(sum[v]);
   write<V>(grad_input,
-           ((int64_t{p.image} * s.rows.inputs + row) * s.columns.inputs + column) * s.channels + p.channel, out);
+           ((int64_t{p.image} * s.rows.inputs + row) * s.columns.inputs + column) * s.channels + p.channel,
+           out);
 }
 
 bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-// Calls f.operator()<T, V>() with the element type, and with V elements of 16 bytes together where channels and pointers allow,
-// else 1.
+// Calls f.operator()<T, V>() with the element type, and with V elements of 16 bytes together where channels
+// and pointers allow, else 1.
 template <class... Pointers, class F>
 const char* vectorized(DType dtype, const PoolShape& s, const uint8_t* locations, F&& f, Pointers... data) {
   const char* wrong = nullptr;
   dispatch(dtype, [&]<class T>() {
     constexpr int V = 16 / sizeof(T);
-    const bool wide = s.channels_last && s.c % V == 0 && (is_aligned(data, 16) && ...) && is_aligned(locations, V);
+    const bool wide =
+        s.channels_last && s.c % V == 0 && (is_aligned(data, 16) && ...) && is_aligned(locations, V);
     wrong = wide ? f.template operator()<T, V>() : f.template operator()<T, 1>();
   });
   return wrong;
 }
 
-// Calls f(places, blocks, first) for runs of images from `first` on, each few enough for one launch. `rows` and `columns` are
-// those of what a thread works on.
+// Calls f(places, blocks, first) for runs of images from `first` on, each few enough for one launch. `rows`
+// and `columns` are those of what a thread works on.
 template <class F>
 const char* in_launches(const Images& s, int64_t rows, int64_t columns, int vector, F&& f) {
   const int64_t channels = s.channels / vector, each = rows * columns * channels;
@@ -316,14 +320,16 @@ const char* max_pool_forward(const MaxPoolArgs& a, Stream stream) {
   return vectorized(
       a.dtype, a.shape, a.locations,
       [&]<class T, int V>() {
-        return in_launches(s, s.rows.outputs, s.columns.outputs, V, [&](Places places, dim3 blocks, int64_t first) {
-          const auto kernel =
-              a.locations != nullptr || a.indices != nullptr ? max_forward<T, V, true> : max_forward<T, V, false>;
-          const int64_t out = first * s.outputs();
-          return launch(kernel, blocks, dim3(kThreads), stream, s, places,
-                        static_cast<const T*>(a.input) + first * s.inputs(), static_cast<T*>(a.output) + out,
-                        offset(a.locations, out), offset(a.indices, out));
-        });
+        return in_launches(
+            s, s.rows.outputs, s.columns.outputs, V, [&](Places places, dim3 blocks, int64_t first) {
+              const auto kernel = a.locations != nullptr || a.indices != nullptr ? max_forward<T, V, true>
+                                                                                 : max_forward<T, V, false>;
+              const int64_t out = first * s.outputs();
+              return launch(kernel, blocks, dim3(kThreads), stream, s, places,
+                            static_cast<const T*>(a.input) + first * s.inputs(),
+                            static_cast<T*>(a.output) + out, offset(a.locations, out),
+                            offset(a.indices, out));
+            });
       },
       a.input, a.output);
 }
@@ -333,12 +339,13 @@ const char* max_pool_backward(const MaxPoolBackwardArgs& a, Stream stream) {
   return vectorized(
       a.dtype, a.shape, a.locations,
       [&]<class T, int V>() {
-        return in_launches(s, s.rows.inputs, s.columns.inputs, V, [&](Places places, dim3 blocks, int64_t first) {
-          const int64_t out = first * s.outputs();
-          return launch(max_backward<T, V>, blocks, dim3(kThreads), stream, s, places,
-                        static_cast<const T*>(a.grad) + out, offset(a.locations, out), offset(a.indices, out),
-                        static_cast<T*>(a.grad_input) + first * s.inputs());
-        });
+        return in_launches(
+            s, s.rows.inputs, s.columns.inputs, V, [&](Places places, dim3 blocks, int64_t first) {
+              const int64_t out = first * s.outputs();
+              return launch(max_backward<T, V>, blocks, dim3(kThreads), stream, s, places,
+                            static_cast<const T*>(a.grad) + out, offset(a.locations, out),
+                            offset(a.indices, out), static_cast<T*>(a.grad_input) + first * s.inputs());
+            });
       },
       a.grad, a.grad_input);
 }
@@ -348,11 +355,13 @@ const char* avg_pool_forward(const AvgPoolArgs& a, Stream stream) {
   return vectorized(
       a.dtype, a.shape, nullptr,
       [&]<class T, int V>() {
-        return in_launches(s, s.rows.outputs, s.columns.outputs, V, [&](Places places, dim3 blocks, int64_t first) {
-          return launch(avg_forward<T, V>, blocks, dim3(kThreads), stream, s, places, a.count_include_pad,
-                        static_cast<acc_t<T>>(a.divisor), static_cast<const T*>(a.input) + first * s.inputs(),
-                        static_cast<T*>(a.output) + first * s.outputs());
-        });
+        return in_launches(s, s.rows.outputs, s.columns.outputs, V,
+                           [&](Places places, dim3 blocks, int64_t first) {
+                             return launch(avg_forward<T, V>, blocks, dim3(kThreads), stream, s, places,
+                                           a.count_include_pad, static_cast<acc_t<T>>(a.divisor),
+                                           static_cast<const T*>(a.input) + first * s.inputs(),
+                                           static_cast<T*>(a.output) + first * s.outputs());
+                           });
       },
       a.input, a.output);
 }
@@ -362,11 +371,13 @@ const char* avg_pool_backward(const AvgPoolBackwardArgs& a, Stream stream) {
   return vectorized(
       a.dtype, a.shape, nullptr,
       [&]<class T, int V>() {
-        return in_launches(s, s.rows.inputs, s.columns.inputs, V, [&](Places places, dim3 blocks, int64_t first) {
-          return launch(avg_backward<T, V>, blocks, dim3(kThreads), stream, s, places, a.count_include_pad,
-                        static_cast<acc_t<T>>(a.divisor), static_cast<const T*>(a.grad) + first * s.outputs(),
-                        static_cast<T*>(a.grad_input) + first * s.inputs());
-        });
+        return in_launches(s, s.rows.inputs, s.columns.inputs, V,
+                           [&](Places places, dim3 blocks, int64_t first) {
+                             return launch(avg_backward<T, V>, blocks, dim3(kThreads), stream, s, places,
+                                           a.count_include_pad, static_cast<acc_t<T>>(a.divisor),
+                                           static_cast<const T*>(a.grad) + first * s.outputs(),
+                                           static_cast<T*>(a.grad_input) + first * s.inputs());
+                           });
       },
       a.grad, a.grad_input);
 }

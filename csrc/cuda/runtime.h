@@ -1,5 +1,6 @@
-// What the kernels need of CUDA: launches, and elements as they are stored and computed with. FASTNN_CUDA_ON_HOST compiles the
-// same sources with the host's compiler, against a model of the runtime, for tests.
+// What the kernels need of CUDA: launches, and elements as they are stored and computed with.
+// FASTNN_CUDA_ON_HOST compiles the same sources with the host's compiler, against a model of the runtime, for
+// tests.
 #pragma once
 
 #ifdef FASTNN_CUDA_ON_HOST

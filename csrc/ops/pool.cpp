@@ -97,9 +97,12 @@ MaxOutputs max_forward(const Tensor& input, const PoolShape& s, MemoryFormat lay
   };
   MaxOutputs out{made(input.scalar_type(), true), made(ScalarType::Byte, locations),
                  made(ScalarType::Long, indices)};
-  const MaxPoolArgs args{dtype_of(input, "input"), s, x.const_data_ptr(), out.values.mutable_data_ptr(),
-                    locations ? static_cast<uint8_t*>(out.locations.mutable_data_ptr()) : nullptr,
-                    indices ? static_cast<int64_t*>(out.indices.mutable_data_ptr()) : nullptr};
+  const MaxPoolArgs args{dtype_of(input, "input"),
+                         s,
+                         x.const_data_ptr(),
+                         out.values.mutable_data_ptr(),
+                         locations ? static_cast<uint8_t*>(out.locations.mutable_data_ptr()) : nullptr,
+                         indices ? static_cast<int64_t*>(out.indices.mutable_data_ptr()) : nullptr};
   check_fits(input, s);
   FASTNN_RUN(max_pool_forward, input, args);
   return out;
@@ -169,8 +172,12 @@ Tensor max_pool2d_backward(Tensor grad, Tensor locations, int64_t input_h, int64
                shape(locations));
   const Tensor dy = dense(grad, layout), l = dense(locations, layout);
   Tensor out = empty_like(grad, {s.n, s.c, input_h, input_w}, layout);
-  const MaxPoolBackwardArgs args{dtype_of(grad, "grad"), s, dy.const_data_ptr(),
-                     static_cast<const uint8_t*>(l.const_data_ptr()), nullptr, out.mutable_data_ptr()};
+  const MaxPoolBackwardArgs args{dtype_of(grad, "grad"),
+                                 s,
+                                 dy.const_data_ptr(),
+                                 static_cast<const uint8_t*>(l.const_data_ptr()),
+                                 nullptr,
+                                 out.mutable_data_ptr()};
   check_fits(grad, s);
   FASTNN_RUN(max_pool_backward, grad, args);
   return out;
@@ -179,18 +186,22 @@ Tensor max_pool2d_backward(Tensor grad, Tensor locations, int64_t input_h, int64
 Tensor max_pool2d_indices_backward(Tensor grad, Tensor indices, int64_t input_h, int64_t input_w) {
   check_images(grad, "grad", "max_pool2d_indices_backward");
   check_pair({input_h, input_w}, "input_size", 1);
-  FASTNN_CHECK(
-      indices.scalar_type() == ScalarType::Long && indices.is_cpu() && grad.is_cpu() && sizes_of(indices) == sizes_of(grad),
-      "max_pool2d_indices_backward expects int64 indices of the gradient's shape ", shape(grad), ", got ",
-      shape(indices));
+  FASTNN_CHECK(indices.scalar_type() == ScalarType::Long && indices.is_cpu() && grad.is_cpu() &&
+                   sizes_of(indices) == sizes_of(grad),
+               "max_pool2d_indices_backward expects int64 indices of the gradient's shape ", shape(grad),
+               ", got ", shape(indices));
   const MemoryFormat layout = suggested_format(indices);
   const PoolAxis rows{input_h, grad.size(2), 0, 1, 0, 1, true},
       columns{input_w, grad.size(3), 0, 1, 0, 1, true};
   const PoolShape s{grad.size(0), grad.size(1), rows, columns, last(layout)};
   const Tensor dy = dense(grad, layout), i = dense(indices, layout);
   Tensor out = empty_like(grad, {s.n, s.c, input_h, input_w}, layout);
-  const MaxPoolBackwardArgs args{dtype_of(grad, "grad"), s, dy.const_data_ptr(), nullptr,
-                     static_cast<const int64_t*>(i.const_data_ptr()), out.mutable_data_ptr()};
+  const MaxPoolBackwardArgs args{dtype_of(grad, "grad"),
+                                 s,
+                                 dy.const_data_ptr(),
+                                 nullptr,
+                                 static_cast<const int64_t*>(i.const_data_ptr()),
+                                 out.mutable_data_ptr()};
   check_fits(grad, s);
   FASTNN_RUN(max_pool_backward, grad, args);
   return out;
@@ -205,7 +216,8 @@ Tensor avg_forward(const Tensor& input, const PoolShape& s, MemoryFormat layout,
                    int64_t divisor) {
   const Tensor x = dense(input, layout);
   Tensor out = empty_like(input, output_sizes(s), layout);
-  const AvgPoolArgs args{dtype_of(input, "input"), s, count_include_pad, divisor, x.const_data_ptr(), out.mutable_data_ptr()};
+  const AvgPoolArgs args{dtype_of(input, "input"), s, count_include_pad, divisor, x.const_data_ptr(),
+                         out.mutable_data_ptr()};
   check_fits(input, s);
   FASTNN_RUN(avg_pool_forward, input, args);
   return out;
@@ -215,7 +227,8 @@ Tensor avg_backward(const Tensor& grad, const PoolShape& s, MemoryFormat layout,
                     int64_t divisor) {
   const Tensor dy = dense(grad, layout);
   Tensor out = empty_like(grad, {s.n, s.c, s.rows.inputs, s.columns.inputs}, layout);
-  const AvgPoolBackwardArgs args{dtype_of(grad, "grad"), s, count_include_pad, divisor, dy.const_data_ptr(), out.mutable_data_ptr()};
+  const AvgPoolBackwardArgs args{dtype_of(grad, "grad"), s, count_include_pad, divisor, dy.const_data_ptr(),
+                                 out.mutable_data_ptr()};
   check_fits(grad, s);
   FASTNN_RUN(avg_pool_backward, grad, args);
   return out;

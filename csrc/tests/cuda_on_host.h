@@ -1,5 +1,5 @@
-// A model of the CUDA runtime in which kernels run on the host, so that tests and sanitizers see them without a GPU: the
-// names that csrc/cuda uses, and a launch that runs the threads of a grid one after another.
+// A model of the CUDA runtime in which kernels run on the host, so that tests and sanitizers see them without
+// a GPU: the names that csrc/cuda uses, and a launch that runs the threads of a grid one after another.
 #pragma once
 
 #include <bit>

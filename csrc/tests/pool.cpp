@@ -18,34 +18,37 @@ void max_forward(const std::string& level, int threads, int64_t n, int64_t c, co
                  const Ints& columns, bool channels_last, const py::array& x, py::array y,
                  const py::object& locations, const py::object& indices) {
   constexpr Kernel<MaxPoolArgs> kernel{{FASTNN_LEVELS(max_pool_forward)}, cuda::max_pool_forward};
-  kernel(level, threads, 
-      {dtype_of(x), shape_of(n, c, rows, columns, channels_last), x.data(), y.mutable_data(),
-       static_cast<uint8_t*>(out(locations)), static_cast<int64_t*>(out(indices))});
+  kernel(level, threads,
+         {dtype_of(x), shape_of(n, c, rows, columns, channels_last), x.data(), y.mutable_data(),
+          static_cast<uint8_t*>(out(locations)), static_cast<int64_t*>(out(indices))});
 }
 
 void max_backward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
                   const Ints& columns, bool channels_last, const py::array& grad, const py::object& locations,
                   const py::object& indices, py::array grad_x) {
   constexpr Kernel<MaxPoolBackwardArgs> kernel{{FASTNN_LEVELS(max_pool_backward)}, cuda::max_pool_backward};
-  kernel(level, threads, {dtype_of(grad), shape_of(n, c, rows, columns, channels_last), grad.data(),
-                            static_cast<const uint8_t*>(in(locations)),
-                            static_cast<const int64_t*>(in(indices)), grad_x.mutable_data()});
+  kernel(level, threads,
+         {dtype_of(grad), shape_of(n, c, rows, columns, channels_last), grad.data(),
+          static_cast<const uint8_t*>(in(locations)), static_cast<const int64_t*>(in(indices)),
+          grad_x.mutable_data()});
 }
 
 void avg_forward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
                  const Ints& columns, bool channels_last, bool count_include_pad, int64_t divisor,
                  const py::array& x, py::array y) {
   constexpr Kernel<AvgPoolArgs> kernel{{FASTNN_LEVELS(avg_pool_forward)}, cuda::avg_pool_forward};
-  kernel(level, threads, {dtype_of(x), shape_of(n, c, rows, columns, channels_last), count_include_pad,
-                            divisor, x.data(), y.mutable_data()});
+  kernel(level, threads,
+         {dtype_of(x), shape_of(n, c, rows, columns, channels_last), count_include_pad, divisor, x.data(),
+          y.mutable_data()});
 }
 
 void avg_backward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
                   const Ints& columns, bool channels_last, bool count_include_pad, int64_t divisor,
                   const py::array& grad, py::array grad_x) {
   constexpr Kernel<AvgPoolBackwardArgs> kernel{{FASTNN_LEVELS(avg_pool_backward)}, cuda::avg_pool_backward};
-  kernel(level, threads, {dtype_of(grad), shape_of(n, c, rows, columns, channels_last), count_include_pad,
-                            divisor, grad.data(), grad_x.mutable_data()});
+  kernel(level, threads,
+         {dtype_of(grad), shape_of(n, c, rows, columns, channels_last), count_include_pad, divisor,
+          grad.data(), grad_x.mutable_data()});
 }
 
 }  // namespace

@@ -100,7 +100,7 @@ def _stock_backward(grad, query, key, value, mask, output, logsumexp, is_causal,
 
 
 def _unsupported_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
-    reason = _unsupported(query, key, value, mask, is_causal, scale)
+    reason = _unsupported_on_gpus(query, key, value, mask, is_causal, scale)
     if reason is not None:
         return reason
     shape = (*query.shape[:3], value.shape[3])
@@ -108,6 +108,31 @@ def _unsupported_backward(grad, query, key, value, mask, output, logsumexp, is_c
         return "shapes do not fit"
     return None
 
+
+def _triton(query, key, value, mask, is_causal, scale):
+    from fastnn.triton.attention import attention_forward
+
+    output, _ = _fake(query, key, value, mask, is_causal, scale)
+    return output, attention_forward(query, key, value, mask, is_causal, scale, output)
+
+
+def _triton_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
+    from fastnn.triton.attention import attention_backward
+
+    gradients = tuple(_in_order(t, t.shape) for t in (query, key, value))
+    attention_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale, gradients)
+    return gradients
+
+
+def _unsupported_on_gpus(query, key, value, mask, is_causal, scale):
+    reason = _unsupported(query, key, value, mask, is_causal, scale)
+    if reason is None and query.is_cuda and max(query.shape[3], value.shape[3]) > _WIDEST_ON_GPUS:
+        return f"heads wider than {_WIDEST_ON_GPUS} on a GPU"
+    return reason
+
+
+# A row of a tile lies in registers.
+_WIDEST_ON_GPUS = 256
 
 attention_backward = declare(
     "attention_backward",
@@ -119,12 +144,13 @@ attention_backward = declare(
         2 * tensor_bytes(query, key, value) + tensor_bytes(grad, output, logsumexp, mask),
     ),
     own_dtype=("mask", "logsumexp"),
+    triton=_triton_backward,
 )
 
 _attention = declare(
     "attention",
     stock=_stock,
-    unsupported=_unsupported,
+    unsupported=_unsupported_on_gpus,
     fake=_fake,
     cost=_cost,
     keep=_keep,
@@ -132,6 +158,7 @@ _attention = declare(
     autocast=True,
     own_dtype=("mask",),
     constant=("mask",),
+    triton=_triton,
 )
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["linear_backward", "linear_forward", "pick"]
+__all__ = ["linear_backward", "linear_forward", "pick", "precision"]
 
 
 @triton.jit
@@ -99,7 +99,8 @@ def pick(rows: int, columns: int, dtype: torch.dtype, aligned: bool) -> Tile:
     return Tile(128, 128, 64, 8, 3)
 
 
-def _precision() -> str:
+def precision() -> str:
+    """How Triton multiplies fp32, by torch's own switch."""
     allowed = torch.backends.cuda.matmul.fp32_precision
     return "tf32" if allowed in ("tf32", "bf16") else "ieee"
 
@@ -118,7 +119,7 @@ def _multiply(a, b, c, *, mask=None, bias=None, sums=None, relu=False) -> None:
         rows, columns, depth,
         a.stride(0), a.stride(1), b.stride(0), b.stride(1), c.stride(0),
         HAS_MASK=mask is not None, HAS_BIAS=bias is not None, RELU=relu, HAS_SUMS=sums is not None,
-        PRECISION=_precision(), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
+        PRECISION=precision(), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
