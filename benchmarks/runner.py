@@ -283,19 +283,20 @@ def run_cases(
     """Run the cases in order, in `PASSES` passes, then those again that came out unstable.
 
     Passes spread each row's measurement over the run, since what else a machine does changes within seconds, and over
-    processes (see `fresh`). The first checks the results, and is the only one with slow peers. Each case takes at most `row_seconds` of measurement in all
-    passes, and all cases together at most `budget` seconds; what is under way when they end is finished. Cases that the
-    budget leaves no time for are not run. ``slow(case)`` says whether slow peers take part. ``on_row(row)`` is called after
-    each case's first pass, ``on_again(row, number)`` after pass `number`; passes beyond `PASSES` have the unstable rows only.
+    processes (see `fresh`). The first checks the results, and is the only one with slow peers. Each case takes at most
+    `row_seconds` of measurement in all passes, and all cases together at most `budget` seconds; what is under way when they
+    end is finished. Cases that the budget leaves no time for are not run. ``slow(case)`` says whether slow peers take part.
+    ``on_row(row)`` is called after each case's first pass, ``on_again(row, number)`` after pass `number`; passes beyond
+    `PASSES` have the unstable rows only.
     """
-    clock_now = time.perf_counter
+    now = time.perf_counter
     slow_names = {p.name for p in peers if p.slow}
-    end = math.inf if budget is None else clock_now() + budget
+    end = math.inf if budget is None else now() + budget
     rows: list[Row] = []
     # Seconds that each visit took beside its measurement: the check above all.
     beside = 0.0
     for position, case in enumerate(cases):
-        start = clock_now()
+        start = now()
         if start >= end:
             break
         # A later pass has no check, but calls that cannot be fewer: about half of what this one takes beside.
@@ -306,19 +307,19 @@ def run_cases(
             row = run_case(case, peers, seconds, limits=limits, slow=slow(case))
         except Exception as error:
             row = Row(case, "error", in_a_line(error))
-        beside += max(0.0, clock_now() - start - seconds)
+        beside += max(0.0, now() - start - seconds)
         rows.append(row)
         on_row(row)
     todo = [r for r in rows if r.warm.by_peer]
     for number in range(2, PASSES + AGAIN + 1):
         if number > PASSES:
             todo = sorted((r for r in todo if _spread(r, peers) > UNSTABLE), key=lambda r: -_spread(r, peers))
-        if not todo or clock_now() >= end:
+        if not todo or now() >= end:
             return
         beside = 0.0
         with FreshProcess([p for p in peers if not p.slow]) as process:
             for position, row in enumerate(todo):
-                start = clock_now()
+                start = now()
                 if start >= end:
                     return
                 visits = len(todo) * max(1, PASSES - number + 1) - position
@@ -326,7 +327,7 @@ def run_cases(
                 seconds = max(LEAST_SECONDS, min(row_seconds / PASSES, share))
                 known = {name: t.median for name, t in row.warm.timings.items() if name not in slow_names}
                 row.add(process.measure(row.case, known, seconds))
-                beside += max(0.0, clock_now() - start - seconds)
+                beside += max(0.0, now() - start - seconds)
                 on_again(row, number)
 
 

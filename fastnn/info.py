@@ -10,7 +10,7 @@ import torch
 
 import fastnn
 from fastnn import _library, _settings
-from fastnn.ops import _declare
+from fastnn.ops import _declare, _gpu
 
 __all__ = ["report"]
 
@@ -43,9 +43,15 @@ def report() -> dict[str, str]:
         "levels built": ", ".join(_library.ISA_LEVELS if x86 else _library.ISA_LEVELS[:1]),
         "level detected": _library.detected_isa(),
         "level used": "none (FASTNN_DISABLE is set)" if _settings.disabled else _library.current_isa(),
+        "CUDA kernels for": _gpu.architectures() or "none (built without nvcc)",
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
     }
-    return lines | {f"ops: {family}": ", ".join(names) for family, names in ops.items()}
+    lines |= {f"ops: {family}": ", ".join(names) for family, names in ops.items()}
+    for kind, title in (("cuda", "CUDA C++"), ("triton", "Triton")):
+        lines[f"on GPUs: {title}"] = ", ".join(op.name for op in _declare.OPS.values() if op.on_gpus == kind)
+    measured = [f"{major}.{minor}" for major, minor in _gpu.MEASURED]
+    lines["GPUs measured"] = ", ".join(measured) or "none: calls on a GPU stay with torch"
+    return lines
 
 
 def _table(lines: dict[str, str]) -> str:

@@ -248,3 +248,32 @@ def test_registered_where_there_are_kernels():
     for name, op in _declare.OPS.items():
         has = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{name}", "CUDA")
         assert has == (op.on_gpus == "triton" or (op.on_gpus == "cuda" and bool(_gpu.architectures())))
+
+
+def test_autocast_on_a_gpu(fake_gpu, native):
+    x, w = fake_gpu(2, 3), fake_gpu(4, 3)
+    # The context manager refuses without a device.
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        assert linear.linear_relu(x, w).dtype is torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear.linear_relu(x, w).dtype is torch.float32
+    assert native == [("linear_relu", None)] * 2
+
+
+def test_tracer_takes_the_answers_as_constants(monkeypatch):
+    monkeypatch.setattr(_gpu, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def f(x):
+        if _gpu._unusable("triton", 0) is None and _gpu._unmeasured("linear", 0) is not None:
+            return x + 1
+        return x
+
+    assert torch.equal(f(torch.zeros(2)), torch.ones(2))

@@ -338,8 +338,9 @@ def declare(
         if _in_transform() is not None or forward_ad._current_level >= 0:
             reason = "inside a torch.func transform or forward-mode AD"
         else:
-            if autocast and _any_autocast() and torch.is_autocast_enabled("cpu"):
-                args = _cast_for_autocast(args, "cpu")
+            device = args[0].device.type
+            if autocast and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+                args = _cast_for_autocast(args, device)
             reason = why_stock(args)
         if recorder is not None:
             recorder(op, args, reason)
@@ -360,12 +361,13 @@ def declare(
     def why_stock(args):
         if _settings.disabled:
             return "FASTNN_DISABLE is set"
-        reason = _unfit(args[:count], free, op.on_gpus) or wanted_constant(args) or unsupported(*args)
-        if reason is not None or prefer_kernels:
+        on_gpu = op.on_gpus is not None and args[0].is_cuda
+        if on_gpu and not prefer_kernels and (reason := _gpu.slower(name, args[0].device)):
             return reason
-        if args[0].is_cuda:
-            return _gpu.slower(name, args[0].device)
-        return slower(*args) if slower is not None else None
+        reason = _unfit(args[:count], free, op.on_gpus) or wanted_constant(args) or unsupported(*args)
+        if reason is None and slower is not None and not prefer_kernels and not on_gpu:
+            return slower(*args)
+        return reason
 
     route.__name__ = route.__qualname__ = name
     route.op = op

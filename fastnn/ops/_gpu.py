@@ -17,7 +17,7 @@ MEASURED: dict[tuple[int, int], frozenset[str]] = {}
 
 @cache
 def architectures() -> str:
-    """What the library's CUDA kernels are built for, such as ``80;90a;100``; empty if it has none."""
+    """What the library's CUDA kernels are built for, such as ``80-real 90a-real``; empty if it has none."""
     return torch.ops.fastnn._cuda_architectures()
 
 
@@ -31,27 +31,37 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def why_not(tensor: torch.Tensor, kind: str | None) -> str | None:
-    """Why no kernel of a kind, "cuda" or "triton" (or None: there is none), can take a tensor on a GPU, or None."""
-    if kind is None or not tensor.is_cuda:
-        return f"no kernel for device {tensor.device.type}"
+# A tracer need not look into these two: what they say holds for the whole process.
+@torch.compiler.assume_constant_result
+def _unusable(kind: str, index: int) -> str | None:
     if kind == "cuda" and not architectures():
         return "this build holds no CUDA kernels"
-    if kind == "triton":
-        if not _has_triton():
-            return "Triton is not installed"
-        if tensor.dtype is torch.float64:
-            return "no Triton kernel for torch.float64"
-    capability = _capability(tensor.device.index)
+    if kind == "triton" and not _has_triton():
+        return "Triton is not installed"
+    capability = _capability(index)
     if capability < LEAST_CAPABILITY:
         least, own = (".".join(map(str, c)) for c in (LEAST_CAPABILITY, capability))
         return f"GPU kernels need compute capability {least}, this GPU has {own}"
     return None
 
 
-def slower(op: str, device: torch.device) -> str | None:
-    """Why a call that a kernel could take on a GPU stays with torch, or None."""
-    capability = _capability(device.index)
+@torch.compiler.assume_constant_result
+def _unmeasured(op: str, index: int) -> str | None:
+    capability = _capability(index)
     if op in MEASURED.get(capability, ()):
         return None
     return f"its kernel is not measured on GPUs of compute capability {capability[0]}.{capability[1]}"
+
+
+def why_not(tensor: torch.Tensor, kind: str | None) -> str | None:
+    """Why no kernel of a kind, "cuda" or "triton" (or None: there is none), can take a tensor on a GPU, or None."""
+    if kind is None or not tensor.is_cuda:
+        return f"no kernel for device {tensor.device.type}"
+    if kind == "triton" and tensor.dtype is torch.float64:
+        return "no Triton kernel for torch.float64"
+    return _unusable(kind, tensor.device.index)
+
+
+def slower(op: str, device: torch.device) -> str | None:
+    """Why a call that a kernel could take on a GPU stays with torch, or None."""
+    return _unmeasured(op, device.index)

@@ -5,7 +5,10 @@ python tests/wheel/check.py dist/fastnn-*.whl [python3.10 ...]
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,37 @@ def check_contents(wheel: Path) -> None:
     strangers = [n for n in names if not n.startswith("fastnn/") and ".dist-info/" not in n]
     assert not strangers, strangers
     assert not [n for n in names if n.endswith((".cpp", ".h", ".cu"))], names
+
+
+# Megabytes. A wheel is what people download for every environment.
+MOST_SIZE = 20
+
+
+def check_cuda(wheel: Path) -> None:
+    """Where nvcc is, the library holds machine code for each architecture, and what later GPUs translate."""
+    size = wheel.stat().st_size / 1e6
+    assert size <= MOST_SIZE, f"{wheel.name} has {size:.1f} MB, at most {MOST_SIZE} are expected"
+    tool = _cuobjdump()
+    if shutil.which("nvcc") is None or os.environ.get("FASTNN_CUDA") == "OFF" or tool is None:
+        print("no nvcc, or no cuobjdump: the wheel's CUDA code is not looked at")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        library = zipfile.ZipFile(wheel).extract("fastnn/_C.so", folder)
+        listed = [
+            subprocess.run([tool, option, library], check=True, capture_output=True, text=True).stdout
+            for option in ("--list-elf", "--list-ptx")
+        ]
+    found = [set(re.findall(r"\.(sm_\w+)\.", text)) for text in listed]
+    assert found == [{"sm_80", "sm_90a", "sm_100"}, {"sm_100"}], found
+
+
+def _cuobjdump() -> str | None:
+    """The toolkit's, or the one in Triton's package."""
+    spec = importlib.util.find_spec("triton")
+    folders = [os.environ.get("PATH", os.defpath)]
+    if spec is not None and spec.origin:
+        folders.append(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
 def check_here(wheel: Path, python: str, folder: Path) -> None:
@@ -57,6 +91,7 @@ def check_elsewhere(wheel: Path, python: str, folder: Path) -> None:
 def main() -> None:
     wheel, *others = sys.argv[1:]
     check_contents(Path(wheel))
+    check_cuda(Path(wheel))
     with tempfile.TemporaryDirectory() as folder:
         check_here(Path(wheel).resolve(), sys.executable, Path(folder))
     for python in others:
