@@ -80,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
                 "--out", type=Path, metavar="DIR", help="default: bench-results/<date and time>"
             )
             command.add_argument(
+                "--minutes", type=float, help="for the ops, beside training (default: by the size of the run)"
+            )
+            command.add_argument(
                 "--threads", type=_positive, help=f"default: torch's, here {torch.get_num_threads()}"
             )
     text = "what changed from one result to another; exits with 1 if anything became slower or broke"
@@ -241,7 +244,11 @@ def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None)
             small = cases.is_quick(case) and case.dtype == "fp32" and not case.backward
             return everywhere or (selected and (small or modules.is_whole(case)))
 
-        _measure(record, chosen, nets, contenders, BUDGETS[size], slow, console, save)
+        train_seconds, op_seconds, row_seconds = BUDGETS[size]
+        if args.minutes is not None:
+            op_seconds = args.minutes * 60
+        budget = (train_seconds, op_seconds, row_seconds)
+        _measure(record, chosen, nets, contenders, budget, slow, console, save)
         record.complete = True
     except KeyboardInterrupt:
         interrupted = True

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import jsonschema
-
 SCHEMA_NAME, VERSION = "fastnn-benchmark", 2
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
 
@@ -17,11 +15,16 @@ class UnreadableResult(ValueError):
 
 def validate(record: dict) -> None:
     """Raise `jsonschema.ValidationError` if a record does not fit ``schema.json``."""
+    # Not needed to measure, and not on every machine with a GPU.
+    import jsonschema
+
     jsonschema.validate(record, json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
 
 
 def load(path: Path | str) -> dict:
     """The record in a file, or in the ``results.json`` of a folder."""
+    import jsonschema
+
     path = Path(path)
     if path.is_dir():
         path = path / "results.json"

@@ -110,6 +110,7 @@ def arguments(**given):
         "threads": None,
         "device": "cpu",
         "prefer_kernels": False,
+        "minutes": None,
     }
     return Namespace(**{**defaults, **given})
 

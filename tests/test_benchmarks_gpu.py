@@ -1,6 +1,7 @@
 """The benchmark suite on a GPU, as far as it goes without one: stand-ins take the place of the device's events and graphs."""
 
 import json
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -141,6 +142,12 @@ def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
         assert found["suite"] is None
         assert "finds no CUDA device" in found["steps"]["suite"]["output"]
         assert set(found["tests"]) == {"skipped"}
+
+
+def test_suite_needs_only_what_a_gpu_machine_has():
+    """Without the packages that only reading and the rivals on the CPU need."""
+    code = "import sys; sys.modules['jsonschema'] = sys.modules['sklearn'] = None\nimport benchmarks.__main__, benchmarks.gpu"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_step_that_takes_too_long_is_interrupted(tmp_path):
