@@ -10,6 +10,7 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from rich.console import Console
@@ -801,7 +802,7 @@ def test_result_that_is_no_result(tmp_path, capsys):
 def test_failed_row_has_no_speedup_by_the_schema(tmp_path):
     record = stored.load(stored_run(tmp_path, "a", one="failed"))
     record["rows"][0]["speedup"] = {"eager": {"q1": 1.0, "median": 1.0, "q3": 1.0}}
-    with pytest.raises(stored.jsonschema.ValidationError):
+    with pytest.raises(jsonschema.ValidationError):
         stored.validate(record)
 
 

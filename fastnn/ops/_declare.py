@@ -338,9 +338,10 @@ def declare(
         if _in_transform() is not None or forward_ad._current_level >= 0:
             reason = "inside a torch.func transform or forward-mode AD"
         else:
-            device = args[0].device.type
-            if autocast and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-                args = _cast_for_autocast(args, device)
+            if autocast and _any_autocast() and isinstance(args[0], torch.Tensor):
+                device = args[0].device.type
+                if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+                    args = _cast_for_autocast(args, device)
             reason = why_stock(args)
         if recorder is not None:
             recorder(op, args, reason)
@@ -361,7 +362,7 @@ def declare(
     def why_stock(args):
         if _settings.disabled:
             return "FASTNN_DISABLE is set"
-        on_gpu = op.on_gpus is not None and args[0].is_cuda
+        on_gpu = op.on_gpus is not None and isinstance(args[0], torch.Tensor) and args[0].is_cuda
         if on_gpu and not prefer_kernels and (reason := _gpu.slower(name, args[0].device)):
             return reason
         reason = _unfit(args[:count], free, op.on_gpus) or wanted_constant(args) or unsupported(*args)
