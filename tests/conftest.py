@@ -35,6 +35,15 @@ def prefer_kernels(monkeypatch):
     monkeypatch.setattr(_declare, "prefer_kernels", True)
 
 
+@pytest.fixture
+def native():
+    """The ops called, each with the reason why it went to torch; None where a kernel took it."""
+    seen = []
+    _declare.recorder = lambda op, args, reason: seen.append((op.name, reason))
+    yield seen
+    _declare.recorder = None
+
+
 def assert_as_good(ours, stock, exact, roundings=1):
     """The error against float64 is at most twice stock's, beside a rounding (or some) of the largest value.
 

@@ -10,17 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnn import _library
-from fastnn.ops import _declare
 from fastnn.ops.attention import scaled_dot_product_attention as sdpa
-
-
-@pytest.fixture
-def native():
-    """The ops called, each with the reason why it went to torch; None where a kernel took it."""
-    seen = []
-    _declare.recorder = lambda op, args, reason: seen.append((op.name, reason))
-    yield seen
-    _declare.recorder = None
 
 
 def inputs(*shapes, dtype=torch.float32, seed=0):

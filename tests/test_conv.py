@@ -33,15 +33,6 @@ STOCK = {
 EVERY_OP = pytest.mark.parametrize("op", STOCK, ids=lambda op: op.__name__)
 
 
-@pytest.fixture
-def native():
-    """The ops called, each with the reason why it went to torch; None where a kernel took it."""
-    seen = []
-    _declare.recorder = lambda op, args, reason: seen.append((op.name, reason))
-    yield seen
-    _declare.recorder = None
-
-
 def inputs(x, w, bias=True, dtype=torch.float32, layout=torch.contiguous_format, seed=0):
     generator = torch.Generator().manual_seed(seed)
     out = [torch.randn(s, generator=generator, dtype=torch.float64) for s in (x, w, w[:1])]

@@ -10,18 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnn import _library
-from fastnn.ops import _declare, pool
+from fastnn.ops import pool
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-
-
-@pytest.fixture
-def native():
-    """The ops called, each with the reason why it went to torch; None where a kernel took it."""
-    seen = []
-    _declare.recorder = lambda op, args, reason: seen.append((op.name, reason))
-    yield seen
-    _declare.recorder = None
 
 
 def images(*shape, dtype=torch.float32, layout=torch.contiguous_format, seed=0, ties=False):
