@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 # A case has changed if its ratio has, by more than TOLERANCE and more than TIMES_SPREAD times the two spreads together (half
-# interquartile ranges, or ranges of the passes, added as independent errors are). Code and data lie elsewhere in each process,
-# which moves a case by some percent though it is stable within either run.
+# interquartile ranges, added as independent errors are). Code and data lie elsewhere in each process, which moves a case by
+# some percent though it is stable within either run.
 TOLERANCE, TIMES_SPREAD = 0.10, 2.0
 # A family has changed if the geometric mean of its cases has: noise of single cases averages out.
 FAMILY_TOLERANCE = 0.05
@@ -113,10 +113,7 @@ def compare(before: dict, after: dict, *, tolerance: float = TOLERANCE, rival: s
 
 
 def _change(key: str, before: dict, after: dict, tolerance: float) -> Change:
-    spreads = []
-    for r in (before, after):
-        passes = r.get("passes") or [r["median"]]
-        spreads.append(max(r["q3"] - r["q1"], max(passes) - min(passes)) / 2 / r["median"])
+    spreads = [(r["q3"] - r["q1"]) / 2 / r["median"] for r in (before, after)]
     spread = (spreads[0] ** 2 + spreads[1] ** 2) ** 0.5
     return Change(key, before["median"], after["median"], spread, tolerance)
 

@@ -1,4 +1,4 @@
-"""Measures in a process of its own: where code and data come to lie there moves some rows by a fifth, however often they are timed."""
+"""Measures in a process of its own, so that what one process has by chance does not count for a whole row."""
 
 from __future__ import annotations
 
