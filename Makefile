@@ -68,12 +68,12 @@ wheel: env
 lint: env
 	$(PY) -m pip install -q -c constraints.txt ruff clang-format
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp
 
 format: env
 	$(PY) -m pip install -q -c constraints.txt ruff clang-format
 	$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp
+	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp
 
 clean:
 	rm -rf build build-gpu build-tests build-sanitize dist $(VENV)

@@ -45,9 +45,10 @@ def print_record(record: Record, to: Console) -> None:
         to.print(summary_table(record))
         to.print(
             "Times are medians. x is the time of stock PyTorch over fastnn's, the median over interleaved rounds with half "
-            "the interquartile range; ~ marks a spread above 10%. cl: channels_last. Of the limit: the least time that the "
-            "probed machine could need, over fastnn's. x cold: with the data out of the caches. x as graph: CUDA graphs replayed. Overhead: the same call on "
-            "next to no data, fastnn's and stock's. A row's note says why torch's own op served it, if it did.",
+            "the interquartile range; ~ marks a spread above 10%, or passes after which another run may differ by over 5%. "
+            "cl: channels_last. Of the limit: the least time that the probed machine could need, over fastnn's. x cold: with the "
+            "data out of the caches. x as graph: CUDA graphs replayed. Overhead: the same call on next to no data, fastnn's and "
+            "stock's. A row's note says why torch's own op served it, if it did.",
             style="dim",
         )
     for title, notes in _absences(record).items():

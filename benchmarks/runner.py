@@ -19,7 +19,7 @@ from benchmarks.clock import HostClock
 from benchmarks.fresh import FreshProcess
 from benchmarks.limits import Limit, Limits, limit
 from benchmarks.peers import FastNN, Peer
-from benchmarks.samples import UNSTABLE, Samples
+from benchmarks.samples import Samples
 
 # A block of calls is timed as one, long enough that the clock's own cost does not count.
 BLOCK_SECONDS = 2e-3
@@ -313,7 +313,9 @@ def run_cases(
     todo = [r for r in rows if r.warm.by_peer]
     for number in range(2, PASSES + AGAIN + 1):
         if number > PASSES:
-            todo = sorted((r for r in todo if _spread(r, peers) > UNSTABLE), key=lambda r: -_spread(r, peers))
+            todo = sorted(
+                (r for r in todo if _unsteadiness(r, peers) > 1), key=lambda r: -_unsteadiness(r, peers)
+            )
         if not todo or now() >= end:
             return
         beside = 0.0
@@ -337,7 +339,7 @@ PASSES, AGAIN = 3, 5
 LEAST_SECONDS = 0.1
 
 
-def _spread(row: Row, peers: list[Peer]) -> float:
-    """The widest relative spread of the ratios over the rivals that are measured in all passes."""
+def _unsteadiness(row: Row, peers: list[Peer]) -> float:
+    """The most of all ratios over the rivals that are measured in all passes."""
     ratios = row.warm.ratios
-    return max((ratios[p.name].spread for p in peers if p.name in ratios and not p.slow), default=0.0)
+    return max((ratios[p.name].unsteadiness for p in peers if p.name in ratios and not p.slow), default=0.0)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# A ratio that spreads wider than this is marked unstable.
-UNSTABLE = 0.10
+# A ratio is marked unstable if its rounds spread wider than the first, or if another run may well differ by more than the second.
+SPREAD, REPEAT = 0.10, 0.05
 
 
 @dataclass
@@ -32,13 +32,23 @@ class Ratio:
 
     @property
     def spread(self) -> float:
-        """The interquartile range, or the range of the passes if that is more, over the median."""
-        between = max(self.passes) - min(self.passes) if self.passes else 0.0
-        return max(self.q3 - self.q1, between) / self.median
+        """The interquartile range of the rounds, over the median."""
+        return (self.q3 - self.q1) / self.median
+
+    @property
+    def repeat(self) -> float:
+        """How far another run of as many passes may lie, relative: two standard errors of the difference; 0 of a single pass."""
+        n = len(self.passes)
+        return 2 * float(np.std(self.passes, ddof=1)) * (2 / n) ** 0.5 / self.median if n > 1 else 0.0
+
+    @property
+    def unsteadiness(self) -> float:
+        """The spread or the repeat, whichever is further, as a share of what is allowed."""
+        return max(self.spread / SPREAD, self.repeat / REPEAT)
 
     @property
     def unstable(self) -> bool:
-        return self.spread > UNSTABLE
+        return self.unsteadiness > 1
 
 
 @dataclass

@@ -29,6 +29,7 @@ from benchmarks import (
     peers,
     report,
     runner,
+    samples,
     stored,
     training,
     work,
@@ -312,6 +313,22 @@ def test_unstable_row_is_measured_again(monkeypatch):
     assert clock.made[-1][0] is SMALL[0]
     assert rows[0].warm.ratios["eager"].unstable
     assert not rows[1].warm.ratios["eager"].unstable
+
+
+def ratio(*passes, spread=0.0):
+    return samples.Ratio(1.0, 1.0 - spread / 2, 1.0 + spread / 2, passes)
+
+
+def test_unstable():
+    assert not ratio(1.0, spread=0.09).unstable
+    assert ratio(1.0, spread=0.11).unstable
+    # Standard errors by hand: two passes that are d apart have a deviation of d / sqrt(2), so another run lies within 2d.
+    assert ratio(0.99, 1.01).repeat == pytest.approx(0.04 / 2**0.5)
+    assert not ratio(0.99, 1.01).unstable
+    assert ratio(0.96, 1.04).unstable
+    # What is as far apart in more passes says less of the next run.
+    assert not ratio(*[0.97, 1.03] * 4).unstable
+    assert ratio(0.97, 1.03).unstable
 
 
 def test_prefer_kernels(tmp_path, quick, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc")
+TILED = ("conv", "conv_weight_gradient", "depthwise")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
 
@@ -39,8 +40,10 @@ def test_no_spills(source, architecture, tmp_path):
     assert kernels
     for name, (stack, stores, loads, registers) in kernels.items():
         assert (stack, stores, loads) == (0, 0, 0), f"{name} on sm_{architecture}"
-        # Three blocks of 256 threads on a multiprocessor, whose loads hide one another's latency.
-        assert registers <= 80, f"{name} on sm_{architecture}: {registers} registers"
+        # Blocks of 256 threads on a multiprocessor: three, whose loads hide one another's latency, and two of those that
+        # hold a tile of a product.
+        most = 128 if source.stem in TILED else 80
+        assert registers <= most, f"{name} on sm_{architecture}: {registers} registers"
 
 
 def test_spills_are_seen(tmp_path):

@@ -134,6 +134,71 @@ class TestOnGpu:
         for a, b, c in zip(ours, stock, exact, strict=True):
             assert_as_good(a, b, c, roundings=8)
 
+    @pytest.mark.parametrize(
+        ("image", "kernel", "options"),
+        [
+            ((8, 3, 64, 64), (32, 3, 7, 7), {"stride": 2, "padding": 3}),
+            ((8, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
+            ((2, 256, 28, 28), (512, 256, 3, 3), {"stride": 2, "padding": 1}),
+            ((4, 96, 30, 31), (96, 1, 3, 3), {"padding": 1, "groups": 96}),
+            ((4, 144, 15, 15), (144, 1, 5, 5), {"stride": 2, "padding": 2, "groups": 144}),
+            ((2, 64, 14, 14), (130, 32, 3, 2), {"dilation": 2, "groups": 2}),
+            ((3, 13, 17, 19), (67, 13, 3, 3), {"padding": 2}),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_conv(self, dtype, layout, image, kernel, options, native):
+        generator = torch.Generator().manual_seed(0)
+        shapes = image, kernel, kernel[:1]
+        given = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
+        given[0] = given[0].contiguous(memory_format=layout)
+        # The oracle computes in full precision; what tf32 loses, torch's own loses as well.
+        before = torch.backends.cudnn.conv.fp32_precision
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+        def results(function, kind):
+            inputs = [t.to(kind).detach().requires_grad_() for t in given]
+            y = function(*inputs, **options)
+            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+            return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+        try:
+            ours = results(conv.conv2d, dtype)
+            assert [reason for _, reason in native] == [None, None]
+            stock, exact = (results(TF.conv2d, kind) for kind in (dtype, torch.float64))
+        finally:
+            torch.backends.cudnn.conv.fp32_precision = before
+        assert ours[0].is_contiguous(memory_format=layout)
+        for a, b, c in zip(ours, stock, exact, strict=True):
+            assert_as_good(a, b, c, roundings=8)
+
+    @pytest.mark.parametrize("pooled", [False, True], ids=["relu", "relu_max_pool"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_conv_relu(self, dtype, pooled, native):
+        """In small numbers, so that maxima and what the ReLU closes do not depend on rounding."""
+        generator = torch.Generator().manual_seed(0)
+        x, w, b = (
+            torch.randint(-2, 3, s, generator=generator).to("cuda", dtype)
+            for s in ((4, 8, 15, 14), (24, 8, 3, 3), (24,))
+        )
+
+        def results(function, kind=dtype):
+            inputs = [t.to(kind).detach().clone().requires_grad_() for t in (x, w, b)]
+            y = function(*inputs, padding=1)
+            upstream = torch.randint(-1, 2, y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+            return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+        def stock(*args, **options):
+            y = torch.relu(TF.conv2d(*args, **options))
+            return TF.max_pool2d(y, 2) if pooled else y
+
+        ours = results(conv.conv2d_relu_max_pool2d if pooled else conv.conv2d_relu)
+        assert [reason for _, reason in native] == [None, None]
+        for mine, theirs, exact in zip(ours, results(stock), results(stock, torch.float64), strict=True):
+            assert_as_good(mine, theirs, exact)
+
     def test_storage_that_is_not_aligned(self):
         buffer = torch.randn(8 * 16 * 6 * 6 + 1, device="cuda", dtype=torch.bfloat16)
         x = buffer[1:].view(8, 6, 6, 16).permute(0, 3, 1, 2)
@@ -232,8 +297,24 @@ def test_triton(fake_gpu, native, monkeypatch):
 
 
 def test_op_without_kernels_for_gpus(fake_gpu, native):
-    conv.conv2d(fake_gpu(2, 3, 4, 4), fake_gpu(4, 3, 1, 1))
-    assert native == [("conv2d", "no kernel for device cuda")]
+    pool.max_pool2d_indices_backward(fake_gpu(1, 1, 2, 2), fake_gpu(1, 1, 2, 2).long(), 4, 4)
+    assert native == [("max_pool2d_indices_backward", "no kernel for device cuda")]
+
+
+def test_conv(fake_gpu, native):
+    x, w = fake_gpu(2, 8, 6, 6), fake_gpu(4, 8, 3, 3)
+    assert conv.conv2d_relu(x, w).shape == (2, 4, 4, 4)
+    assert conv.conv2d_relu_max_pool2d(x, w).shape == (2, 4, 2, 2)
+    conv.conv2d(x.double(), w.double())
+    conv.conv2d_relu_max_pool2d(x, w, kernel_size=3, pool_stride=2)
+    conv.conv2d(fake_gpu(1, 1, 1 << 15, 1 << 15), fake_gpu(1, 1, 1, 1))
+    assert native == [
+        ("conv2d_relu", None),
+        ("conv2d_relu_max_pool2d", None),
+        ("conv2d", "no CUDA kernel for torch.float64"),
+        ("conv2d_relu_max_pool2d", "the CUDA kernel pools windows of 2 x 2 elements side by side, no others"),
+        ("conv2d", "too many elements for the CUDA kernel"),
+    ]
 
 
 def test_registered_where_there_are_kernels():

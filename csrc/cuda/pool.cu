@@ -277,8 +277,6 @@ __global__ void avg_backward(Images s, Places places, bool count_include_pad, ac
            out);
 }
 
-bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 // Calls f.operator()<T, V>() with the element type, and with V elements of 16 bytes together where channels
 // and pointers allow, else 1.
 template <class... Pointers, class F>
@@ -325,7 +323,7 @@ const char* max_pool_forward(const MaxPoolArgs& a, Stream stream) {
               const auto kernel = a.locations != nullptr || a.indices != nullptr ? max_forward<T, V, true>
                                                                                  : max_forward<T, V, false>;
               const int64_t out = first * s.outputs();
-              return launch(kernel, blocks, dim3(kThreads), stream, s, places,
+              return launch(kernel, blocks, dim3(kThreads), 0, stream, s, places,
                             static_cast<const T*>(a.input) + first * s.inputs(),
                             static_cast<T*>(a.output) + out, offset(a.locations, out),
                             offset(a.indices, out));
@@ -342,7 +340,7 @@ const char* max_pool_backward(const MaxPoolBackwardArgs& a, Stream stream) {
         return in_launches(
             s, s.rows.inputs, s.columns.inputs, V, [&](Places places, dim3 blocks, int64_t first) {
               const int64_t out = first * s.outputs();
-              return launch(max_backward<T, V>, blocks, dim3(kThreads), stream, s, places,
+              return launch(max_backward<T, V>, blocks, dim3(kThreads), 0, stream, s, places,
                             static_cast<const T*>(a.grad) + out, offset(a.locations, out),
                             offset(a.indices, out), static_cast<T*>(a.grad_input) + first * s.inputs());
             });
@@ -357,7 +355,7 @@ const char* avg_pool_forward(const AvgPoolArgs& a, Stream stream) {
       [&]<class T, int V>() {
         return in_launches(s, s.rows.outputs, s.columns.outputs, V,
                            [&](Places places, dim3 blocks, int64_t first) {
-                             return launch(avg_forward<T, V>, blocks, dim3(kThreads), stream, s, places,
+                             return launch(avg_forward<T, V>, blocks, dim3(kThreads), 0, stream, s, places,
                                            a.count_include_pad, static_cast<acc_t<T>>(a.divisor),
                                            static_cast<const T*>(a.input) + first * s.inputs(),
                                            static_cast<T*>(a.output) + first * s.outputs());
@@ -373,7 +371,7 @@ const char* avg_pool_backward(const AvgPoolBackwardArgs& a, Stream stream) {
       [&]<class T, int V>() {
         return in_launches(s, s.rows.inputs, s.columns.inputs, V,
                            [&](Places places, dim3 blocks, int64_t first) {
-                             return launch(avg_backward<T, V>, blocks, dim3(kThreads), stream, s, places,
+                             return launch(avg_backward<T, V>, blocks, dim3(kThreads), 0, stream, s, places,
                                            a.count_include_pad, static_cast<acc_t<T>>(a.divisor),
                                            static_cast<const T*>(a.grad) + first * s.outputs(),
                                            static_cast<T*>(a.grad_input) + first * s.inputs());

@@ -4,7 +4,7 @@
 #pragma once
 
 #ifdef FASTNN_CUDA_ON_HOST
-#include "tests/cuda_on_host.h"
+#include "tests/host/cuda_on_host.h"
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -20,16 +20,34 @@
 namespace fastnn::cuda {
 
 #ifndef FASTNN_CUDA_ON_HOST
-// Starts a kernel on a stream. Returns null, or what went wrong.
+// Starts a kernel on a stream, its blocks with so many bytes of shared memory. Returns null, or what went
+// wrong.
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream,
                    Arguments... arguments) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (shared > kWithoutAsking) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
   cudaLaunchConfig_t config{};
+  config.dynamicSmemBytes = shared;
   config.gridDim = grid;
   config.blockDim = block;
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+constexpr int kWarp = 32;
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
+
+// The shared memory that the launch gave the block.
+template <class T>
+__device__ T* shared_memory() {
+  extern __shared__ __align__(128) unsigned char fastnn_shared[];
+  return reinterpret_cast<T*>(fastnn_shared);
 }
 
 __device__ inline float from_f16(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
@@ -87,6 +105,8 @@ __device__ inline T narrow(acc_t<T> value) {
     return {to_f16(value)};
   }
 }
+
+inline bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 constexpr int kThreads = 256;
 

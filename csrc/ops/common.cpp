@@ -58,10 +58,15 @@ bool same_device(const Tensor& a, const Tensor& b) { return a.device() == b.devi
 
 #ifdef FASTNN_CUDA
 cuda::Stream current_stream(const Tensor& t) {
+#ifdef FASTNN_CUDA_ON_HOST
+  (void)t;
+  return nullptr;
+#else
   FASTNN_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return stream;
+#endif
 }
 #endif
 
@@ -69,8 +74,7 @@ void check_like(const Tensor& first, const Tensor& other, const char* name) {
   FASTNN_CHECK(first.scalar_type() == other.scalar_type(), name, " must have the input's dtype (ScalarType ",
                static_cast<int>(first.scalar_type()), "), got ScalarType ",
                static_cast<int>(other.scalar_type()));
-  FASTNN_CHECK(other.is_cpu(), name, " must be on the CPU as the input is, got device index ",
-               other.get_device_index());
+  FASTNN_CHECK(same_device(first, other), name, " must be on the input's device");
 }
 
 void check_like(const Tensor& first, const std::optional<Tensor>& other, const char* name) {
@@ -218,7 +222,7 @@ bool set(int64_t level) { return level >= 0 && level < kIsaLevels && set_isa(sta
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(fastnn, m) {
+FASTNN_LIBRARY(STABLE_TORCH_LIBRARY, m) {
   m.def("_detected_isa() -> int");
   m.def("_current_isa() -> int");
   m.def("_is_intel() -> bool");
@@ -226,7 +230,7 @@ STABLE_TORCH_LIBRARY(fastnn, m) {
   m.def("_set_isa(int level) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastnn, CompositeExplicitAutograd, m) {
+FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, CompositeExplicitAutograd, m) {
   m.impl("_detected_isa", TORCH_BOX(&detected));
   m.impl("_current_isa", TORCH_BOX(&current));
   m.impl("_is_intel", TORCH_BOX(&intel));

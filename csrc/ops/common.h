@@ -86,19 +86,28 @@ void run_on_cpu(void (*kernel)(const Args&, const Context&), const Args& args) {
 }
 
 #ifdef FASTNN_CUDA
+#ifdef FASTNN_CUDA_ON_HOST
+// In this build, for tests, the CPU stands in for a GPU.
+inline bool is_for_cpu(const Tensor&) { return false; }
+#else
+inline bool is_for_cpu(const Tensor& t) { return t.is_cpu(); }
+#endif
+
 // The stream that torch's ops on the tensor's GPU run on now.
 cuda::Stream current_stream(const Tensor& t);
 
 // Starts a kernel on the GPU where `t` lies.
 template <class Args>
 void run_on_gpu(const char* (*kernel)(const Args&, cuda::Stream), const Tensor& t, const Args& args) {
+#ifndef FASTNN_CUDA_ON_HOST
   const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+#endif
   const char* wrong = kernel(args, current_stream(t));
   FASTNN_CHECK(wrong == nullptr, "a CUDA kernel could not be started: ", wrong);
 }
 
 #define FASTNN_RUN(kernel, t, ...) \
-  ((t).is_cpu() ? run_on_cpu(kernel, __VA_ARGS__) : run_on_gpu(cuda::kernel, t, __VA_ARGS__))
+  (is_for_cpu(t) ? run_on_cpu(kernel, __VA_ARGS__) : run_on_gpu(cuda::kernel, t, __VA_ARGS__))
 #else
 #define FASTNN_RUN(kernel, t, ...) run_on_cpu(kernel, __VA_ARGS__)
 #endif
@@ -178,31 +187,46 @@ void implement_packed(Library& m, const char* name) {
 
 }  // namespace fastnn::ops
 
+// The namespace of the ops. A build for tests has one of its own.
+#ifndef FASTNN_NAMESPACE
+#define FASTNN_NAMESPACE fastnn
+#endif
+// The names of macros' arguments are replaced in this step.
+#define FASTNN_LIBRARY(macro, ...) FASTNN_LIBRARY_OF(macro, FASTNN_NAMESPACE, __VA_ARGS__)
+#define FASTNN_LIBRARY_OF(macro, name, ...) macro(name, __VA_ARGS__)
+
+// The dispatch key of what runs on GPUs alone.
+#ifdef FASTNN_CUDA_ON_HOST
+#define FASTNN_GPU_KEY CPU
+#else
+#define FASTNN_GPU_KEY CUDA
+#endif
+
 // Defines `fastnn::<name>` from one schema text "name(args) -> result": the overload without a name, to which
 // Python adds gradients, `.raw`, the kernel alone, and `.packed`, the same with its options packed. `name` is
 // the C++ function too. Arguments have no defaults: the dispatcher would drop a trailing default, and the
 // gradients' list would come out short. `.raw` comes last: torch's registry tells overloads of equal
 // arguments apart only until the first of them goes at exit, and would trip over the other when it looks for
 // one behind it.
-#define FASTNN_OP(name, signature)             \
-  STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {   \
-    m.def(#name signature);                    \
-    define_packed<&name>(m, #name, signature); \
-    m.def(#name ".raw" signature);             \
-  }                                            \
-  STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {  \
-    m.impl(#name, TORCH_BOX(&name));           \
-    m.impl(#name ".raw", TORCH_BOX(&name));    \
-    implement_packed<&name>(m, #name);         \
+#define FASTNN_OP(name, signature)                    \
+  FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {  \
+    m.def(#name signature);                           \
+    define_packed<&name>(m, #name, signature);        \
+    m.def(#name ".raw" signature);                    \
+  }                                                   \
+  FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, CPU, m) { \
+    m.impl(#name, TORCH_BOX(&name));                  \
+    m.impl(#name ".raw", TORCH_BOX(&name));           \
+    implement_packed<&name>(m, #name);                \
   }
 
 // Where the op has kernels for GPUs too.
-#ifdef FASTNN_CUDA
-#define FASTNN_OP_ON_GPUS(name)                \
-  STABLE_TORCH_LIBRARY_IMPL(fastnn, CUDA, m) { \
-    m.impl(#name, TORCH_BOX(&name));           \
-    m.impl(#name ".raw", TORCH_BOX(&name));    \
-    implement_packed<&name>(m, #name);         \
+#if defined(FASTNN_CUDA) && !defined(FASTNN_CUDA_ON_HOST)
+#define FASTNN_OP_ON_GPUS(name)                        \
+  FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, CUDA, m) { \
+    m.impl(#name, TORCH_BOX(&name));                   \
+    m.impl(#name ".raw", TORCH_BOX(&name));            \
+    implement_packed<&name>(m, #name);                 \
   }
 #else
 #define FASTNN_OP_ON_GPUS(name)

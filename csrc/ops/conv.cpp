@@ -1,14 +1,7 @@
-#include "cpu/conv.h"
-
-#include "ops/common.h"
+#include "ops/conv.h"
 
 namespace fastnn::ops {
 namespace {
-
-// Two numbers: height, width. Ops take each as a number of its own: a list costs a call some microseconds.
-struct Pair {
-  int64_t h, w;
-};
 
 int64_t output_size(int64_t input, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   return (input + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
@@ -19,17 +12,14 @@ void check_pair(Pair values, const char* name, int64_t least) {
                ", ", values.w, ")");
 }
 
-struct ConvOptions {
-  Pair stride, padding, dilation;
-  int64_t groups;
-};
 struct PoolOptions {
   Pair kernel, stride, padding;
 };
 
-// The sizes of a convolution; refuses what does not fit together.
-ConvShape check(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                const ConvOptions& options) {
+}  // namespace
+
+ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const ConvOptions& options) {
   const auto& [stride, padding, dilation, groups] = options;
   dtype_of(input, "input");
   check_like(input, weight, "weight");
@@ -77,6 +67,19 @@ ConvShape check(const Tensor& input, const Tensor& weight, const std::optional<T
   return s;
 }
 
+MemoryFormat conv_format(const Tensor& input, const Tensor& weight) {
+  const bool last = suggested_format(input) == MemoryFormat::ChannelsLast ||
+                    suggested_format(weight) == MemoryFormat::ChannelsLast;
+  return last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+MemoryFormat weight_format(const Tensor& weight) {
+  return !weight.is_contiguous() && is_channels_last(weight) ? MemoryFormat::ChannelsLast
+                                                             : MemoryFormat::Contiguous;
+}
+
+namespace {
+
 ConvPool check_pool(const ConvShape& s, const PoolOptions& options) {
   const auto& [kernel, stride, padding] = options;
   check_pair(kernel, "kernel_size", 1);
@@ -100,25 +103,12 @@ ConvPool check_pool(const ConvShape& s, const PoolOptions& options) {
           output_size(s.ow, kernel.w, stride.w, padding.w, 1)};
 }
 
-// As torch: channels_last where the input or the weight asks for it.
-MemoryFormat format_of(const Tensor& input, const Tensor& weight) {
-  const bool last = suggested_format(input) == MemoryFormat::ChannelsLast ||
-                    suggested_format(weight) == MemoryFormat::ChannelsLast;
-  return last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-// A weight is read in either of its dense layouts.
-MemoryFormat weight_format(const Tensor& weight) {
-  return !weight.is_contiguous() && is_channels_last(weight) ? MemoryFormat::ChannelsLast
-                                                             : MemoryFormat::Contiguous;
-}
-
 bool last(MemoryFormat format) { return format == MemoryFormat::ChannelsLast; }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
                                    const std::optional<Tensor>& bias, const ConvShape& s, bool relu,
                                    const ConvPool* pool) {
-  const MemoryFormat format = format_of(input, weight), weights = weight_format(weight);
+  const MemoryFormat format = conv_format(input, weight), weights = weight_format(weight);
   const Sizes sizes = pool != nullptr ? Sizes{s.n, s.k, pool->oh, pool->ow} : Sizes{s.n, s.k, s.oh, s.ow};
   Tensor output = empty_like(input, sizes, format);
   Tensor locations = empty(ScalarType::Byte, pool != nullptr ? sizes : Sizes{0},
@@ -134,10 +124,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   return {output, locations};
 }
 
-#define FASTNN_CONV_ARGS                                                                        \
-  int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, \
-      int64_t dilation_w, int64_t groups
-#define FASTNN_CONV_OPTIONS {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, groups}
 #define FASTNN_POOL_ARGS                                                                                    \
   int64_t kernel_h, int64_t kernel_w, int64_t pool_stride_h, int64_t pool_stride_w, int64_t pool_padding_h, \
       int64_t pool_padding_w
@@ -147,18 +133,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   }
 
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS) {
-  const ConvShape s = check(input, weight, bias, FASTNN_CONV_OPTIONS);
+  const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
   return std::get<0>(forward(input, weight, bias, s, false, nullptr));
 }
 
 Tensor conv2d_relu(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS) {
-  const ConvShape s = check(input, weight, bias, FASTNN_CONV_OPTIONS);
+  const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
   return std::get<0>(forward(input, weight, bias, s, true, nullptr));
 }
 
 std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, std::optional<Tensor> bias,
                                                   FASTNN_CONV_ARGS, FASTNN_POOL_ARGS) {
-  const ConvShape s = check(input, weight, bias, FASTNN_CONV_OPTIONS);
+  const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
   const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
   return forward(input, weight, bias, s, true, &pool);
 }
@@ -184,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
         "conv2d_relu_max_pool2d's backward expects uint8 locations of the gradient's shape ", shape(grad),
         ", got ", shape(*locations));
   }
-  const MemoryFormat format = format_of(input, weight), weights = weight_format(weight);
+  const MemoryFormat format = conv_format(input, weight), weights = weight_format(weight);
   Tensor grad_input = empty_like(input, input_grad ? sizes_of(input) : Sizes{0},
                                  input_grad ? format : MemoryFormat::Contiguous);
   Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : Sizes{0},
@@ -206,14 +192,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad, Tensor input, Tensor weight, FASTNN_CONV_ARGS,
                                                    bool input_grad, bool weight_grad, bool bias_grad) {
-  const ConvShape s = check(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
+  const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
   return backward(grad, input, weight, nullptr, nullptr, s, nullptr, input_grad, weight_grad, bias_grad);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_relu_backward(Tensor grad, Tensor input, Tensor weight,
                                                         Tensor output, FASTNN_CONV_ARGS, bool input_grad,
                                                         bool weight_grad, bool bias_grad) {
-  const ConvShape s = check(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
+  const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
   return backward(grad, input, weight, &output, nullptr, s, nullptr, input_grad, weight_grad, bias_grad);
 }
 
@@ -221,16 +207,13 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(Tensor grad, 
                                                                    Tensor locations, FASTNN_CONV_ARGS,
                                                                    FASTNN_POOL_ARGS, bool input_grad,
                                                                    bool weight_grad, bool bias_grad) {
-  const ConvShape s = check(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
+  const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
   const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
   return backward(grad, input, weight, nullptr, &locations, s, &pool, input_grad, weight_grad, bias_grad);
 }
 
-#define FASTNN_CONV \
-  "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, int groups"
 #define FASTNN_POOL \
   "int kernel_h, int kernel_w, int pool_stride_h, int pool_stride_w, int pool_padding_h, int pool_padding_w"
-#define FASTNN_WANTED "bool input_grad, bool weight_grad, bool bias_grad"
 
 FASTNN_OP(conv2d, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor")
 FASTNN_OP(conv2d_relu, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor")

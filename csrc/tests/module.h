@@ -34,6 +34,7 @@ namespace py = pybind11;
 // Each family's file adds its functions.
 void bind_attention(py::module_& m);
 void bind_conv(py::module_& m);
+void bind_cuda_conv(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_pool(py::module_& m);
 

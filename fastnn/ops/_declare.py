@@ -200,7 +200,9 @@ def declare(
     constant: tuple[str, ...] = (),
     slower: Callable | None = None,
     on_gpus: bool = False,
+    cuda: Callable | None = None,
     triton: Callable | None = None,
+    unsupported_on_gpus: Callable | None = None,
 ) -> Callable:
     """Declare the op ``fastnn::<name>`` and return the function that routes a call to it or to torch.
 
@@ -236,8 +238,11 @@ def declare(
         It may raise where `unsupported` has a reason.
     on_gpus
         Whether the library, if it is built with CUDA, has kernels of this op for GPUs.
-    triton
-        The same result from Triton kernels, for tensors on a GPU that `unsupported` has nothing against.
+    cuda, triton
+        The same result from CUDA or Triton kernels, where Python calls them, for tensors on a GPU that `unsupported` and
+        `unsupported_on_gpus` have nothing against.
+    unsupported_on_gpus
+        As `unsupported`, of the kernels for GPUs alone.
     """
     packet = getattr(torch.ops.fastnn, name)
     default, raw = packet.default, packet.raw
@@ -256,12 +261,21 @@ def declare(
         keep or (lambda ctx, inputs, output: None),
         backward or _no_gradient(name),
         autocast,
-        "triton" if triton is not None else "cuda" if on_gpus else None,
+        "triton" if triton is not None else "cuda" if on_gpus or cuda is not None else None,
         positions,
     )
     OPS[name] = op
-    if triton is not None:
-        _register_triton(op, triton, free)
+
+    def uncovered(args):
+        reason = unsupported(*args)
+        if reason is None and unsupported_on_gpus is not None and not args[0].is_cpu:
+            return unsupported_on_gpus(*args)
+        return reason
+
+    if triton is not None or (cuda is not None and _gpu.architectures()):
+        _register_on_gpus(
+            op, triton or cuda, lambda args: _unfit(args[:count], free, op.on_gpus) or uncovered(args)
+        )
 
     for overload in ("", ".raw"):
         torch.library.register_fake(f"fastnn::{name}{overload}", fake)
@@ -365,7 +379,7 @@ def declare(
         on_gpu = op.on_gpus is not None and isinstance(args[0], torch.Tensor) and args[0].is_cuda
         if on_gpu and not prefer_kernels and (reason := _gpu.slower(name, args[0].device)):
             return reason
-        reason = _unfit(args[:count], free, op.on_gpus) or wanted_constant(args) or unsupported(*args)
+        reason = _unfit(args[:count], free, op.on_gpus) or wanted_constant(args) or uncovered(args)
         if reason is None and slower is not None and not prefer_kernels and not on_gpu:
             return slower(*args)
         return reason
@@ -379,14 +393,13 @@ def declare(
 _library = torch.library.Library("fastnn", "FRAGMENT")
 
 
-def _register_triton(op: Op, triton: Callable, own_dtype) -> None:
+def _register_on_gpus(op: Op, function: Callable, unfit: Callable) -> None:
     def kernel(*args):
-        count = len(op.tensors)
-        if reason := _unfit(args[:count], own_dtype, op.on_gpus) or op.unsupported(*args):
+        if reason := unfit(args):
             raise RuntimeError(f"fastnn::{op.name} on a GPU: {reason}")
         # Triton launches on the current device, whichever its arguments lie on.
         with torch.cuda.device(args[0].device):
-            return triton(*args)
+            return function(*args)
 
     for overload in ("", ".raw"):
         _library.impl(op.name + overload, kernel, "CUDA")

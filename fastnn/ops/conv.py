@@ -128,6 +128,63 @@ def _pooled_grad(ctx, grad, _):
     return _to_inputs(ctx, conv2d_relu_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.options, *wanted))
 
 
+# ---- on GPUs: CUDA kernels of channels_last images; tensors in torch's default layout are copied to it and back ----
+
+_gpu_ops = torch.ops.fastnn
+
+# More elements, or rows of the products, than this are beyond the kernels' 32-bit counts.
+_MOST_ON_GPUS = 1 << 30
+_WINDOW_ON_GPUS = (2, 2, 2, 2, 0, 0)
+
+
+def _unsupported_on_gpus(input, weight, bias, *rest):
+    if input.dtype is torch.float64:
+        return "no CUDA kernel for torch.float64"
+    n, c, h, w = input.shape
+    k, _, kernel_h, kernel_w = weight.shape
+    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups = rest[:7]
+    _, _, out_h, out_w = _output_shape(input, weight, *rest[:7])
+    extents = (
+        h + w + stride_h + stride_w + padding_h + padding_w + dilation_h * kernel_h + dilation_w * kernel_w
+    )
+    counts = (
+        4 * extents,
+        h * w * c,
+        out_h * out_w * k,
+        weight.numel(),
+        n * out_h * out_w,
+        n * (h + stride_h) * (w + stride_w),
+    )
+    if max(counts) >= _MOST_ON_GPUS or stride_h * stride_w * groups > 65535:
+        return "too many elements for the CUDA kernel"
+    if rest[7:13] and rest[7:13] != _WINDOW_ON_GPUS:
+        return "the CUDA kernel pools windows of 2 x 2 elements side by side, no others"
+    return None
+
+
+def _allows_tf32():
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+# The kernels choose their tiles by the shape.
+_AUTOMATIC = 0
+
+
+def _on_gpus(relu, pooled=False):
+    def forward(input, weight, bias, *rest):
+        options = (*rest[:7], relu, pooled, _allows_tf32(), _AUTOMATIC)
+        made = _gpu_ops._conv2d_on_gpu(input, weight, bias, *options)
+        return made if pooled else made[0]
+
+    return forward
+
+
+def _backward_on_gpus(grad, input, weight, output, locations, options, wanted):
+    return _gpu_ops._conv2d_backward_on_gpu(
+        grad, input, weight, output, locations, *options, *wanted, _allows_tf32(), _AUTOMATIC
+    )
+
+
 # ---- the backward ops ----
 
 
@@ -222,6 +279,12 @@ conv2d_backward = declare(
     unsupported=_fits_backward,
     fake=_fake_backward,
     cost=_cost_backward,
+    unsupported_on_gpus=lambda grad, input, weight, *rest: _unsupported_on_gpus(
+        input, weight, None, *rest[:7]
+    ),
+    cuda=lambda grad, input, weight, *rest: _backward_on_gpus(
+        grad, input, weight, None, None, rest[:7], rest[7:]
+    ),
     keep=_keep_backward,
     backward=lambda ctx, *grad_grads: (*_second(ctx, *grad_grads), *(None,) * 10),
 )
@@ -257,6 +320,12 @@ conv2d_relu_backward = declare(
     ),
     fake=lambda grad, input, weight, output, *rest: _fake_backward(grad, input, weight, *rest),
     cost=lambda grad, input, weight, output, *rest: _cost_backward(grad, input, weight, *rest),
+    unsupported_on_gpus=lambda grad, input, weight, output, *rest: _unsupported_on_gpus(
+        input, weight, None, *rest[:7]
+    ),
+    cuda=lambda grad, input, weight, output, *rest: _backward_on_gpus(
+        grad, input, weight, output, None, rest[:7], rest[7:]
+    ),
     keep=_keep_relu_backward,
     backward=_relu_second,
 )
@@ -336,6 +405,12 @@ conv2d_relu_max_pool2d_backward = declare(
     unsupported=_fits_pooled_backward,
     fake=_fake_pooled_backward,
     cost=_cost_pooled_backward,
+    unsupported_on_gpus=lambda grad, input, weight, locations, *rest: _unsupported_on_gpus(
+        input, weight, None, *rest[:13]
+    ),
+    cuda=lambda grad, input, weight, locations, *rest: _backward_on_gpus(
+        grad, input, weight, None, locations, rest[:7], rest[13:]
+    ),
     keep=_keep_pooled_backward,
     backward=_pooled_second,
     own_dtype=("locations",),
@@ -423,6 +498,8 @@ _conv2d = declare(
     "conv2d",
     stock=_stock,
     unsupported=_unsupported,
+    unsupported_on_gpus=_unsupported_on_gpus,
+    cuda=_on_gpus(relu=False),
     slower=_slower,
     fake=_fake,
     cost=_cost,
@@ -435,6 +512,8 @@ _conv2d_relu = declare(
     "conv2d_relu",
     stock=lambda *args: torch.relu(_stock(*args)),
     unsupported=_unsupported,
+    unsupported_on_gpus=_unsupported_on_gpus,
+    cuda=_on_gpus(relu=True),
     slower=_slower,
     fake=_fake,
     cost=_cost,
@@ -489,6 +568,8 @@ _conv2d_relu_max_pool2d = declare(
     "conv2d_relu_max_pool2d",
     stock=_stock_pooled,
     unsupported=_unsupported_pooled,
+    unsupported_on_gpus=_unsupported_on_gpus,
+    cuda=_on_gpus(relu=True, pooled=True),
     slower=_slower_pooled,
     fake=_fake_pooled,
     cost=_cost_pooled,

@@ -1,0 +1,362 @@
+// Convolutions, and their gradients with respect to the input, as implicit matrix products: of the source's
+// pixels, gathered tap by tap as the product goes along, with the weight. (S. Chetlur et al., cuDNN:
+// Efficient Primitives for Deep Learning, 2014, section 3.)
+#include "cuda/conv.h"
+
+#include "cuda/conv_tiles.h"
+
+namespace fastnn::cuda {
+namespace {
+
+enum class Pass { forward, input_gradient };
+
+struct Gather {
+  Conv s;
+  bool wide;  // whether rows of the result may be written 16 bytes at a time
+  bool relu, pooled;
+  uint32_t rows, columns;
+  Divisor by_columns, by_height,
+      by_width;  // tiles of columns; the grid that the rows of the product go through
+  Divisor by_phases, by_depth, by_kw, by_sh, by_sw;
+  const void *source, *weight, *bias;
+  void* output;
+  uint8_t* locations;
+};
+
+// A row of the product: where the window's first tap lies in the source, and where the result goes.
+struct alignas(16) Row {
+  int64_t from, to;  // elements; `to` is negative where there is no row
+  int y, x;
+};
+
+// Forward, a row is an output pixel, or one of four that are pooled together. Of the input gradient it is an
+// input pixel: those of one phase, which the same taps of a strided kernel reach.
+template <Pass kPass, bool kFlat>
+__device__ Row row_at(const Gather& p, uint32_t i, int phase_y, int phase_x) {
+  if (i >= p.rows) return {0, -1, -(1 << 29), 0};
+  const Conv& s = p.s;
+  int in_window = 0;
+  if (kPass == Pass::forward && p.pooled) {
+    in_window = static_cast<int>(i & 3);
+    i >>= 2;
+  }
+  const int x = static_cast<int>(p.by_width.split(i)), y = static_cast<int>(p.by_height.split(i)),
+            n = static_cast<int>(i);
+  if constexpr (kPass == Pass::forward) {
+    const int oy = p.pooled ? 2 * y + in_window / 2 : y, ox = p.pooled ? 2 * x + in_window % 2 : x;
+    const int height = static_cast<int>(p.by_height.divisor), width = static_cast<int>(p.by_width.divisor);
+    return {int64_t{n} * s.h * s.w * s.c, ((int64_t{n} * height + y) * width + x) * s.k, oy * s.sh - s.ph,
+            ox * s.sw - s.pw};
+  } else {
+    const int iy = kFlat ? y : y * s.sh + phase_y, ix = kFlat ? x : x * s.sw + phase_x;
+    if (iy >= s.h || ix >= s.w) return {0, -1, -(1 << 29), 0};
+    return {int64_t{n} * s.oh * s.ow * s.k, ((int64_t{n} * s.h + iy) * s.w + ix) * s.c, kFlat ? iy + s.ph : y,
+            kFlat ? ix + s.pw : x};
+  }
+}
+
+// How far tap `tap` of one axis lies from the first. Of the input gradient: whether it reaches pixels of this
+// phase at all, and how far from the pixel's own number within its phase the output is that it belongs to.
+struct TapAxis {
+  int stride, padding, dilation, phase;
+  template <Pass kPass>
+  __device__ bool reaches(int tap) const {
+    return kPass == Pass::forward || (phase + padding - tap * dilation) % stride == 0;
+  }
+  template <Pass kPass>
+  __device__ int distance(int tap) const {
+    return kPass == Pass::forward ? tap * dilation : (phase + padding - tap * dilation) / stride;
+  }
+};
+
+// The taps that reach this phase, one after another, each with its channels in steps of the depth.
+template <Pass kPass>
+struct Walk {
+  TapAxis rows, columns;
+  int kh, kw, channels, step;
+  int r = 0, q = 0, channel = 0;
+
+  __device__ void start() {
+    while (r < kh && !rows.reaches<kPass>(r)) ++r;
+    while (q < kw && !columns.reaches<kPass>(q)) ++q;
+  }
+  __device__ int steps() const {
+    int down = 0, across = 0;
+    for (int i = 0; i < kh; ++i) down += rows.reaches<kPass>(i);
+    for (int i = 0; i < kw; ++i) across += columns.reaches<kPass>(i);
+    return down * across * ((channels + step - 1) / step);
+  }
+  __device__ void advance() {
+    channel += step;
+    if (channel < channels) return;
+    channel = 0;
+    do ++q;
+    while (q < kw && !columns.reaches<kPass>(q));
+    if (q < kw) return;
+    q = 0;
+    while (q < kw && !columns.reaches<kPass>(q)) ++q;
+    do ++r;
+    while (r < kh && !rows.reaches<kPass>(r));
+  }
+};
+
+template <class T>
+__device__ float activate(float value, bool relu) {
+  // Rounded as it would be stored, since pooling compares what is stored. A NaN stays.
+  value = widen(narrow<T>(value));
+  return relu && value <= 0 ? 0.0f : value;
+}
+
+// kFlat: elements are fetched one by one, over taps and channels as one depth, which is what few channels or
+// odd numbers of them ask for.
+template <Pass kPass, Multiply kMultiply, class Tile, bool kFlat>
+__global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_product(Gather p) {
+  using T = typename MultiplyTraits<kMultiply>::Element;
+  constexpr bool kForward = kPass == Pass::forward;
+  using A = Operand<T, Tile::kRows, true>;
+  using B = Operand<T, Tile::kColumns, kForward>;
+  const Conv& s = p.s;
+  const int thread = static_cast<int>(threadIdx.x);
+  Row* rows = shared_memory<Row>();
+  T* memory = reinterpret_cast<T*>(rows + Tile::kRows);
+
+  uint32_t row_tile = blockIdx.x, group = blockIdx.z;
+  const int first_column = static_cast<int>(p.by_columns.split(row_tile)) * Tile::kColumns;
+  const int phase = static_cast<int>(p.by_phases.split(group));
+  const int phase_y = phase / s.sw, phase_x = phase % s.sw;
+  for (int i = thread; i < Tile::kRows; i += Tile::kBlock) {
+    rows[i] = row_at<kPass, kFlat>(p, row_tile * Tile::kRows + i, phase_y, phase_x);
+  }
+  __syncthreads();
+
+  // The channels of the source that the product goes through, and those of the result.
+  const int depth = kForward ? s.group_c : s.group_k, width = kForward ? s.group_k : s.group_c;
+  const int source_h = kForward ? s.h : s.oh, source_w = kForward ? s.w : s.ow,
+            source_channels = kForward ? s.c : s.k, taps = s.kh * s.kw;
+  const auto* source = static_cast<const T*>(p.source) + int64_t{group} * depth;
+  const auto* weight = static_cast<const T*>(p.weight) + int64_t{group} * s.group_k * taps * s.group_c;
+
+  float* staged;
+  if constexpr (kFlat) {
+    const int all = taps * depth;
+    const auto fetch = [&](T* a, T* b, int step) {
+      constexpr int kPerPass = Tile::kBlock / A::kDepth;
+      const int column = thread % A::kDepth, d = step * A::kDepth + column;
+      uint32_t tap = static_cast<uint32_t>(d), r;
+      const int channel = static_cast<int>(p.by_depth.split(tap));
+      r = tap;
+      const int q = static_cast<int>(p.by_kw.split(r));
+      for (int i = thread / A::kDepth; i < Tile::kRows; i += kPerPass) {
+        const Row row = rows[i];
+        T value{};
+        int y = row.y + static_cast<int>(r) * s.dh, x = row.x + q * s.dw;
+        bool there = d < all;
+        if constexpr (!kForward) {
+          y = row.y - static_cast<int>(r) * s.dh, x = row.x - q * s.dw;
+          there = there && y >= 0 && x >= 0;
+          uint32_t down = static_cast<uint32_t>(there ? y : 0), across = static_cast<uint32_t>(there ? x : 0);
+          there = there && p.by_sh.split(down) == 0 && p.by_sw.split(across) == 0;
+          y = static_cast<int>(down), x = static_cast<int>(across);
+        }
+        if (there && static_cast<unsigned>(y) < static_cast<unsigned>(source_h) &&
+            static_cast<unsigned>(x) < static_cast<unsigned>(source_w)) {
+          value = source[row.from + (int64_t{y} * source_w + x) * source_channels + channel];
+        }
+        a[A::at(i, column)] = value;
+      }
+      if constexpr (kForward) {
+        for (int i = thread / B::kDepth; i < Tile::kColumns; i += kPerPass) {
+          const bool there = d < all && first_column + i < width;
+          b[B::at(i, column)] = there ? weight[int64_t{first_column + i} * all + d] : T{};
+        }
+      } else {
+        constexpr int kRowsPerPass = Tile::kBlock / Tile::kColumns;
+        const int j = thread % Tile::kColumns;
+        for (int i = thread / Tile::kColumns; i < B::kDepth; i += kRowsPerPass) {
+          uint32_t at = static_cast<uint32_t>(step * A::kDepth + i);
+          const bool there = static_cast<int>(at) < all && first_column + j < width;
+          const int k = static_cast<int>(p.by_depth.split(at));
+          b[B::at(j, i)] = there ? weight[(int64_t{k} * taps + at) * width + first_column + j] : T{};
+        }
+      }
+    };
+    staged = multiply<kMultiply, Tile, A, B>(memory, (all + A::kDepth - 1) / A::kDepth, fetch);
+  } else {
+    Walk<kPass> walk{{s.sh, s.ph, s.dh, phase_y}, {s.sw, s.pw, s.dw, phase_x}, s.kh, s.kw, depth, A::kDepth};
+    walk.start();
+    const auto fetch = [&](T* a, T* b, int) {
+      constexpr int V = A::kVector, kAcross = A::kDepth / V, kPerPass = Tile::kBlock / kAcross;
+      const int y = walk.rows.template distance<kPass>(walk.r),
+                x = walk.columns.template distance<kPass>(walk.q);
+      const int tap = walk.r * s.kw + walk.q;
+      {
+        const int column = thread % kAcross * V, channel = walk.channel + column;
+#pragma unroll
+        for (int i = 0; i < Tile::kRows; i += kPerPass) {
+          const Row row = rows[i + thread / kAcross];
+          const int at_y = row.y + y, at_x = row.x + x;
+          const bool there = channel < depth &&
+                             static_cast<unsigned>(at_y) < static_cast<unsigned>(source_h) &&
+                             static_cast<unsigned>(at_x) < static_cast<unsigned>(source_w);
+          const int64_t from = row.from + (int64_t{at_y} * source_w + at_x) * source_channels + channel;
+          copy_async_16(a + A::at(i + thread / kAcross, column), source + (there ? from : 0), there);
+        }
+        if constexpr (kForward) {
+#pragma unroll
+          for (int i = 0; i < Tile::kColumns; i += kPerPass) {
+            const int k = first_column + i + thread / kAcross;
+            const bool there = channel < depth && k < width;
+            const int64_t from = (int64_t{k} * taps + tap) * depth + channel;
+            copy_async_16(b + B::at(i + thread / kAcross, column), weight + (there ? from : 0), there);
+          }
+        }
+      }
+      if constexpr (!kForward) {
+        constexpr int kWeightAcross = Tile::kColumns / V, kRowsPerPass = Tile::kBlock / kWeightAcross;
+        const int column = thread % kWeightAcross * V;
+#pragma unroll
+        for (int i = 0; i < B::kDepth; i += kRowsPerPass) {
+          const int at = i + thread / kWeightAcross, k = walk.channel + at;
+          const bool there = k < depth && first_column + column < width;
+          const int64_t from = (int64_t{k} * taps + tap) * width + first_column + column;
+          copy_async_16(b + B::at(column, at), weight + (there ? from : 0), there);
+        }
+      }
+      walk.advance();
+    };
+    staged = multiply<kMultiply, Tile, A, B>(memory, walk.steps(), fetch);
+  }
+
+  // The result, V columns to a thread at a time.
+  constexpr int V = 16 / sizeof(T), kAcross = Tile::kColumns / V, kPitch = kStagedPitch<Tile>;
+  const int column = thread % kAcross * V, valid = width - first_column - column;
+  if (valid <= 0) return;
+  const int channel = static_cast<int>(group) * width + first_column + column;
+  float bias[V] = {};
+  if (p.bias != nullptr) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (v < valid) bias[v] = widen(static_cast<const T*>(p.bias)[channel + v]);
+    }
+  }
+  const int together = kForward && p.pooled ? 4 : 1;
+  for (int i = thread / kAcross * together; i < Tile::kRows; i += Tile::kBlock / kAcross * together) {
+    const int64_t to = rows[i].to;
+    if (to < 0) continue;
+    const float* from = staged + i * kPitch + column;
+    Vector<T, V> out;
+    Vector<uint8_t, V> places;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      float best = activate<T>(from[v] + bias[v], p.relu);
+      int at = 0;
+      for (int e = 1; e < together; ++e) {
+        const float value = activate<T>(from[e * kPitch + v] + bias[v], p.relu);
+        // Of several largest the first counts, and of several NaN the last.
+        if (value > best || value != value) best = value, at = e;
+      }
+      out.element[v] = narrow<T>(best);
+      places.element[v] = static_cast<uint8_t>(best <= 0 ? kNoLocation : at);
+    }
+    T* output = static_cast<T*>(p.output) + to + channel;
+    uint8_t* locations = p.locations == nullptr ? nullptr : p.locations + to + channel;
+    if (p.wide) {
+      *reinterpret_cast<Vector<T, V>*>(output) = out;
+      if (locations != nullptr) *reinterpret_cast<Vector<uint8_t, V>*>(locations) = places;
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (v >= valid) continue;
+        output[v] = out.element[v];
+        if (locations != nullptr) locations[v] = places.element[v];
+      }
+    }
+  }
+}
+
+template <Pass kPass, Multiply kMultiply, class Tile, bool kFlat>
+const char* start(const Gather& p, int64_t products, Stream stream) {
+  using T = typename MultiplyTraits<kMultiply>::Element;
+  using A = Operand<T, Tile::kRows, true>;
+  using B = Operand<T, Tile::kColumns, kPass == Pass::forward>;
+  const int64_t tiles = ceil_div(p.rows, Tile::kRows) * p.by_columns.divisor;
+  return launch(gather_product<kPass, kMultiply, Tile, kFlat>,
+                dim3(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(products)), dim3(Tile::kBlock),
+                Tile::kRows * sizeof(Row) + shared_bytes<T, Tile, A, B>(), stream, p);
+}
+
+// `flat` in any case where elements cannot be fetched 16 bytes at a time.
+template <Pass kPass>
+const char* start(Gather p, DType dtype, bool tf32, TileSize tile, bool flat, Stream stream) {
+  const int phases = kPass == Pass::input_gradient && !flat ? p.s.sh * p.s.sw : 1;
+  const int64_t products = int64_t{p.s.groups} * phases;
+  p.by_phases = Divisor(phases);
+  const bool large = !flat && takes_large_tile(tile, p.rows, p.columns, products);
+  p.by_columns =
+      Divisor(ceil_div(p.columns, large ? int64_t{LargeTile::kColumns} : int64_t{SmallTile::kColumns}));
+  return with_multiply(dtype, tf32, [&]<Multiply kMultiply>() {
+    return flat    ? start<kPass, kMultiply, SmallTile, true>(p, products, stream)
+           : large ? start<kPass, kMultiply, LargeTile, false>(p, products, stream)
+                   : start<kPass, kMultiply, SmallTile, false>(p, products, stream);
+  });
+}
+
+}  // namespace
+
+const char* conv_forward(const ConvForwardArgs& a, Stream stream) {
+  const Conv s(a.shape);
+  const int vector = 16 / size_of(a.dtype);
+  const int height = a.pooled ? s.oh / 2 : s.oh, width = a.pooled ? s.ow / 2 : s.ow;
+  const Gather p{s,
+                 s.group_k % vector == 0 && is_aligned(a.output, 16) && is_aligned(a.locations, vector),
+                 a.relu,
+                 a.pooled,
+                 static_cast<uint32_t>(int64_t{s.n} * height * width * (a.pooled ? 4 : 1)),
+                 static_cast<uint32_t>(s.group_k),
+                 Divisor(),
+                 Divisor(height),
+                 Divisor(width),
+                 Divisor(),
+                 Divisor(s.group_c),
+                 Divisor(s.kw),
+                 Divisor(s.sh),
+                 Divisor(s.sw),
+                 a.input,
+                 a.weight,
+                 a.bias,
+                 a.output,
+                 a.locations};
+  const bool flat = s.group_c % vector != 0 || !is_aligned(a.input, 16) || !is_aligned(a.weight, 16);
+  return start<Pass::forward>(p, a.dtype, a.tf32, a.tile, flat, stream);
+}
+
+const char* conv_input_gradient(const ConvInputGradientArgs& a, Stream stream) {
+  const Conv s(a.shape);
+  const int vector = 16 / size_of(a.dtype);
+  const bool flat = s.group_c % vector != 0 || s.group_k % vector != 0 || !is_aligned(a.grad, 16) ||
+                    !is_aligned(a.weight, 16);
+  const int height = flat ? s.h : static_cast<int>(ceil_div(s.h, s.sh)),
+            width = flat ? s.w : static_cast<int>(ceil_div(s.w, s.sw));
+  const Gather p{s,
+                 s.group_c % vector == 0 && is_aligned(a.grad_input, 16),
+                 false,
+                 false,
+                 static_cast<uint32_t>(int64_t{s.n} * height * width),
+                 static_cast<uint32_t>(s.group_c),
+                 Divisor(),
+                 Divisor(height),
+                 Divisor(width),
+                 Divisor(),
+                 Divisor(s.group_k),
+                 Divisor(s.kw),
+                 Divisor(s.sh),
+                 Divisor(s.sw),
+                 a.grad,
+                 a.weight,
+                 nullptr,
+                 a.grad_input,
+                 nullptr};
+  return start<Pass::input_gradient>(p, a.dtype, a.tf32, a.tile, flat, stream);
+}
+
+}  // namespace fastnn::cuda

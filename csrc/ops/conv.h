@@ -1,0 +1,36 @@
+// What the convolution ops for CPUs and for GPUs share.
+#pragma once
+
+#include "cpu/conv.h"
+#include "ops/common.h"
+
+namespace fastnn::ops {
+
+// Two numbers: height, width. Ops take each as a number of its own: a list costs a call some microseconds.
+struct Pair {
+  int64_t h, w;
+};
+
+struct ConvOptions {
+  Pair stride, padding, dilation;
+  int64_t groups;
+};
+// The sizes of a convolution; refuses what does not fit together.
+ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                     const ConvOptions& options);
+
+// As torch: channels_last where the input or the weight asks for it.
+MemoryFormat conv_format(const Tensor& input, const Tensor& weight);
+
+// A weight is read in either of its dense layouts.
+MemoryFormat weight_format(const Tensor& weight);
+
+#define FASTNN_CONV_ARGS                                                                        \
+  int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, \
+      int64_t dilation_w, int64_t groups
+#define FASTNN_CONV_OPTIONS {{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, groups}
+#define FASTNN_CONV \
+  "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, int groups"
+#define FASTNN_WANTED "bool input_grad, bool weight_grad, bool bias_grad"
+
+}  // namespace fastnn::ops

@@ -1,0 +1,378 @@
+#include "tests/host/cuda_on_host.h"
+
+#include <deque>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#define FASTNN_THREADS 1
+#include <barrier>
+#include <mutex>
+#include <thread>
+#else
+#include <sys/mman.h>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#endif
+
+namespace fastnn::cuda::host {
+namespace {
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, valid;
+};
+
+// One thread of the block.
+struct Thread {
+  dim3 index;
+  // Copies in flight: groups that are complete, and the one that is open.
+  std::deque<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+  // The collectives it has taken part in, of which the last two are kept: a lane is at most one ahead.
+  unsigned collectives = 0;
+#ifndef FASTNN_THREADS
+  enum { kReady, kAtBarrier, kAtCollective, kDone } state = kReady;
+  void* stack_pointer = nullptr;
+  unsigned char* stack = nullptr;
+#if !defined(__x86_64__)
+  ucontext_t context;
+#endif
+#endif
+};
+
+struct Collective {
+  const char* names[kWarp];
+  Slot slots[kWarp];
+};
+
+struct Warp {
+  Collective collectives[2];
+  int arrived = 0;
+};
+
+struct Block;
+thread_local Block* block_now = nullptr;
+thread_local int thread_now = 0;
+
+constexpr size_t kStack = 256 * 1024;
+
+#ifndef FASTNN_THREADS
+// Stacks are kept: there are as many as the largest block had threads.
+struct Stacks {
+  std::vector<unsigned char*> all;
+  unsigned char* get(size_t i) {
+    while (all.size() <= i) {
+      void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (memory == MAP_FAILED) throw std::bad_alloc();
+      all.push_back(static_cast<unsigned char*>(memory));
+    }
+    return all[i];
+  }
+};
+thread_local Stacks stacks;
+#endif
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  void (*body)(void*);
+  void* closure;
+  const char* wrong = nullptr;
+#ifdef FASTNN_THREADS
+  std::mutex mutex;
+  std::unique_ptr<std::barrier<>> barrier;
+  std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+#else
+  int at_barrier = 0, done = 0;
+  void* scheduler = nullptr;
+#if !defined(__x86_64__)
+  ucontext_t scheduler_context;
+#endif
+  // What AddressSanitizer knows of the scheduler's stack.
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+#endif
+
+  Block(dim3 sizes, size_t bytes, void (*b)(void*), void* c) : shared_bytes(bytes), body(b), closure(c) {
+    for (unsigned z = 0; z < sizes.z; ++z)
+      for (unsigned y = 0; y < sizes.y; ++y)
+        for (unsigned x = 0; x < sizes.x; ++x) threads.emplace_back().index = {x, y, z};
+    warps.resize((threads.size() + kWarp - 1) / kWarp);
+    shared = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t{128}));
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() { ::operator delete(shared, std::align_val_t{128}); }
+
+  int lanes(size_t warp) const {
+    return static_cast<int>(std::min<size_t>(kWarp, threads.size() - warp * kWarp));
+  }
+  void clear() {
+    std::memset(shared, 0xff, shared_bytes);
+    for (Thread& t : threads) {
+      if (!t.open.empty() || !t.groups.empty()) fail("a thread ended with copies in flight");
+      t.open.clear();
+      t.groups.clear();
+    }
+  }
+  void fail(const char* what) {
+    if (wrong == nullptr) wrong = what;
+  }
+  void run();
+};
+
+#ifdef FASTNN_THREADS
+
+void Block::run() {
+  barrier = std::make_unique<std::barrier<>>(static_cast<std::ptrdiff_t>(threads.size()));
+  warp_barriers.clear();
+  for (size_t w = 0; w < warps.size(); ++w)
+    warp_barriers.push_back(std::make_unique<std::barrier<>>(lanes(w)));
+  const dim3 block = blockIdx, size = blockDim, grid = gridDim;
+  std::vector<std::thread> running;
+  for (size_t i = 0; i < threads.size(); ++i) {
+    running.emplace_back([this, i, block, size, grid] {
+      block_now = this;
+      thread_now = static_cast<int>(i);
+      threadIdx = threads[i].index;
+      blockIdx = block;
+      blockDim = size;
+      gridDim = grid;
+      body(closure);
+      barrier->arrive_and_drop();
+    });
+  }
+  for (auto& t : running) t.join();
+}
+
+#else
+
+#if defined(__x86_64__)
+// Keeps the registers that a call keeps on the stack, and the stack pointer in *save; goes on from `load`.
+extern "C" void fastnn_switch_stack(void** save, void* load);
+asm(R"(
+.text
+.type fastnn_switch_stack, @function
+fastnn_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fastnn_switch_stack, .-fastnn_switch_stack
+)");
+#endif
+
+void enter();
+
+void to_thread(Block& b, int i) {
+  Thread& t = b.threads[i];
+  block_now = &b;
+  thread_now = i;
+  threadIdx = t.index;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, t.stack, kStack);
+#endif
+#if defined(__x86_64__)
+  fastnn_switch_stack(&b.scheduler, t.stack_pointer);
+#else
+  swapcontext(&b.scheduler_context, &t.context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+void to_scheduler(bool for_good = false) {
+  Block& b = *block_now;
+  Thread& t = b.threads[thread_now];
+  (void)for_good;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, b.stack_bottom, b.stack_size);
+#endif
+#if defined(__x86_64__)
+  fastnn_switch_stack(&t.stack_pointer, b.scheduler);
+#else
+  swapcontext(&t.context, &b.scheduler_context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, &b.stack_bottom, &b.stack_size);
+#endif
+}
+
+void enter() {
+  Block& b = *block_now;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &b.stack_bottom, &b.stack_size);
+#endif
+  b.body(b.closure);
+  b.threads[thread_now].state = Thread::kDone;
+  ++b.done;
+  to_scheduler(true);
+}
+
+void Block::run() {
+  const int count = static_cast<int>(threads.size());
+  at_barrier = done = 0;
+  for (int i = 0; i < count; ++i) {
+    Thread& t = threads[i];
+    t.state = Thread::kReady;
+    t.stack = stacks.get(i);
+#if defined(__x86_64__)
+    // As if it had been called: the return address of `enter`, and six registers.
+    void** top = reinterpret_cast<void**>(t.stack + kStack) - 2;
+    *top = reinterpret_cast<void*>(&enter);
+    t.stack_pointer = top - 6;
+    std::memset(t.stack_pointer, 0, 6 * sizeof(void*));
+#else
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack;
+    t.context.uc_stack.ss_size = kStack;
+    makecontext(&t.context, enter, 0);
+#endif
+  }
+  for (Warp& w : warps) w.arrived = 0;
+  while (done < count) {
+    bool moved = false;
+    for (int i = 0; i < count; ++i) {
+      // Lanes that came together at a collective go on together: a warp as far as it gets, then the next.
+      while (threads[i].state == Thread::kReady) {
+        moved = true;
+        to_thread(*this, i);
+      }
+      if ((i + 1) % kWarp == 0 || i + 1 == count) {
+        const int first = i / kWarp * kWarp;
+        bool again = false;
+        for (int j = first; j <= i; ++j) again |= threads[j].state == Thread::kReady;
+        if (again) i = first - 1;
+      }
+    }
+    if (at_barrier == count) {
+      at_barrier = 0;
+      for (Thread& t : threads) t.state = Thread::kReady;
+    } else if (!moved) {
+      // Fibers that hang are left where they stand; nothing of theirs needs to be taken down but their
+      // copies.
+      fail("threads wait for others that never come: a barrier or a collective that not all reach");
+      for (Thread& t : threads) {
+        t.open.clear();
+        t.groups.clear();
+      }
+      return;
+    }
+  }
+}
+
+#endif
+
+}  // namespace
+
+const Slot* exchange(const char* name, const void* mine, size_t size) {
+  Block& b = *block_now;
+  Thread& t = b.threads[thread_now];
+  const size_t number = static_cast<size_t>(thread_now) / kWarp;
+  Warp& w = b.warps[number];
+  Collective& c = w.collectives[t.collectives++ % 2];
+  c.names[thread_now % kWarp] = name;
+  std::memcpy(c.slots[thread_now % kWarp].bytes, mine, size);
+  const int lanes = b.lanes(number);
+#ifdef FASTNN_THREADS
+  b.warp_barriers[number]->arrive_and_wait();
+#else
+  t.state = Thread::kAtCollective;
+  if (++w.arrived == lanes) {
+    w.arrived = 0;
+    for (int lane = 0; lane < lanes; ++lane) b.threads[number * kWarp + lane].state = Thread::kReady;
+  }
+  to_scheduler();
+#endif
+  if (lanes != kWarp || std::strcmp(c.names[0], name) != 0) {
+#ifdef FASTNN_THREADS
+    const std::lock_guard<std::mutex> guard(b.mutex);
+#endif
+    b.fail("the lanes of a warp are not all at the same collective");
+  }
+  return c.slots;
+}
+
+void* shared_memory() { return block_now->shared; }
+
+void copy_later(void* to, const void* from, size_t bytes, size_t valid) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+    block_now->fail("an asynchronous copy that is not aligned");
+  }
+  block_now->threads[thread_now].open.push_back({to, from, bytes, valid});
+}
+
+void commit_copies() {
+  Thread& t = block_now->threads[thread_now];
+  t.groups.push_back(std::move(t.open));
+  t.open.clear();
+}
+
+void wait_for_copies(int groups_in_flight) {
+  Thread& t = block_now->threads[thread_now];
+  while (static_cast<int>(t.groups.size()) > groups_in_flight) {
+    for (const Copy& c : t.groups.front()) {
+      if (c.valid != 0) std::memcpy(c.to, c.from, c.valid);
+      std::memset(static_cast<unsigned char*>(c.to) + c.valid, 0, c.bytes - c.valid);
+    }
+    t.groups.pop_front();
+  }
+}
+
+const char* run(dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* closure) {
+  // The limits of the architectures that the kernels are built for: 163 KiB of shared memory on sm_80.
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
+      block.x * block.y * block.z > 1024 || block.x * block.y * block.z == 0 || shared > 163 * 1024) {
+    return "invalid configuration argument";
+  }
+  gridDim = grid;
+  blockDim = block;
+  Block running(block, shared, body, closure);
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+        running.clear();
+        running.run();
+        if (running.wrong != nullptr) return running.wrong;
+      }
+  running.clear();
+  return running.wrong;
+}
+
+}  // namespace fastnn::cuda::host
+
+void __syncthreads() {
+  using namespace fastnn::cuda::host;
+  Block& b = *block_now;
+#ifdef FASTNN_THREADS
+  b.barrier->arrive_and_wait();
+#else
+  b.threads[thread_now].state = Thread::kAtBarrier;
+  ++b.at_barrier;
+  to_scheduler();
+#endif
+}

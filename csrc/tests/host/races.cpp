@@ -1,0 +1,82 @@
+// Runs the CUDA kernels that have barriers, with the threads of a block as threads: ThreadSanitizer ends the
+// process with an error where one of them reads what no barrier keeps apart from another's write. "mistake"
+// runs a kernel that lacks one.
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "cuda/depthwise.h"
+#include "cuda/runtime.h"
+
+namespace {
+
+using namespace fastnn;
+
+void no_barrier(float* out) {
+  float* shared = cuda::shared_memory<float>();
+  shared[threadIdx.x] = static_cast<float>(threadIdx.x);
+  out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
+}
+
+// Zeros, of more bytes than any of the cases needs.
+struct Memory {
+  std::vector<uint64_t> words = std::vector<uint64_t>(1 << 18);
+  void* data() { return words.data(); }
+};
+
+const char* run(DType dtype, bool tf32, cuda::TileSize tile, const ConvShape& s) {
+  Memory x, w, y, locations, workspace;
+  const bool depthwise = cuda::is_depthwise(s);
+  const cuda::ConvForwardArgs forward{dtype,
+                                      s,
+                                      tf32,
+                                      tile,
+                                      x.data(),
+                                      w.data(),
+                                      nullptr,
+                                      true,
+                                      !depthwise,
+                                      y.data(),
+                                      static_cast<uint8_t*>(locations.data())};
+  const cuda::ConvInputGradientArgs input{dtype, s, tf32, tile, y.data(), w.data(), x.data()};
+  const cuda::ConvWeightGradientArgs weight{dtype,    s,        tf32,     tile,
+                                            y.data(), x.data(), w.data(), workspace.data()};
+  const cuda::MaskAndSumArgs mask{
+      dtype, s.n, s.oh, s.ow, s.k, y.data(), x.data(), nullptr, locations.data(), w.data(), workspace.data()};
+  if (const char* wrong = (depthwise ? cuda::depthwise_forward : cuda::conv_forward)(forward, nullptr))
+    return wrong;
+  if (const char* wrong =
+          (depthwise ? cuda::depthwise_input_gradient : cuda::conv_input_gradient)(input, nullptr)) {
+    return wrong;
+  }
+  if (const char* wrong =
+          (depthwise ? cuda::depthwise_weight_gradient : cuda::conv_weight_gradient)(weight, nullptr)) {
+    return wrong;
+  }
+  return cuda::mask_and_sum(mask, nullptr);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1 && std::strcmp(arguments[1], "mistake") == 0) {
+    Memory memory;
+    cuda::launch(no_barrier, dim3{1}, dim3{64}, 64 * sizeof(float), nullptr,
+                 static_cast<float*>(memory.data()));
+    return 0;
+  }
+  constexpr ConvShape kByVectors{1, 16, 6, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 6, 6},
+      kOneByOne{1, 3, 6, 6, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 6, 6},
+      kDepthwise{1, 8, 6, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1, 8, 6, 6};
+  constexpr cuda::TileSize kSmall = cuda::TileSize::small, kLarge = cuda::TileSize::large;
+  const char* wrong = nullptr;
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    for (const ConvShape& s : {kByVectors, kOneByOne, kDepthwise}) {
+      if (wrong == nullptr) wrong = run(dtype, false, kSmall, s);
+    }
+  }
+  if (wrong == nullptr) wrong = run(DType::f16, false, kLarge, kByVectors);
+  if (wrong == nullptr) wrong = run(DType::f32, true, kLarge, kByVectors);
+  if (wrong != nullptr) std::fprintf(stderr, "%s\n", wrong);
+  return wrong != nullptr;
+}

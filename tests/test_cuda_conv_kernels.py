@@ -1,0 +1,189 @@
+"""The CUDA kernels of conv on a model of a GPU, without torch, under sanitizers too."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from kernel_module import DTYPES, bound, kernels
+from test_conv_kernels import back, conv, gradients, laid_out, max_pool, sizes_of, unpool
+
+SANITIZED = "sanitize" in os.environ.get("FASTNN_KERNELS", "")
+
+# n, c, h, w, k, kh, kw, stride, padding, dilation (rows, columns), groups. Channels by vectors of 16 bytes go through
+# asynchronous copies, others one by one.
+CASES = [
+    (1, 3, 12, 11, 6, 5, 5, 1, 1, 0, 0, 1, 1, 1),  # few channels
+    (2, 16, 7, 9, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (1, 8, 11, 8, 16, 3, 2, 2, 3, 1, 0, 1, 2, 1),  # strides whose phases have taps of their own, dilation
+    (1, 40, 5, 5, 72, 1, 1, 1, 1, 0, 0, 1, 1, 1),
+    (2, 16, 6, 6, 8, 1, 1, 2, 2, 0, 0, 1, 1, 1),  # phases without a tap
+    (1, 32, 6, 5, 16, 3, 3, 1, 1, 1, 1, 1, 1, 2),  # groups
+    (1, 6, 5, 4, 4, 3, 3, 2, 1, 1, 1, 1, 1, 2),
+    (1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1),
+    (1, 13, 4, 4, 67, 3, 3, 1, 1, 2, 2, 1, 1, 1),  # odd numbers of channels, padding beyond the kernel's half
+]
+# For the large tile; with so many pixels that the depth of the weight gradient is cut into parts.
+LARGE = [
+    (2, 8, 24, 24, 136, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (1, 136, 10, 9, 24, 3, 3, 2, 1, 1, 1, 1, 1, 1),
+]
+SMALL_TILE, LARGE_TILE = 1, 2
+DEPTHWISE = [
+    (2, 8, 7, 9, 8, 3, 3, 1, 1, 1, 1, 1, 1, 8),
+    (1, 24, 9, 10, 24, 3, 3, 2, 2, 1, 1, 1, 1, 24),
+    (1, 5, 6, 6, 5, 5, 3, 1, 2, 2, 1, 1, 1, 5),
+    (2, 16, 11, 9, 16, 3, 3, 1, 1, 2, 2, 2, 2, 16),
+    (1, 300, 6, 5, 300, 3, 3, 1, 1, 1, 1, 1, 1, 300),
+    (1, 16, 12, 12, 16, 7, 7, 1, 1, 3, 3, 1, 1, 16),
+    (8, 16, 20, 20, 16, 3, 3, 1, 1, 1, 1, 1, 1, 16),  # parts
+]
+KINDS = [("float32", False), ("float32", True), ("bfloat16", False), ("float16", False)]
+
+
+def arrays(case, dtype, seed=0):
+    rng = np.random.default_rng(sum(case) + seed)
+    n, c, h, w, k, kh, kw = case[:7]
+    output, shape = sizes_of(case)
+    exact = [
+        rng.standard_normal(s).astype(DTYPES[dtype]).astype(np.float64)
+        for s in ((n, c, h, w), (k, c // case[-1], kh, kw), (k,), output)
+    ]
+    stored = [(laid_out(a, True) if a.ndim == 4 else a).astype(DTYPES[dtype]) for a in exact]
+    return shape, exact, stored
+
+
+def allowed(dtype, tf32, terms, scale):
+    # tf32 rounds each factor to 11 bits.
+    return bound(dtype, terms, scale) + (2**-10 * scale if tf32 else 0)
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=["float32", "tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", CASES + LARGE + DEPTHWISE, ids=str)
+def test_conv(case, dtype, tf32):
+    tile = LARGE_TILE if case in LARGE else SMALL_TILE
+    n, c, _, _, k, kh, kw = case[:7]
+    shape, (x64, w64, b64, g64), (x, weight, bias, g) = arrays(case, dtype)
+    depth = c // case[-1] * kh * kw
+    y = np.full_like(g, np.nan)
+    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, True, False, y, None)
+    want = np.maximum(conv(case, x64, w64) + b64[:, None, None], 0)
+    scale = conv(case, np.abs(x64), np.abs(w64)) + np.abs(b64)[:, None, None]
+    assert np.all(np.abs(back(y, True) - want) <= allowed(dtype, tf32, depth, scale))
+
+    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, None, False, False, y, None)
+    assert np.all(np.abs(back(y, True) - conv(case, x64, w64)) <= allowed(dtype, tf32, depth, scale))
+
+    gx, gw = np.full_like(x, np.nan), np.full_like(weight, np.nan)
+    kernels.cuda_conv_input_gradient(shape, tf32, tile, g, weight, gx)
+    kernels.cuda_conv_weight_gradient(shape, tf32, tile, g, x, gw)
+    for ours, exact, size in zip(
+        (gx, gw),
+        gradients(case, x64, w64, g64),
+        gradients(case, *map(np.abs, (x64, w64, g64))),
+        strict=True,
+    ):
+        terms = k * kh * kw if ours is gx else n * g.shape[1] * g.shape[2]
+        assert np.all(np.abs(back(ours, True) - exact) <= allowed(dtype, tf32, terms, size))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", [*CASES[:4], LARGE[0]], ids=str)
+def test_conv_relu_max_pool(case, dtype):
+    tile = LARGE_TILE if case in LARGE else SMALL_TILE
+    shape, _, (x, weight, bias, g) = arrays(case, dtype)
+    y = np.full_like(g, np.nan)
+    kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, True, False, y, None)
+    # The kernel pools what it would have stored.
+    best, where = max_pool(back(y, True), (2, 2, 2, 2, 0, 0))
+    where[best == 0] = 255
+    pooled = laid_out(best, True).astype(y.dtype)
+    ours, places = np.full_like(pooled, np.nan), np.full(pooled.shape, 77, np.uint8)
+    kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, True, True, ours, places)
+    assert ours.tobytes() == pooled.tobytes()
+    assert np.array_equal(back(places, True), where)
+    ours.fill(np.nan)
+    kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, True, True, ours, None)
+    assert ours.tobytes() == pooled.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes", [(2, 5, 7, 24), (1, 4, 4, 5), (1, 1, 1, 3), (3, 20, 21, 64), (1, 2, 2, 2056)]
+)
+def test_bias_relu(sizes, dtype):
+    rng = np.random.default_rng(sum(sizes))
+    kind = DTYPES[dtype]
+    x, bias = (
+        rng.standard_normal(sizes).round(1).astype(kind),
+        rng.standard_normal(sizes[-1]).round(1).astype(kind),
+    )
+    x.flat[0] = np.nan
+    exact = x.astype(np.float64 if dtype == "float64" else np.float32) + bias.astype(x.dtype).astype(
+        np.float64 if dtype == "float64" else np.float32
+    )
+    want = exact.astype(kind)
+    want = np.where(want <= 0, 0, want).astype(kind)
+    y = np.empty_like(x)
+    kernels.cuda_bias_relu(x, bias, False, y, None)
+    np.testing.assert_array_equal(y.astype(np.float64), want.astype(np.float64))
+    if sizes[1] < 2:
+        return
+    rest = back(want, True)
+    rest[0, 0, 0, 0] = 9  # max() of NumPy spreads NaN, and argmax() takes it first
+    best, where = max_pool(rest, (2, 2, 2, 2, 0, 0))
+    where[best == 0] = 255
+    best[0, 0, 0, 0] = np.nan
+    pooled, places = laid_out(best, True).astype(kind), np.empty(best.shape, np.uint8)
+    ours, places = np.empty_like(pooled), np.empty(pooled.shape, np.uint8)
+    kernels.cuda_bias_relu(x, bias, True, ours, places)
+    np.testing.assert_array_equal(ours.astype(np.float64), pooled.astype(np.float64))
+    np.testing.assert_array_equal(back(places, True), where)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes", [(2, 5, 7, 24), (1, 4, 4, 5), (3, 20, 21, 64), (1, 2, 2, 2056), (4, 90, 90, 8)]
+)
+def test_mask_and_sum(sizes, dtype):
+    rng = np.random.default_rng(sum(sizes))
+    kind = DTYPES[dtype]
+    n, h, w, k = sizes
+    g = rng.standard_normal(sizes).astype(kind)
+    y = np.maximum(rng.standard_normal(sizes), 0).astype(kind)
+    y.flat[0] = np.nan  # which lets the gradient through
+    want = np.where(y.astype(np.float64) <= 0, 0, g.astype(np.float64))
+
+    def summed(grad_bias, exact):
+        error = np.abs(grad_bias.astype(np.float64) - exact.sum((0, 1, 2)))
+        return np.all(error <= bound(dtype, n * h * w, np.abs(exact).sum((0, 1, 2))))
+
+    masked, grad_bias = np.empty_like(g), np.empty(k, kind)
+    kernels.cuda_mask_and_sum(sizes, g, y, None, masked, grad_bias)
+    assert np.array_equal(masked.astype(np.float64), want)
+    assert summed(grad_bias, want)
+    kernels.cuda_mask_and_sum(sizes, g, y, None, masked, None)
+    assert np.array_equal(masked.astype(np.float64), want)
+    kernels.cuda_mask_and_sum(sizes, g, None, None, None, grad_bias)
+    assert summed(grad_bias, g.astype(np.float64))
+
+    pooled = g[:, : h // 2, : w // 2].copy()
+    places = rng.choice([0, 1, 2, 3, 255], pooled.shape).astype(np.uint8)
+    spread = unpool(back(pooled, True), back(places, True).astype(int), (2, 2, 2, 2, 0, 0), (n, k, h, w))
+    masked.fill(np.nan)
+    kernels.cuda_mask_and_sum(sizes, pooled, None, places, masked, grad_bias)
+    assert np.array_equal(back(masked, True), spread)
+    assert summed(grad_bias, laid_out(spread, True))
+
+
+@pytest.mark.skipif(SANITIZED, reason="what they do is what sanitizers end a process for")
+def test_model_sees_mistakes():
+    """The model of a GPU shows what it is there to show."""
+    memory = np.ones(256, np.float32)
+    with pytest.raises(RuntimeError, match="not all reach"):
+        kernels.cuda_run_wrong("lonely barrier", memory)
+    kernels.cuda_run_wrong("no barrier", memory)
+    assert np.isnan(memory[:63]).all()
+    kernels.cuda_run_wrong("no wait", memory)
+    assert np.isnan(memory[::4]).all()

@@ -1,0 +1,214 @@
+"""The ops as a GPU has them, kernels, checks and layouts, with the host in the GPU's place (see csrc/tests/host)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_as_good
+
+from fastnn.ops import conv
+
+FOLDER = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
+LIBRARY = FOLDER / "libops_on_host.so"
+
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason=f"no {LIBRARY}: run `make build-tests`")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.fixture(scope="module")
+def ops():
+    torch.ops.load_library(str(LIBRARY))
+    return torch.ops.fastnn_on_host
+
+
+@pytest.fixture
+def in_place_of_a_gpu(ops, monkeypatch):
+    monkeypatch.setattr(conv, "_gpu_ops", ops)
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def random(*shape, seed, layout=torch.contiguous_format):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.contiguous(memory_format=layout) if len(shape) == 4 else x
+
+
+# n, c, h, w, k, kernel, options: stride, padding, dilation, groups.
+CONVS = [
+    ((2, 3, 12, 11), (6, 3, 5, 5), (1, 1, 0, 0, 1, 1, 1)),
+    ((1, 16, 9, 8), (24, 16, 3, 3), (2, 1, 1, 1, 1, 1, 1)),
+    ((2, 8, 7, 7), (8, 1, 3, 3), (1, 1, 1, 1, 1, 1, 8)),
+    ((1, 1, 5, 5), (4, 1, 2, 2), (1, 1, 0, 0, 1, 1, 1)),  # channels of which the layout cannot be told
+    ((1, 16, 1, 1), (8, 16, 1, 1), (1, 1, 0, 0, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("weight_layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("image", "kernel", "options"), CONVS, ids=str)
+def test_conv(in_place_of_a_gpu, image, kernel, options, dtype, weight_layout, layout):
+    given = [
+        random(*image, seed=1, layout=FORMATS[layout]),
+        random(*kernel, seed=2, layout=FORMATS[weight_layout]),
+        random(kernel[0], seed=3),
+    ]
+    given = [t.to(dtype) for t in given]
+    fused = [(False, False), (True, False)] + [(True, True)] * (min(image[2:]) > 2)
+    for relu, pooled in fused:
+
+        def stock(x, w, b, relu=relu, pooled=pooled):
+            y = F.conv2d(x, w, b, options[:2], options[2:4], options[4:6], options[6])
+            y = torch.relu(y) if relu else y
+            return F.max_pool2d(y, 2) if pooled else y
+
+        window = conv._WINDOW_ON_GPUS if pooled else ()
+        made = conv._on_gpus(relu, pooled)(*given, *options, *window)
+        y = made[0] if pooled else made
+        fake = (conv._fake_pooled if pooled else conv._fake)(*given, *options, *window)
+        like = fake[0] if pooled else fake
+        assert y.stride() == like.stride()
+        exact = [t.double().requires_grad_() for t in given]
+        leaves = [t.clone().requires_grad_() for t in given]
+        theirs, truth = stock(*leaves), stock(*exact)
+        assert_as_good(y, theirs.detach(), truth.detach(), roundings=2)
+        if relu:
+            # Where rounding decides about the ReLU or which is the largest, gradients differ: these are compared where
+            # the kernels are exact, in test_cuda_conv_kernels.
+            continue
+        upstream = random(*y.shape, seed=4, layout=FORMATS[layout]).to(dtype)
+        ours = conv._backward_on_gpus(upstream, *given[:2], None, None, options, (True, True, True))
+        theirs = torch.autograd.grad(theirs, leaves, upstream)
+        truth = torch.autograd.grad(truth, exact, upstream.double())
+        for a, b, c in zip(ours, theirs, truth, strict=True):
+            assert_as_good(a, b, c, roundings=2)
+        fakes = conv._fake_backward(upstream, *given[:2], *options, True, True, True)
+        assert [a.stride() for a in ours] == [f.stride() for f in fakes]
+        some = conv._backward_on_gpus(upstream, *given[:2], None, None, options, (False, True, False))
+        assert [t.numel() for t in some] == [0, kernel[0] * kernel[1] * kernel[2] * kernel[3], 0]
+        assert torch.equal(some[1], ours[1])
+
+
+def test_reduced_precision(in_place_of_a_gpu):
+    x, w = random(1, 16, 6, 6, seed=1).float(), random(8, 16, 3, 3, seed=2).float()
+    exact = F.conv2d(x.double(), w.double())
+
+    def error():
+        return (conv._on_gpus(False)(x, w, None, 1, 1, 0, 0, 1, 1, 1) - exact).abs().max()
+
+    full = error()
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    assert 20 * full < error() < 2e-2
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_gradients_behind_relu_and_pooling(in_place_of_a_gpu, layout):
+    """In numbers that are exact, so that nothing but the right places will do."""
+    x, w, b = (
+        random(*shape, seed=seed).mul(2).round()
+        for seed, shape in enumerate(((2, 4, 7, 6), (8, 4, 3, 3), (8,)))
+    )
+    x = x.contiguous(memory_format=FORMATS[layout])
+    options = (1, 1, 1, 1, 1, 1, 1)
+    for pooled in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        y = torch.relu(F.conv2d(*leaves, padding=1))
+        y = F.max_pool2d(y, 2) if pooled else y
+        upstream = random(*y.shape, seed=9).mul(2).round()
+        want = torch.autograd.grad(y, leaves, upstream)
+        given = [t.float() for t in (x, w, b)]
+        made = conv._on_gpus(True, pooled)(*given, *options)
+        out, locations = made if pooled else (made, None)
+        assert torch.equal(out.double(), y)
+        output = None if pooled else out
+        ours = conv._backward_on_gpus(
+            upstream.float(), *given[:2], output, locations, options, (True, True, True)
+        )
+        for a, b_ in zip(ours, want, strict=True):
+            assert torch.equal(a.double(), b_)
+
+
+def test_pass_behind_a_convolution(ops):
+    y = random(2, 24, 7, 6, seed=1).float().contiguous(memory_format=torch.channels_last)
+    bias = random(24, seed=2).float()
+    want = torch.relu(y + bias[:, None, None])
+    pooled, locations = ops._bias_relu_max_pool2d_on_gpu(y, bias)
+    assert torch.equal(pooled, F.max_pool2d(want, 2))
+    assert pooled.is_contiguous(memory_format=torch.channels_last)
+    assert locations.dtype is torch.uint8
+    ops._bias_relu_on_gpu_(y, bias)
+    assert torch.equal(y, want)
+    with pytest.raises(RuntimeError, match="channels_last"):
+        ops._bias_relu_on_gpu_(torch.zeros(2, 3, 4, 5), None)
+    with pytest.raises(RuntimeError, match="larger than the output"):
+        ops._bias_relu_max_pool2d_on_gpu(torch.zeros(2, 1, 1, 5), None)
+
+
+def test_refused(in_place_of_a_gpu, ops):
+    x, w = torch.zeros(1, 4, 5, 5), torch.zeros(8, 4, 3, 3)
+    options = (1, 1, 0, 0, 1, 1, 1)
+    for args, message in (
+        ((x.double(), w.double(), None), "float64"),
+        ((x, w.bfloat16(), None), "dtype"),
+        ((x, w, torch.zeros(7)), "bias of shape"),
+        ((x[:, :3], w, None), "channels"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            conv._on_gpus(False)(*args, *options)
+    with pytest.raises(RuntimeError, match="gradient of the output's shape"):
+        conv._backward_on_gpus(torch.zeros(1, 8, 5, 5), x, w, None, None, options, (True, True, True))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pool(ops, dtype, layout):
+    """To the bit what the CPU's kernels give, which are tested against torch."""
+    x = random(2, 8, 9, 10, seed=1, layout=FORMATS[layout]).mul(2).round().to(dtype)
+    window = (3, 2, 2, 2, 1, 0, 1, 1, False)
+    average = (3, 2, 2, 2, 1, 0, False, False, None)
+    for name, options in (
+        ("max_pool2d", window),
+        ("max_pool2d_with_locations", window),
+        ("max_pool2d_with_indices", window),
+        ("avg_pool2d", average),
+        ("adaptive_avg_pool2d", (4, 3)),
+        ("adaptive_max_pool2d", (4, 3)),
+    ):
+        ours, native = (getattr(space, name)(x, *options) for space in (ops, torch.ops.fastnn))
+        for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (ours, native)), strict=True):
+            assert a.stride() == b.stride()
+            assert torch.equal(a, b), name
+    y, locations = ops.max_pool2d_with_locations(x, *window)
+    g = random(*y.shape, seed=2, layout=FORMATS[layout]).to(dtype)
+    size = x.shape[2:]
+    for name, args in (
+        ("max_pool2d_backward", (g, locations, *size, *window)),
+        ("avg_pool2d_backward", (g, *size, *average, layout == "channels_last")),
+        ("adaptive_avg_pool2d_backward", (g[:, :, :4, :3], *size, layout == "channels_last")),
+    ):
+        ours, native = (getattr(space, name)(*args) for space in (ops, torch.ops.fastnn))
+        assert ours.stride() == native.stride()
+        assert_as_good(ours, native, native.double())
+
+
+RACES = FOLDER / "races"
+
+
+def test_no_thread_reads_what_another_writes():
+    done = subprocess.run([RACES], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_race_is_seen():
+    done = subprocess.run([RACES, "mistake"], capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0
+    assert "data race" in done.stderr
