@@ -10,8 +10,9 @@ from fastnn import (
     ops,
 )
 from fastnn._explain import explain
+from fastnn._tune import tune
 from fastnn.convert import convert, revert
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "convert", "explain", "nn", "ops", "revert"]
+__all__ = ["__version__", "convert", "explain", "nn", "ops", "revert", "tune"]

@@ -27,7 +27,7 @@ class Row(NamedTuple):
     op: str  # the op of fastnn, or the class of the layer
     shape: tuple[int, ...]  # of the first tensor among the arguments
     dtype: str
-    where: str  # "fastnn <isa>", "torch", or "fused"
+    where: str  # "fastnn <isa>", on a GPU "fastnn cuda" or "fastnn triton", "torch", or "fused"
     reason: str  # why torch; empty where fastnn's kernel ran
 
 
@@ -63,6 +63,13 @@ class Explanation:
     __repr__ = __str__
 
 
+def _kernel(op: _declare.Op, args: tuple) -> str:
+    """What runs a call: the instruction set, or for a GPU the language and, where there are several, the kernel's name."""
+    if args[0].is_cpu:
+        return _library.current_isa()
+    return op.on_gpus if len(op.candidates) == 1 else f"{op.on_gpus}: {_declare.candidate(op, args)}"
+
+
 class _Recorder:
     """Collects rows while a model runs in this thread: told of ops by the routing, of layers by global hooks."""
 
@@ -76,7 +83,7 @@ class _Recorder:
 
     def on_op(self, op: _declare.Op, args: tuple, reason: str | None) -> None:
         if threading.get_ident() == self.thread:
-            where = f"fastnn {_library.current_isa()}" if reason is None else "torch"
+            where = "torch" if reason is not None else f"fastnn {_kernel(op, args)}"
             self.add(self.running[-1][0] if self.running else "", op.name, args, where, reason or "")
 
     def before_layer(self, module: Module, args: tuple) -> None:

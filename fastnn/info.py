@@ -10,7 +10,7 @@ import torch
 
 import fastnn
 from fastnn import _library, _settings
-from fastnn.ops import _declare, _gpu
+from fastnn.ops import _choice, _declare, _gpu
 
 __all__ = ["report"]
 
@@ -49,8 +49,11 @@ def report() -> dict[str, str]:
     lines |= {f"ops: {family}": ", ".join(names) for family, names in ops.items()}
     for kind, title in (("cuda", "CUDA C++"), ("triton", "Triton")):
         lines[f"on GPUs: {title}"] = ", ".join(op.name for op in _declare.OPS.values() if op.on_gpus == kind)
-    measured = [f"{major}.{minor}" for major, minor in _gpu.MEASURED]
-    lines["GPUs measured"] = ", ".join(measured) or "none: calls on a GPU stay with torch"
+    measured = [f"{major}.{minor}" for major, minor in _choice.SHIPPED]
+    lines["GPUs measured"] = (
+        ", ".join(measured) or "none: calls on a GPU stay with torch until fastnn.tune measured them"
+    )
+    lines["choices of this machine"] = f"{_choice.path()}{'' if _choice.path().is_file() else ' (none yet)'}"
     return lines
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as TF
 from conftest import assert_as_good
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastnn.ops import _declare, _gpu, attention, conv, linear, pool
+from fastnn.ops import _choice, _declare, _gpu, attention, conv, linear, pool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -233,12 +233,17 @@ class TestOnGpu:
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch):
+def fake_gpu(monkeypatch, tmp_path):
     """Tensors on a GPU of compute capability 9.0 that there need not be."""
     monkeypatch.setattr(_gpu, "architectures", lambda: "80-real 90a-real")
     monkeypatch.setattr(_gpu, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_choice, "gpu", lambda index: {"key": "a GPU", "capability": (9, 0)})
+    # The choices of whoever runs the tests are not to count.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _choice._tables.cache_clear()
     with FakeTensorMode():
         yield lambda *shape: torch.empty(shape, device="cuda")
+    _choice._tables.cache_clear()
 
 
 def test_call_goes_to_the_cuda_kernel(fake_gpu, native):
@@ -250,9 +255,10 @@ def test_call_goes_to_the_cuda_kernel(fake_gpu, native):
 def test_kernel_that_is_not_measured_stays_with_torch(fake_gpu, native, monkeypatch):
     monkeypatch.setattr(_declare, "prefer_kernels", False)
     pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
-    assert native == [("max_pool2d", "its kernel is not measured on GPUs of compute capability 9.0")]
+    assert native == [("max_pool2d", "not measured on this GPU: fastnn.tune measures")]
     native.clear()
-    monkeypatch.setattr(_gpu, "MEASURED", {(9, 0): frozenset({"max_pool2d"})})
+    monkeypatch.setattr(_choice, "SHIPPED", {(9, 0): {"max_pool2d": {"*": "kernel"}}})
+    _choice._tables.cache_clear()
     pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
     assert native == [("max_pool2d", None)]
 
@@ -342,10 +348,12 @@ def test_autocast_on_a_gpu(fake_gpu, native):
 def test_tracer_takes_the_answers_as_constants(monkeypatch):
     monkeypatch.setattr(_gpu, "_capability", lambda index: (9, 0))
     monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
+    monkeypatch.setattr(_choice, "_tables", lambda index: ({}, {"linear": {"*": "kernel"}}))
 
     @torch.compile(fullgraph=True, backend="eager")
     def f(x):
-        if _gpu._unusable("triton", 0) is None and _gpu._unmeasured("linear", 0) is not None:
+        usable = _gpu._unusable("triton", 0) is None
+        if usable and _choice._for_all("linear", 0) == "kernel" and _choice._for_all("conv2d", 0) is None:
             return x + 1
         return x
 

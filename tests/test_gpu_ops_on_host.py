@@ -42,6 +42,9 @@ def random(*shape, seed, layout=torch.contiguous_format):
     return x.contiguous(memory_format=layout) if len(shape) == 4 else x
 
 
+# Gradients of input, weight and bias, from what `fastnn.ops.conv` takes apart for each op.
+backward = conv._backward_candidates(lambda *args: args)["kernel"]
+
 # n, c, h, w, k, kernel, options: stride, padding, dilation, groups.
 CONVS = [
     ((2, 3, 12, 11), (6, 3, 5, 5), (1, 1, 0, 0, 1, 1, 1)),
@@ -86,14 +89,14 @@ def test_conv(in_place_of_a_gpu, image, kernel, options, dtype, weight_layout, l
             # the kernels are exact, in test_cuda_conv_kernels.
             continue
         upstream = random(*y.shape, seed=4, layout=FORMATS[layout]).to(dtype)
-        ours = conv._backward_on_gpus(upstream, *given[:2], None, None, options, (True, True, True))
+        ours = backward(upstream, *given[:2], None, None, options, (True, True, True))
         theirs = torch.autograd.grad(theirs, leaves, upstream)
         truth = torch.autograd.grad(truth, exact, upstream.double())
         for a, b, c in zip(ours, theirs, truth, strict=True):
             assert_as_good(a, b, c, roundings=2)
         fakes = conv._fake_backward(upstream, *given[:2], *options, True, True, True)
         assert [a.stride() for a in ours] == [f.stride() for f in fakes]
-        some = conv._backward_on_gpus(upstream, *given[:2], None, None, options, (False, True, False))
+        some = backward(upstream, *given[:2], None, None, options, (False, True, False))
         assert [t.numel() for t in some] == [0, kernel[0] * kernel[1] * kernel[2] * kernel[3], 0]
         assert torch.equal(some[1], ours[1])
 
@@ -130,9 +133,7 @@ def test_gradients_behind_relu_and_pooling(in_place_of_a_gpu, layout):
         out, locations = made if pooled else (made, None)
         assert torch.equal(out.double(), y)
         output = None if pooled else out
-        ours = conv._backward_on_gpus(
-            upstream.float(), *given[:2], output, locations, options, (True, True, True)
-        )
+        ours = backward(upstream.float(), *given[:2], output, locations, options, (True, True, True))
         for a, b_ in zip(ours, want, strict=True):
             assert torch.equal(a.double(), b_)
 
@@ -165,7 +166,7 @@ def test_refused(in_place_of_a_gpu, ops):
         with pytest.raises(RuntimeError, match=message):
             conv._on_gpus(False)(*args, *options)
     with pytest.raises(RuntimeError, match="gradient of the output's shape"):
-        conv._backward_on_gpus(torch.zeros(1, 8, 5, 5), x, w, None, None, options, (True, True, True))
+        backward(torch.zeros(1, 8, 5, 5), x, w, None, None, options, (True, True, True))
 
 
 @pytest.mark.parametrize("layout", FORMATS)

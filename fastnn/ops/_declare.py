@@ -21,7 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fastnn import _settings
-from fastnn.ops import _gpu
+from fastnn.ops import _choice, _gpu
 
 log = logging.getLogger("fastnn")
 
@@ -58,7 +58,8 @@ class Op:
     keep: Callable | None
     backward: Callable | None
     autocast: bool
-    on_gpus: str | None
+    on_gpus: str | None  # "cuda" or "triton", whatever its kernels for GPUs are written in
+    candidates: dict[str, Callable]  # those kernels by name, the first for a call of which no choice is known
     tensors: tuple[int, ...] = field(default=())
 
     @property
@@ -199,9 +200,8 @@ def declare(
     own_dtype: tuple[str, ...] = (),
     constant: tuple[str, ...] = (),
     slower: Callable | None = None,
-    on_gpus: bool = False,
-    cuda: Callable | None = None,
-    triton: Callable | None = None,
+    on_gpus: str | None = None,
+    candidates: dict[str, Callable] | None = None,
     unsupported_on_gpus: Callable | None = None,
 ) -> Callable:
     """Declare the op ``fastnn::<name>`` and return the function that routes a call to it or to torch.
@@ -237,10 +237,10 @@ def declare(
         None if the kernels are to take a call that they support, else the reason why torch's op does better.
         It may raise where `unsupported` has a reason.
     on_gpus
-        Whether the library, if it is built with CUDA, has kernels of this op for GPUs.
-    cuda, triton
-        The same result from CUDA or Triton kernels, where Python calls them, for tensors on a GPU that `unsupported` and
-        `unsupported_on_gpus` have nothing against.
+        "cuda" or "triton": what its kernels for GPUs are written in, if there are any.
+    candidates
+        The same result from those kernels, by their names, for tensors on a GPU that `unsupported` and
+        `unsupported_on_gpus` have nothing against. Without it, the library itself has the one that there is.
     unsupported_on_gpus
         As `unsupported`, of the kernels for GPUs alone.
     """
@@ -261,7 +261,8 @@ def declare(
         keep or (lambda ctx, inputs, output: None),
         backward or _no_gradient(name),
         autocast,
-        "triton" if triton is not None else "cuda" if on_gpus or cuda is not None else None,
+        on_gpus,
+        candidates or ({"kernel": raw} if on_gpus else {}),
         positions,
     )
     OPS[name] = op
@@ -272,10 +273,8 @@ def declare(
             return unsupported_on_gpus(*args)
         return reason
 
-    if triton is not None or (cuda is not None and _gpu.architectures()):
-        _register_on_gpus(
-            op, triton or cuda, lambda args: _unfit(args[:count], free, op.on_gpus) or uncovered(args)
-        )
+    if candidates and (on_gpus == "triton" or _gpu.architectures()):
+        _register_on_gpus(op, lambda args: _unfit(args[:count], free, on_gpus) or uncovered(args))
 
     for overload in ("", ".raw"):
         torch.library.register_fake(f"fastnn::{name}{overload}", fake)
@@ -377,7 +376,7 @@ def declare(
         if _settings.disabled:
             return "FASTNN_DISABLE is set"
         on_gpu = op.on_gpus is not None and isinstance(args[0], torch.Tensor) and args[0].is_cuda
-        if on_gpu and not prefer_kernels and (reason := _gpu.slower(name, args[0].device)):
+        if on_gpu and not prefer_kernels and (reason := _gpu.slower(name, args, args[0].device)):
             return reason
         reason = _unfit(args[:count], free, op.on_gpus) or wanted_constant(args) or uncovered(args)
         if reason is None and slower is not None and not prefer_kernels and not on_gpu:
@@ -393,13 +392,19 @@ def declare(
 _library = torch.library.Library("fastnn", "FRAGMENT")
 
 
-def _register_on_gpus(op: Op, function: Callable, unfit: Callable) -> None:
+def candidate(op: Op, args) -> str:
+    """The name of the kernel for GPUs that takes a call."""
+    chosen = _choice.chosen(op.name, args, args[0].device) if len(op.candidates) > 1 else None
+    return chosen if chosen in op.candidates else next(iter(op.candidates))
+
+
+def _register_on_gpus(op: Op, unfit: Callable) -> None:
     def kernel(*args):
         if reason := unfit(args):
             raise RuntimeError(f"fastnn::{op.name} on a GPU: {reason}")
         # Triton launches on the current device, whichever its arguments lie on.
         with torch.cuda.device(args[0].device):
-            return function(*args)
+            return op.candidates[candidate(op, args)](*args)
 
     for overload in ("", ".raw"):
         _library.impl(op.name + overload, kernel, "CUDA")

@@ -7,12 +7,10 @@ from functools import cache
 
 import torch
 
+from fastnn.ops import _choice
+
 #: The least compute capability that the kernels are built for.
 LEAST_CAPABILITY = (8, 0)
-
-#: Ops whose kernels were measured to be at least as fast as torch's, by compute capability. A call that stands here goes to the
-#: kernel; any other stays with torch. Results of ``make gpu`` belong in it.
-MEASURED: dict[tuple[int, int], frozenset[str]] = {}
 
 
 @cache
@@ -31,7 +29,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-# A tracer need not look into these two: what they say holds for the whole process.
+# A tracer need not look into it: what it says holds for the whole process.
 @torch.compiler.assume_constant_result
 def _unusable(kind: str, index: int) -> str | None:
     if kind == "cuda" and not architectures():
@@ -45,14 +43,6 @@ def _unusable(kind: str, index: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
-def _unmeasured(op: str, index: int) -> str | None:
-    capability = _capability(index)
-    if op in MEASURED.get(capability, ()):
-        return None
-    return f"its kernel is not measured on GPUs of compute capability {capability[0]}.{capability[1]}"
-
-
 def why_not(tensor: torch.Tensor, kind: str | None) -> str | None:
     """Why no kernel of a kind, "cuda" or "triton" (or None: there is none), can take a tensor on a GPU, or None."""
     if kind is None or not tensor.is_cuda:
@@ -62,6 +52,9 @@ def why_not(tensor: torch.Tensor, kind: str | None) -> str | None:
     return _unusable(kind, tensor.device.index)
 
 
-def slower(op: str, device: torch.device) -> str | None:
+def slower(op: str, args, device: torch.device) -> str | None:
     """Why a call that a kernel could take on a GPU stays with torch, or None."""
-    return _unmeasured(op, device.index)
+    chosen = _choice.chosen(op, args, device)
+    if chosen is None:
+        return "not measured on this GPU: fastnn.tune measures"
+    return "torch measured faster on this GPU" if chosen == _choice.TORCH else None

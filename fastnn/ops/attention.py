@@ -144,7 +144,8 @@ attention_backward = declare(
         2 * tensor_bytes(query, key, value) + tensor_bytes(grad, output, logsumexp, mask),
     ),
     own_dtype=("mask", "logsumexp"),
-    triton=_triton_backward,
+    on_gpus="triton",
+    candidates={"kernel": _triton_backward},
 )
 
 _attention = declare(
@@ -158,7 +159,8 @@ _attention = declare(
     autocast=True,
     own_dtype=("mask",),
     constant=("mask",),
-    triton=_triton,
+    on_gpus="triton",
+    candidates={"kernel": _triton},
 )
 
 

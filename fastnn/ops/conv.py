@@ -166,23 +166,52 @@ def _allows_tf32():
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-# The kernels choose their tiles by the shape.
-_AUTOMATIC = 0
+# The tiles of the products, in elements; "kernel" has them chosen by the shape.
+_TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2}
 
 
-def _on_gpus(relu, pooled=False):
+def _on_gpus(relu, pooled=False, tile="kernel"):
     def forward(input, weight, bias, *rest):
-        options = (*rest[:7], relu, pooled, _allows_tf32(), _AUTOMATIC)
+        options = (*rest[:7], relu, pooled, _allows_tf32(), _TILES[tile])
         made = _gpu_ops._conv2d_on_gpu(input, weight, bias, *options)
         return made if pooled else made[0]
 
     return forward
 
 
-def _backward_on_gpus(grad, input, weight, output, locations, options, wanted):
-    return _gpu_ops._conv2d_backward_on_gpu(
-        grad, input, weight, output, locations, *options, *wanted, _allows_tf32(), _AUTOMATIC
-    )
+def _pass_behind_torch(pooled):
+    """torch's convolution, with everything behind it in one pass."""
+
+    def forward(input, weight, bias, *rest):
+        layout = _memory_format(input, weight)
+        y = _stock(input, weight, None, *rest[:7]).contiguous(memory_format=torch.channels_last)
+        if pooled:
+            made = _gpu_ops._bias_relu_max_pool2d_on_gpu(y, bias)
+            return tuple(t.contiguous(memory_format=layout) for t in made)
+        _gpu_ops._bias_relu_on_gpu_(y, bias)
+        return y.contiguous(memory_format=layout)
+
+    return forward
+
+
+def _candidates(relu, pooled=False):
+    made = {name: _on_gpus(relu, pooled, name) for name in _TILES}
+    return {**made, "torch, then one pass": _pass_behind_torch(pooled)} if relu else made
+
+
+def _backward_candidates(split):
+    """`split` takes the arguments apart: three tensors, output, locations, options, and which gradients are wanted."""
+
+    def with_tile(tile):
+        def backward(*args):
+            grad, input, weight, output, locations, options, wanted = split(*args)
+            return _gpu_ops._conv2d_backward_on_gpu(
+                grad, input, weight, output, locations, *options, *wanted, _allows_tf32(), _TILES[tile]
+            )
+
+        return backward
+
+    return {name: with_tile(name) for name in _TILES}
 
 
 # ---- the backward ops ----
@@ -282,8 +311,9 @@ conv2d_backward = declare(
     unsupported_on_gpus=lambda grad, input, weight, *rest: _unsupported_on_gpus(
         input, weight, None, *rest[:7]
     ),
-    cuda=lambda grad, input, weight, *rest: _backward_on_gpus(
-        grad, input, weight, None, None, rest[:7], rest[7:]
+    on_gpus="cuda",
+    candidates=_backward_candidates(
+        lambda grad, input, weight, *rest: (grad, input, weight, None, None, rest[:7], rest[7:])
     ),
     keep=_keep_backward,
     backward=lambda ctx, *grad_grads: (*_second(ctx, *grad_grads), *(None,) * 10),
@@ -323,8 +353,9 @@ conv2d_relu_backward = declare(
     unsupported_on_gpus=lambda grad, input, weight, output, *rest: _unsupported_on_gpus(
         input, weight, None, *rest[:7]
     ),
-    cuda=lambda grad, input, weight, output, *rest: _backward_on_gpus(
-        grad, input, weight, output, None, rest[:7], rest[7:]
+    on_gpus="cuda",
+    candidates=_backward_candidates(
+        lambda grad, input, weight, output, *rest: (grad, input, weight, output, None, rest[:7], rest[7:])
     ),
     keep=_keep_relu_backward,
     backward=_relu_second,
@@ -408,8 +439,11 @@ conv2d_relu_max_pool2d_backward = declare(
     unsupported_on_gpus=lambda grad, input, weight, locations, *rest: _unsupported_on_gpus(
         input, weight, None, *rest[:13]
     ),
-    cuda=lambda grad, input, weight, locations, *rest: _backward_on_gpus(
-        grad, input, weight, None, locations, rest[:7], rest[13:]
+    on_gpus="cuda",
+    candidates=_backward_candidates(
+        lambda grad, input, weight, locations, *rest: (
+            (grad, input, weight, None, locations, rest[:7], rest[13:])
+        )
     ),
     keep=_keep_pooled_backward,
     backward=_pooled_second,
@@ -499,7 +533,8 @@ _conv2d = declare(
     stock=_stock,
     unsupported=_unsupported,
     unsupported_on_gpus=_unsupported_on_gpus,
-    cuda=_on_gpus(relu=False),
+    on_gpus="cuda",
+    candidates=_candidates(relu=False),
     slower=_slower,
     fake=_fake,
     cost=_cost,
@@ -513,7 +548,8 @@ _conv2d_relu = declare(
     stock=lambda *args: torch.relu(_stock(*args)),
     unsupported=_unsupported,
     unsupported_on_gpus=_unsupported_on_gpus,
-    cuda=_on_gpus(relu=True),
+    on_gpus="cuda",
+    candidates=_candidates(relu=True),
     slower=_slower,
     fake=_fake,
     cost=_cost,
@@ -569,7 +605,8 @@ _conv2d_relu_max_pool2d = declare(
     stock=_stock_pooled,
     unsupported=_unsupported_pooled,
     unsupported_on_gpus=_unsupported_on_gpus,
-    cuda=_on_gpus(relu=True, pooled=True),
+    on_gpus="cuda",
+    candidates=_candidates(relu=True, pooled=True),
     slower=_slower_pooled,
     fake=_fake_pooled,
     cost=_cost_pooled,

@@ -165,7 +165,10 @@ linear_backward = declare(
     cost=_cost_backward,
     keep=_keep_backward,
     backward=_backward_grad,
-    triton=lambda grad, input, weight, *wanted: _triton_backward(grad, input, weight, None, *wanted),
+    on_gpus="triton",
+    candidates={
+        "kernel": lambda grad, input, weight, *wanted: _triton_backward(grad, input, weight, None, *wanted)
+    },
 )
 
 
@@ -209,7 +212,8 @@ linear_relu_backward = declare(
     cost=lambda grad, input, weight, output, *wanted: _cost_backward(grad, input, weight, *wanted),
     keep=_keep_relu_backward,
     backward=_relu_backward_grad,
-    triton=_triton_backward,
+    on_gpus="triton",
+    candidates={"kernel": _triton_backward},
 )
 
 # ---- the forward ops ----
@@ -224,7 +228,8 @@ _linear = declare(
     keep=_keep_linear,
     backward=_linear_grad,
     autocast=True,
-    triton=_triton_forward(relu=False),
+    on_gpus="triton",
+    candidates={"kernel": _triton_forward(relu=False)},
 )
 
 _linear_relu = declare(
@@ -237,7 +242,8 @@ _linear_relu = declare(
     keep=_keep_linear_relu,
     backward=_linear_relu_grad,
     autocast=True,
-    triton=_triton_forward(relu=True),
+    on_gpus="triton",
+    candidates={"kernel": _triton_forward(relu=True)},
 )
 
 

@@ -186,7 +186,7 @@ _max_pool2d = declare(
     cost=_cost_max(0),
     keep=_keep_input,
     backward=_max_grad,
-    on_gpus=True,
+    on_gpus="cuda",
 )
 
 _max_pool2d_with_locations = declare(
@@ -197,7 +197,7 @@ _max_pool2d_with_locations = declare(
     cost=_cost_max(1),
     keep=_keep_places,
     backward=_locations_grad,
-    on_gpus=True,
+    on_gpus="cuda",
 )
 
 _max_pool2d_with_indices = declare(
@@ -208,7 +208,7 @@ _max_pool2d_with_indices = declare(
     cost=_cost_max(8),
     keep=_keep_places,
     backward=_indices_grad,
-    on_gpus=True,
+    on_gpus="cuda",
 )
 
 
@@ -287,7 +287,7 @@ max_pool2d_backward = declare(
     keep=_keep_max_backward,
     backward=_max_backward_grad,
     own_dtype=("locations",),
-    on_gpus=True,
+    on_gpus="cuda",
 )
 
 
@@ -389,7 +389,7 @@ avg_pool2d_backward = declare(
     cost=lambda grad, input_h, input_w, *rest: _cost_of_backward(grad, None, input_h, input_w),
     keep=_keep_avg_backward,
     backward=_avg_backward_grad,
-    on_gpus=True,
+    on_gpus="cuda",
 )
 
 _avg_pool2d = declare(
@@ -400,7 +400,7 @@ _avg_pool2d = declare(
     cost=_cost_avg,
     keep=_keep_avg,
     backward=_avg_grad,
-    on_gpus=True,
+    on_gpus="cuda",
 )
 
 # ---- to a given output size ----
@@ -457,7 +457,7 @@ adaptive_avg_pool2d_backward = declare(
     cost=lambda grad, input_h, input_w, channels_last: _cost_of_backward(grad, None, input_h, input_w),
     keep=_keep_adaptive_backward,
     backward=_adaptive_backward_grad,
-    on_gpus=True,
+    on_gpus="cuda",
 )
 
 _adaptive_avg_pool2d = declare(
@@ -468,7 +468,7 @@ _adaptive_avg_pool2d = declare(
     cost=_cost_adaptive(0),
     keep=_keep_avg,
     backward=_adaptive_avg_grad,
-    on_gpus=True,
+    on_gpus="cuda",
 )
 
 _adaptive_max_pool2d = declare(
@@ -479,7 +479,7 @@ _adaptive_max_pool2d = declare(
     cost=_cost_adaptive(8),
     keep=_keep_places,
     backward=_indices_grad,
-    on_gpus=True,
+    on_gpus="cuda",
 )
 
 # ---- what users call ----

@@ -1,0 +1,220 @@
+"""The choice among candidates on a GPU, and `fastnn.tune`, with the CPU and a clock of its own in the GPU's place."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import stat
+import warnings
+
+import pytest
+import torch
+from test_gpu_ops_on_host import LIBRARY
+
+import fastnn
+from fastnn import _tune
+from fastnn.ops import _choice, _declare, conv
+
+KEY = "a GPU, compute capability 9.0"
+
+
+@pytest.fixture(autouse=True)
+def some_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_choice, "gpu", lambda index: {"key": KEY, "capability": (9, 0)})
+    _choice._tables.cache_clear()
+    yield torch.device("cuda", 0)
+    _choice._tables.cache_clear()
+
+
+def call(*shape, dtype=torch.float32, options=(3, 1)):
+    return (torch.empty(shape, dtype=dtype), *options)
+
+
+def test_class_of_a_call():
+    last = torch.empty(7, 5, 30, 33, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weight = torch.empty(64, 5, 3, 3, dtype=torch.bfloat16)
+    assert (
+        _choice.call_class((last, weight, None, 1, True, 0.5))
+        == "bfloat16 channels_last 8x8x32x64 64x8x4x4 None 1 1"
+    )
+    assert _choice.call_class((torch.empty(()),)) == "float32 scalar"
+    # The same class, and others: of sizes, dtypes, layouts, options.
+    one = _choice.call_class(call(5, 100))
+    assert one == _choice.call_class(call(8, 128))
+    others = (call(9, 100), call(5, 100, dtype=torch.float16), call(5, 100, options=(3, 2)), call(5, 100, 1))
+    assert one not in {_choice.call_class(other) for other in others}
+
+
+def test_choices(some_gpu, monkeypatch):
+    of = _choice.call_class(call(8, 128))
+    shipped = {(9, 0): {"a": {of: "torch", "*": "kernel"}, "b": {"*": "kernel"}}}
+    monkeypatch.setattr(_choice, "SHIPPED", shipped)
+    assert _choice.chosen("a", call(8, 128), some_gpu) == "torch"
+    assert _choice.chosen("a", call(9, 128), some_gpu) == "kernel"
+    assert _choice.chosen("c", call(9, 128), some_gpu) is None
+    # What was measured here counts first.
+    _choice.store(0, {"a": {of: "other"}})
+    assert _choice.chosen("a", call(7, 127), some_gpu) == "other"
+    assert _choice.chosen("a", call(9, 128), some_gpu) == "kernel"
+    _choice.store(0, {"b": {of: "torch"}})
+    assert _choice.chosen("a", call(8, 128), some_gpu) == "other"
+    assert json.loads(_choice.path().read_text())["gpus"][KEY]["choices"] == {
+        "a": {of: "other"},
+        "b": {of: "torch"},
+    }
+
+
+def test_choices_of_another_version(some_gpu, monkeypatch):
+    of = _choice.call_class(call(8, 128))
+    _choice.store(0, {"a": {of: "kernel"}})
+    monkeypatch.setattr(fastnn, "__version__", "99")
+    _choice._tables.cache_clear()
+    assert _choice.chosen("a", call(8, 128), some_gpu) is None
+    _choice.store(0, {"b": {of: "kernel"}})
+    assert set(json.loads(_choice.path().read_text())["gpus"][KEY]["choices"]) == {"b"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"version": 2, "gpus": {}}',
+        '{"version": 1}',
+        '{"version": 1, "gpus": {"a": {"choices": {"op": {"of": 1}}}}}',
+        '{"version": 1, "gpus": {"a": 3}}',
+        b"\xff\xfe",
+    ],
+)
+def test_file_that_is_none(some_gpu, text):
+    _choice.path().parent.mkdir(parents=True)
+    _choice.path().write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.warns(UserWarning, match=r"takes no notice of .*gpu\.json"):
+        assert _choice.chosen("a", call(8), some_gpu) is None
+    # Said once, and mended by the next choice.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _choice.chosen("a", call(8), some_gpu) is None
+    with pytest.warns(UserWarning, match="takes no notice"):
+        _choice.store(0, {"a": {_choice.call_class(call(8)): "kernel"}})
+    assert _choice.chosen("a", call(8), some_gpu) == "kernel"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_that_cannot_be_written(tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(OSError, match="fastnn"):
+        _choice.store(0, {"a": {"b": "kernel"}})
+
+
+def store_some(folder, number):
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    _choice.gpu = lambda index: {"key": KEY, "capability": (9, 0)}
+    for i in range(5):
+        _choice.store(0, {f"op{number}": {f"class{i}": "kernel"}})
+
+
+def test_two_processes_store_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=store_some, args=(tmp_path, i)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = json.loads(_choice.path().read_text())["gpus"][KEY]["choices"]
+    assert {op: len(of) for op, of in found.items()} == {"op0": 5, "op1": 5}
+    assert {p.name for p in _choice.path().parent.iterdir()} == {"gpu.json", "gpu.lock"}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The CPU is a GPU, and each candidate's call takes the seconds that stand under its name, or 1."""
+    if not LIBRARY.exists():
+        pytest.skip(f"no {LIBRARY}: run `make build-tests`")
+    torch.ops.load_library(str(LIBRARY))
+    monkeypatch.setattr(conv, "_gpu_ops", torch.ops.fastnn_on_host)
+    monkeypatch.setattr(_tune, "_is_on_gpu", lambda t: isinstance(t, torch.Tensor))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+    times = {}
+
+    def seconds(function, args):
+        name = next(
+            (n for op in _declare.OPS.values() for n, f in op.candidates.items() if f is function), "torch"
+        )
+        return times.get(name, 1.0)
+
+    monkeypatch.setattr(_tune, "_seconds", seconds)
+    return times
+
+
+def model():
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(8, 16, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16 * 36, 4)
+    return fastnn.convert(torch.nn.Sequential(*layers))
+
+
+def test_tune(clock, some_gpu):
+    clock["128 x 128"], clock["torch"] = 0.25, 0.5
+    net, x = model(), torch.randn(2, 8, 8, 8)
+    found = fastnn.tune(net, x)
+    assert {r.op: r.chosen for r in found} == {
+        "conv2d_relu": "128 x 128",
+        "conv2d_relu_backward": "128 x 128",
+        # Triton's kernels do not run here: torch's op is the only candidate.
+        "linear": "torch",
+        "linear_backward": "torch",
+    }
+    rows = {r.op: r for r in found}
+    assert set(rows["conv2d_relu"].seconds) == {
+        "torch",
+        "kernel",
+        "64 x 64",
+        "128 x 128",
+        "torch, then one pass",
+    }
+    assert set(rows["linear"].seconds) == {"torch"}
+    assert str(_choice.path()) in str(found)
+    assert "conv2d_relu (float32 " in str(found)
+    assert all(p.grad is None for p in net.parameters())
+    args = (x, net[0].weight, net[0].bias, 1, 1, 0, 0, 1, 1, 1)
+    assert _choice.chosen("conv2d_relu", args, some_gpu) == "128 x 128"
+    op = _declare.OPS["conv2d_relu"]
+    assert _declare.candidate(op, args) in op.candidates
+    assert _declare.recorder is None
+
+
+def test_candidate_that_is_wrong_is_none(clock, monkeypatch):
+    clock["kernel"], clock["64 x 64"] = 0.1, 0.2
+    op = _declare.OPS["conv2d_relu"]
+    right = op.candidates["kernel"]
+    monkeypatch.setitem(op.candidates, "kernel", lambda *args: right(*args) + 0.5)
+    with torch.no_grad():
+        (row, *_) = fastnn.tune(model(), torch.randn(2, 8, 8, 8))
+    assert row.chosen == "64 x 64"
+    assert "kernel" not in row.seconds
+
+
+def test_nothing_to_tune():
+    with pytest.raises(RuntimeError, match="no call to measure"):
+        fastnn.tune(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_every_candidate_of_conv_is_right(clock):
+    """Each against torch, forward and backward."""
+    x = torch.randn(2, 8, 9, 8).contiguous(memory_format=torch.channels_last)
+    w, b = torch.randn(16, 8, 3, 3), torch.randn(16)
+    options = (1, 1, 1, 1, 1, 1, 1)
+    for name, pool in (("conv2d", ()), ("conv2d_relu", ()), ("conv2d_relu_max_pool2d", conv._WINDOW_ON_GPUS)):
+        op = _declare.OPS[name]
+        want = op.stock(x, w, b, *options, *pool)
+        fake = op.fake(x, w, b, *options, *pool)
+        for function in op.candidates.values():
+            made = function(x, w, b, *options, *pool)
+            for ours, theirs, like in zip(
+                *((t if isinstance(t, tuple) else (t,)) for t in (made, want, fake)), strict=True
+            ):
+                if ours.is_floating_point():
+                    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+                assert ours.stride() == like.stride()
