@@ -111,6 +111,64 @@ def test_linear_compiles(architecture, launch, aligned, dtype, rows, columns, tm
         assert {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[architecture] in used.ptx
 
 
+PERSISTENT = {
+    "forward": {
+        "A_ACROSS": False,
+        "B_ACROSS": False,
+        "HAS_MASK": False,
+        "HAS_BIAS": True,
+        "RELU": True,
+        "HAS_SUMS": False,
+    },
+    "input gradient": {
+        "A_ACROSS": False,
+        "B_ACROSS": True,
+        "HAS_MASK": True,
+        "HAS_BIAS": False,
+        "RELU": False,
+        "HAS_SUMS": False,
+    },
+    "weight gradient": {
+        "A_ACROSS": True,
+        "B_ACROSS": True,
+        "HAS_MASK": True,
+        "HAS_BIAS": False,
+        "RELU": False,
+        "HAS_SUMS": True,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a >= 90])
+@pytest.mark.parametrize("launch", PERSISTENT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_persistent_linear_compiles(architecture, launch, dtype, tmp_path):
+    from fastnn.triton import linear
+
+    flags = PERSISTENT[launch]
+    tile = linear.pick_persistent(flags["HAS_MASK"])
+    constants = {
+        **flags, "PRECISION": "ieee", "GROUP": 8, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+    }  # fmt: skip
+    a = [tile.k, tile.m] if flags["A_ACROSS"] else [tile.m, tile.k]
+    b = [tile.k, tile.n] if flags["B_ACROSS"] else [tile.n, tile.k]
+    kinds = {
+        name: f"tensordesc<{dtype}{block}>"
+        for name, block in (("a", a), ("mask", a), ("b", b), ("c", [tile.m, tile.n]))
+    }
+    kinds |= {"bias_ptr": f"*{dtype}", "sums_ptr": f"*{dtype}", "M": "i32", "N": "i32", "K": "i32"}
+    names = linear.persistent_product.arg_names
+    signature = {n: kinds.get(n, "constexpr") for n in names}
+    where = {(names.index(n),): v for n, v in constants.items()}
+    numbers = ("bias_ptr", "sums_ptr", "M", "N", "K")
+    used = compiled(linear.persistent_product, signature, where, numbers, tile, architecture, tmp_path)
+    assert used.spilled == 0
+    assert used.registers * 32 * tile.warps <= 65536
+    assert used.shared <= 227 * 1024
+    assert {90: "wgmma", 100: "tcgen05.mma"}[architecture] in used.ptx
+    assert "cp.async.bulk.tensor" in used.ptx
+
+
 KERNELS = {"forward": "forward", "backward_keys": "keys", "backward_queries": "queries"}
 
 

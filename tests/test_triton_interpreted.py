@@ -28,6 +28,54 @@ def made(*shape, dtype, seed=0):
     return (t / shape[-1] ** 0.5).to(dtype)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (136, 72, 264), (520, 40, 136)], ids=str)
+def test_persistent(sizes, masked):
+    """Each product of the two passes from tensor descriptors, by few programs that take many tiles each."""
+    rows, features, outputs = sizes
+    dtype = torch.float16
+    x, w, b = (
+        made(rows, features, dtype=dtype),
+        made(outputs, features, dtype=dtype),
+        made(outputs, dtype=dtype),
+    )
+    g = made(rows, outputs, dtype=dtype, seed=3)
+    y = made(rows, outputs, dtype=dtype, seed=4).relu() if masked else None
+    through = g.double() if y is None else torch.where(y <= 0, 0, g).double()
+    products = [
+        (x, w.t(), {"bias": b, "relu": masked}, x.double() @ w.double().t() + b.double()),
+        (g, w, {"mask": y}, through @ w.double()),
+        (
+            g.t(),
+            x,
+            {"mask": None if y is None else y.t(), "sums": torch.empty_like(b)},
+            through.t() @ x.double(),
+        ),
+    ]
+    for a, c, options, exact in products:
+        assert linear._fits_persistent(a, c, torch.empty(a.shape[0], c.shape[1], dtype=dtype))
+        for programs in (1, 3):
+            out = torch.full((a.shape[0], c.shape[1]), float("nan"), dtype=dtype)
+            linear._multiply_persistent(a, c, out, programs, **options)
+            exact = exact.relu() if options.get("relu") else exact
+            assert_as_good(out, exact.to(dtype), exact)
+            if "sums" in options:
+                assert_as_good(options["sums"], through.sum(0).to(dtype), through.sum(0), roundings=2)
+
+
+def test_what_descriptors_cannot_tell_of():
+    whole = torch.zeros(64, 64, dtype=torch.float16)
+    assert linear._fits_persistent(whole, whole.t(), whole)
+    for odd in (
+        whole[:, :60][:, ::2],
+        whole.view(-1)[1:][: 63 * 64].view(63, 64),
+        whole.float(),
+        whole[:, :63].clone(),
+    ):
+        assert not linear._fits_persistent(odd, whole, whole)
+    assert not linear._fits_persistent(whole, whole, whole.t())
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -142,19 +142,32 @@ def _backward_grad(ctx, grad_grad_input, grad_grad_weight, grad_grad_bias):
     return to_grad, to_input, to_weight, None, None, None
 
 
-def _triton_forward(relu):
-    def forward(input, weight, bias=None):
-        from fastnn.triton.linear import linear_forward
-
-        return linear_forward(input, weight, bias, relu)
-
-    return forward
+_DESIGNS = ("kernel", "plain", "persistent")
 
 
-def _triton_backward(grad, input, weight, output, *wanted):
-    from fastnn.triton.linear import linear_backward
+def _forward_candidates(relu):
+    def with_design(design):
+        def forward(input, weight, bias=None):
+            from fastnn.triton.linear import linear_forward
 
-    return linear_backward(grad, input, weight, output, *wanted)
+            return linear_forward(input, weight, bias, relu, design)
+
+        return forward
+
+    return {design: with_design(design) for design in _DESIGNS}
+
+
+def _backward_candidates(has_output):
+    def with_design(design):
+        def backward(grad, input, weight, *rest):
+            from fastnn.triton.linear import linear_backward
+
+            output, *wanted = rest if has_output else (None, *rest)
+            return linear_backward(grad, input, weight, output, *wanted, design)
+
+        return backward
+
+    return {design: with_design(design) for design in _DESIGNS}
 
 
 linear_backward = declare(
@@ -166,9 +179,7 @@ linear_backward = declare(
     keep=_keep_backward,
     backward=_backward_grad,
     on_gpus="triton",
-    candidates={
-        "kernel": lambda grad, input, weight, *wanted: _triton_backward(grad, input, weight, None, *wanted)
-    },
+    candidates=_backward_candidates(has_output=False),
 )
 
 
@@ -213,7 +224,7 @@ linear_relu_backward = declare(
     keep=_keep_relu_backward,
     backward=_relu_backward_grad,
     on_gpus="triton",
-    candidates={"kernel": _triton_backward},
+    candidates=_backward_candidates(has_output=True),
 )
 
 # ---- the forward ops ----
@@ -229,7 +240,7 @@ _linear = declare(
     backward=_linear_grad,
     autocast=True,
     on_gpus="triton",
-    candidates={"kernel": _triton_forward(relu=False)},
+    candidates=_forward_candidates(relu=False),
 )
 
 _linear_relu = declare(
@@ -243,7 +254,7 @@ _linear_relu = declare(
     backward=_linear_relu_grad,
     autocast=True,
     on_gpus="triton",
-    candidates={"kernel": _triton_forward(relu=True)},
+    candidates=_forward_candidates(relu=True),
 )
 
 

@@ -1,18 +1,20 @@
 """Fully connected layers in Triton: one kernel for the forward product and for both products of the backward pass.
 
 ``C = act(A B + bias)``, with any strides. In the backward pass A is the gradient, which a ReLU's output may mask as it is read, and
-the sums of A's rows, which are the bias's gradient, come out beside the product.
+the sums of A's rows, which are the bias's gradient, come out beside the product. There are two designs: a tile for each program,
+and, from Hopper on, programs that stay and take tile after tile, copied by tensor descriptors.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["linear_backward", "linear_forward", "pick", "precision"]
+__all__ = ["linear_backward", "linear_forward", "pick", "pick_persistent", "precision"]
 
 
 @triton.jit
@@ -68,6 +70,57 @@ def product(
         tl.store(sums_ptr + rows, sums.to(sums_ptr.dtype.element_ty), (rows < M) & (tile_n == 0))
 
 
+@triton.jit
+def persistent_product(
+    a, mask, b, bias_ptr, c, sums_ptr,
+    M, N, K,
+    A_ACROSS: tl.constexpr, B_ACROSS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, HAS_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The same from tensor descriptors, which the hardware copies tiles by; each program has many tiles, one after another.
+
+    Rows of A and columns of B lie side by side in memory (A_ACROSS, B_ACROSS), or the depth does.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    in_group = GROUP * tiles_n
+    for program in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        first = program // in_group * GROUP
+        height = min(tiles_m - first, GROUP)
+        tile_n = program % in_group // height
+        row = (first + program % in_group % height) * BLOCK_M
+        column = tile_n * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        sums = tl.zeros((BLOCK_M,), tl.float32)
+        for step in range(0, K, BLOCK_K):
+            if A_ACROSS:
+                x = a.load([step, row])
+                if HAS_MASK:
+                    x = tl.where(mask.load([step, row]) <= 0, 0.0, x).to(x.dtype)
+                x = x.T
+            else:
+                x = a.load([row, step])
+                if HAS_MASK:
+                    x = tl.where(mask.load([row, step]) <= 0, 0.0, x).to(x.dtype)
+            if B_ACROSS:
+                y = b.load([step, column])
+            else:
+                y = b.load([column, step]).T
+            total = tl.dot(x, y, total, input_precision=PRECISION)
+            if HAS_SUMS:
+                sums += tl.sum(x.to(tl.float32), 1)
+        if HAS_BIAS:
+            columns = column + tl.arange(0, BLOCK_N)
+            total += tl.load(bias_ptr + columns, columns < N, other=0.0).to(tl.float32)[None, :]
+        if RELU:
+            total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        c.store([row, column], total.to(c.dtype))
+        if HAS_SUMS:
+            rows = row + tl.arange(0, BLOCK_M)
+            tl.store(sums_ptr + rows, sums.to(sums_ptr.dtype.element_ty), (rows < M) & (tile_n == 0))
+
+
 class Tile(NamedTuple):
     """A launch's constants: the tile, the depth of a step, warps and pipeline stages."""
 
@@ -99,17 +152,82 @@ def pick(rows: int, columns: int, dtype: torch.dtype, aligned: bool) -> Tile:
     return Tile(128, 128, 64, 8, 3)
 
 
+def pick_persistent(masked: bool) -> Tile:
+    """The tile of the persistent kernel, for 2-byte elements; a mask takes room of its own."""
+    return Tile(128, 128, 64, 8, 2 if masked else 4)
+
+
+# Products of fewer elements leave multiprocessors without a tile.
+_LEAST_PERSISTENT = 128 * 128 * 66
+
+
+def _fits_persistent(a, b, c) -> bool:
+    """Whether the tensor descriptors of a GPU can tell of all three: 16-byte aligned rows, side by side."""
+
+    def fits(t):
+        rows, row = (0, 1) if t.stride(1) == 1 else (1, 0)
+        return (
+            t.stride(row) == 1
+            and t.stride(rows) * t.element_size() % 16 == 0
+            and t.stride(rows) >= t.shape[row]
+            and t.data_ptr() % 16 == 0
+            and max(t.shape) < 1 << 31
+        )
+
+    return a.element_size() == 2 and fits(a) and fits(b) and fits(c) and c.stride(1) == 1
+
+
+@cache
+def _device(index: int) -> tuple[int, int]:
+    """The first number of a GPU's compute capability, and its multiprocessors."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.multi_processor_count
+
+
+def _multiply_persistent(a, b, c, programs, *, mask=None, bias=None, sums=None, relu=False) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tile = pick_persistent(mask is not None)
+    a_across, b_across = a.stride(1) != 1, b.stride(1) == 1
+
+    def described(t, across, block):
+        return TensorDescriptor.from_tensor(t.t() if across else t, block)
+
+    a_block = [tile.k, tile.m] if a_across else [tile.m, tile.k]
+    a_tiles = described(a, a_across, a_block)
+    programs = min(programs, triton.cdiv(a.shape[0], tile.m) * triton.cdiv(b.shape[1], tile.n))
+    persistent_product[(programs,)](
+        a_tiles,
+        a_tiles if mask is None else described(mask, a_across, a_block),
+        described(b, not b_across, [tile.k, tile.n] if b_across else [tile.n, tile.k]),
+        a if bias is None else bias,
+        TensorDescriptor.from_tensor(c, [tile.m, tile.n]),
+        a if sums is None else sums,
+        a.shape[0], b.shape[1], a.shape[1],
+        A_ACROSS=a_across, B_ACROSS=b_across,
+        HAS_MASK=mask is not None, HAS_BIAS=bias is not None, RELU=relu, HAS_SUMS=sums is not None,
+        PRECISION=precision(), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
 def precision() -> str:
     """How Triton multiplies fp32, by torch's own switch."""
     allowed = torch.backends.cuda.matmul.fp32_precision
     return "tf32" if allowed in ("tf32", "bf16") else "ieee"
 
 
-def _multiply(a, b, c, *, mask=None, bias=None, sums=None, relu=False) -> None:
+def _multiply(a, b, c, design, *, mask=None, bias=None, sums=None, relu=False) -> None:
+    """`design`: "plain", "persistent" where that can be, or "kernel", which of them by the GPU and the shape."""
     rows, depth = a.shape
     columns = b.shape[1]
     if c.numel() == 0:
         return
+    if design != "plain" and a.is_cuda:
+        generation, multiprocessors = _device(a.device.index)
+        wanted = design == "persistent" or rows * columns >= _LEAST_PERSISTENT
+        if wanted and generation >= 9 and _fits_persistent(a, b, c):
+            return _multiply_persistent(a, b, c, multiprocessors, mask=mask, bias=bias, sums=sums, relu=relu)
     pitches = [s for t in (a, b) for s in t.stride() if s != 1]
     aligned = all(s % 16 == 0 for s in (*pitches, rows, columns, depth))
     tile = pick(rows, columns, a.dtype, aligned)
@@ -124,17 +242,17 @@ def _multiply(a, b, c, *, mask=None, bias=None, sums=None, relu=False) -> None:
     )  # fmt: skip
 
 
-def linear_forward(input, weight, bias=None, relu=False):
+def linear_forward(input, weight, bias=None, relu=False, design="kernel"):
     """``input @ weight.T + bias``, and a ReLU if wanted, over the last dimension of a non-empty input."""
     x = input.reshape(-1, input.shape[-1])
     out = x.new_empty(x.shape[0], weight.shape[0])
     if bias is not None:
         bias = bias.contiguous()
-    _multiply(x, weight.t(), out, bias=bias, relu=relu)
+    _multiply(x, weight.t(), out, design, bias=bias, relu=relu)
     return out.view(*input.shape[:-1], weight.shape[0])
 
 
-def linear_backward(grad, input, weight, output, input_grad, weight_grad, bias_grad):
+def linear_backward(grad, input, weight, output, input_grad, weight_grad, bias_grad, design="kernel"):
     """The three gradients; those that are not wanted come back empty. `output` is the ReLU's, or None without one."""
     g = grad.reshape(-1, grad.shape[-1])
     x = input.reshape(-1, input.shape[-1])
@@ -145,7 +263,7 @@ def linear_backward(grad, input, weight, output, input_grad, weight_grad, bias_g
     to_input, to_weight, to_bias = (weight.new_empty(0) for _ in range(3))
     if input_grad:
         to_input = x.new_empty(x.shape)
-        _multiply(g, weight, to_input, mask=mask)
+        _multiply(g, weight, to_input, design, mask=mask)
         to_input = to_input.view(input.shape)
     if bias_grad:
         to_bias = weight.new_empty(weight.shape[0])
@@ -155,6 +273,7 @@ def linear_backward(grad, input, weight, output, input_grad, weight_grad, bias_g
             g.t(),
             x,
             to_weight,
+            design,
             mask=None if mask is None else mask.t(),
             sums=to_bias if bias_grad else None,
         )
