@@ -10,7 +10,7 @@ JOBS ?= $(shell awk -v cores="$$(nproc)" '/MemAvailable/ {n = int($$2 / 2097152)
 SANITIZERS ?= address,undefined
 BENCH_ARGS := $(if $(QUICK),--quick) $(if $(FULL),--full)
 
-.PHONY: env build build-tests test test-wheel bench gpu wheel lint format clean
+.PHONY: env build build-tests test test-wheel bench gpu wheel sdist lint format clean
 
 # torch first and alone: its own pinned version decides which build of it pip takes.
 $(VENV)/.installed: constraints.txt pyproject.toml
@@ -45,7 +45,7 @@ test: build build-tests
 
 # The wheel: its name and contents, and a smoke test outside of the source tree; PYTHONS="python3.10 python3.12" tries it
 # in fresh environments of those as well.
-test-wheel: wheel
+test-wheel: wheel sdist
 	$(PY) tests/wheel/check.py dist/fastnn-*.whl $(PYTHONS)
 
 # The rivals that are no part of torch; the suite goes on without one that cannot be installed.
@@ -64,6 +64,10 @@ gpu:
 wheel: env
 	rm -f dist/fastnn-*.whl
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+sdist: env
+	rm -f dist/fastnn-*.tar.gz
+	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
 
 lint: env
 	$(PY) -m pip install -q -c constraints.txt ruff clang-format

@@ -1,6 +1,7 @@
 """Turns the JSON of a run into the README's section on speed: ``python -m benchmarks.markdown RESULT.json README.md``.
 
-Without a README the section is printed. With one, it replaces what stands between the lines BEGIN and END.
+Without a README the section is printed. With one, it replaces what stands between the lines BEGIN and END, or those for a GPU where the
+result is of one: the suite's own, or the ``gpu.json`` of ``make gpu``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,33 @@ from statistics import geometric_mean
 from benchmarks.training import EARLY
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+BEGIN_GPU, END_GPU = "<!-- measured on a GPU: begin -->", "<!-- measured on a GPU: end -->"
+
+
+def gpu_section(record: dict) -> str:
+    """On which GPU and how it was measured, a row per family, per rival and per case."""
+    environment = record["environment"]
+    gpu = environment["gpu"] or {}
+    told = ", ".join(f"{key} {gpu[key]}" for key in ("capability", "driver", "cuda", "cudnn") if key in gpu)
+    return "\n".join(
+        [
+            f"Times of torch's own op over fastnn's on {gpu.get('name', 'an unknown GPU')} ({told}): above 1 fastnn is faster. "
+            f"Medians of interleaved rounds by the device's events, torch {environment['torch']}, {record['created'][:10]}, by "
+            f"`make gpu`. {record['note']}".rstrip(),
+            "",
+            summary(record),
+            "",
+            "Against the other rivals, each in the cases that it took part in:",
+            "",
+            rivals(record),
+            "",
+            "<details><summary>Every case</summary>",
+            "",
+            table(record),
+            "",
+            "</details>",
+        ]
+    )
 
 
 def section(record: dict, folder: str) -> str:
@@ -171,14 +199,23 @@ def main(result: str, readme: str | None = None) -> None:
     """Print the section, or put it into the file `readme`."""
     path = Path(result)
     record = json.loads(path.read_text())
+    if record.get("schema") == "fastnn-gpu":
+        record = record["suite"]
+        if record is None:
+            raise SystemExit(f"{result}: its suite left no result, see the output of its steps")
+    on_gpu = record["settings"].get("device") == "cuda"
+    begin, end = (BEGIN_GPU, END_GPU) if on_gpu else (BEGIN, END)
     if readme is None:
-        print(section(record, str(path.parent)))
+        print(gpu_section(record) if on_gpu else section(record, str(path.parent)))
         return
-    folder = path.resolve().parent.relative_to(Path(readme).resolve().parent).as_posix()
+    if on_gpu:
+        made = gpu_section(record)
+    else:
+        made = section(record, path.resolve().parent.relative_to(Path(readme).resolve().parent).as_posix())
     text = Path(readme).read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    Path(readme).write_text(f"{before}{BEGIN}\n{section(record, folder)}\n{END}{after}")
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    Path(readme).write_text(f"{before}{begin}\n{made}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -539,6 +539,12 @@ def test_readme_is_what_was_measured(result):
     assert (result.parent / "speedup.png").exists()
 
 
+@pytest.mark.parametrize("result", sorted(RESULTS.glob("*/gpu.json")), ids=lambda path: path.parent.name)
+def test_readme_is_what_was_measured_on_gpus(result):
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    assert markdown.gpu_section(json.loads(result.read_text())["suite"]) in readme
+
+
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)
 @pytest.mark.parametrize("load", [*cases.WORKLOADS, LINEAR, CONV], ids=lambda w: f"{w.op}-{w.origin}")
 def test_least_call_runs(load, direction):
@@ -871,6 +877,26 @@ def test_cases_run_under_pytest_benchmark(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert {b["extra_info"]["peer"] for b in found} == {"fastnn", "stock eager"}
     assert len(found) == 2 * sum("avg_pool2d" in c.id and cases.is_quick(c) for c in cases.all_cases())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["results.json", "gpu.json"])
+def test_markdown_of_a_gpu(tmp_path, whole):
+    """A result of this machine, as if a GPU had made it: it goes between lines of its own."""
+    record = json.loads(next(Path("benchmarks/results").glob("*/results.json")).read_text())
+    record["settings"]["device"] = "cuda"
+    record["environment"]["gpu"] = {"name": "a GPU", "driver": "1.2"}
+    result, readme = tmp_path / "r.json", tmp_path / "README.md"
+    result.write_text(json.dumps({"schema": "fastnn-gpu", "suite": record} if whole else record))
+    frame = f"before\n{markdown.BEGIN_GPU}\nnothing yet\n{markdown.END_GPU}\nafter {markdown.BEGIN} x {markdown.END}\n"
+    readme.write_text(frame)
+    markdown.main(result, readme)
+    made = markdown.gpu_section(record)
+    assert readme.read_text() == frame.replace("nothing yet", made)
+    assert "on a GPU (driver 1.2)" in made
+    assert "| conv | fp32 | forward |" in made
+    result.write_text(json.dumps({"schema": "fastnn-gpu", "suite": None}))
+    with pytest.raises(SystemExit, match="left no result"):
+        markdown.main(result, readme)
 
 
 def test_markdown_goes_between_its_lines(tmp_path):

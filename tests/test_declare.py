@@ -92,7 +92,7 @@ def changed(value):
 
 
 def test_every_op_has_a_call():
-    assert set(CALLS) == set(_declare.OPS)
+    assert set(CALLS) == {name for name, op in _declare.OPS.items() if op.on_cpu}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -174,7 +176,7 @@ class TestOnGpu:
         for a, b, c in zip(ours, stock, exact, strict=True):
             assert_as_good(a, b, c, roundings=8)
 
-    @pytest.mark.parametrize("pooled", [False, True], ids=["relu", "relu_max_pool"])
+    @pytest.mark.parametrize("pooled", [None, (2, 2, 0), (3, 2, 1)], ids=str)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_conv_relu(self, dtype, pooled, native):
         """In small numbers, so that maxima and what the ReLU closes do not depend on rounding."""
@@ -192,12 +194,43 @@ class TestOnGpu:
 
         def stock(*args, **options):
             y = torch.relu(TF.conv2d(*args, **options))
-            return TF.max_pool2d(y, 2) if pooled else y
+            return TF.max_pool2d(y, *pooled) if pooled else y
 
-        ours = results(conv.conv2d_relu_max_pool2d if pooled else conv.conv2d_relu)
+        def fused(*args, **options):
+            window = dict(zip(("kernel_size", "pool_stride", "pool_padding"), pooled, strict=True))
+            return conv.conv2d_relu_max_pool2d(*args, **options, **window)
+
+        ours = results(fused if pooled else conv.conv2d_relu)
         assert [reason for _, reason in native] == [None, None]
         for mine, theirs, exact in zip(ours, results(stock), results(stock, torch.float64), strict=True):
             assert_as_good(mine, theirs, exact)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_attention_with_dropout(self, dtype, native):
+        generator = torch.Generator().manual_seed(0)
+        shapes = (2, 4, 197, 64), *((2, 2, 130, 64),) * 2
+        given = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
+        upstream = torch.randn(shapes[0], generator=generator).to("cuda", dtype)
+        seed, options = torch.tensor([1 << 40], device="cuda"), (False, None, 0.2)
+
+        def results(function, kind):
+            inputs = [t.to(kind).detach().clone().requires_grad_() for t in given]
+            y = function(*inputs, None, seed, *options)
+            y = y[0] if isinstance(y, tuple) else y
+            return [y.detach(), *torch.autograd.grad(y, inputs, upstream.to(kind))]
+
+        ours = results(attention._attention_dropout, dtype)
+        assert [reason for _, reason in native] == [None, None]
+        stock, exact = (results(attention._with_dropout, kind) for kind in (dtype, torch.float64))
+        for a, b, c in zip(ours, stock, exact, strict=True):
+            assert_as_good(a, b, c, roundings=8)
+        torch.manual_seed(3)
+        first = attention.scaled_dot_product_attention(*given, dropout_p=0.2, enable_gqa=True)
+        second = attention.scaled_dot_product_attention(*given, dropout_p=0.2, enable_gqa=True)
+        torch.manual_seed(3)
+        again = attention.scaled_dot_product_attention(*given, dropout_p=0.2, enable_gqa=True)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, second)
 
     def test_storage_that_is_not_aligned(self):
         buffer = torch.randn(8 * 16 * 6 * 6 + 1, device="cuda", dtype=torch.bfloat16)
@@ -240,10 +273,13 @@ def fake_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(_choice, "gpu", lambda index: {"key": "a GPU", "capability": (9, 0)})
     # The choices of whoever runs the tests are not to count.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _choice._tables.cache_clear()
+    caches = _choice._tables, _gpu._unusable
+    for cached in caches:
+        cached.cache_clear()
     with FakeTensorMode():
         yield lambda *shape: torch.empty(shape, device="cuda")
-    _choice._tables.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 def test_call_goes_to_the_cuda_kernel(fake_gpu, native):
@@ -265,9 +301,17 @@ def test_kernel_that_is_not_measured_stays_with_torch(fake_gpu, native, monkeypa
 
 def test_old_gpu_and_build_without_cuda(fake_gpu, native, monkeypatch):
     monkeypatch.setattr(_gpu, "_capability", lambda index: (7, 5))
-    pool.avg_pool2d(fake_gpu(2, 3, 8, 8), 2)
+    with pytest.warns(UserWarning, match=r"compute capability 8\.0, this GPU has 7\.5"):
+        pool.avg_pool2d(fake_gpu(2, 3, 8, 8), 2)
+    _gpu._unusable.cache_clear()
     monkeypatch.setattr(_gpu, "architectures", lambda: "")
-    pool.avg_pool2d(fake_gpu(2, 3, 8, 8), 2)
+    with pytest.warns(UserWarning, match="holds no CUDA kernels"):
+        pool.avg_pool2d(fake_gpu(2, 3, 8, 8), 2)
+    # Once is enough.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
+    assert native.pop() == ("max_pool2d", "this build holds no CUDA kernels")
     assert [reason for _, reason in native] == [
         "GPU kernels need compute capability 8.0, this GPU has 7.5",
         "this build holds no CUDA kernels",
@@ -286,7 +330,9 @@ def test_image_that_is_too_large(fake_gpu, native):
 def test_triton(fake_gpu, native, monkeypatch):
     x, w = fake_gpu(2, 3), fake_gpu(4, 3)
     monkeypatch.setattr(_gpu, "_has_triton", lambda: False)
-    linear.linear(x, w)
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        linear.linear(x, w)
+    _gpu._unusable.cache_clear()
     monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
     assert linear.linear_relu(x, w).shape == (2, 4)
     linear.linear_relu(x.double(), w.double())
@@ -300,6 +346,14 @@ def test_triton(fake_gpu, native, monkeypatch):
         "mixed devices cuda:0 and cpu",
     ]
     assert [reason for _, reason in native] == reasons
+
+
+def test_attention_with_dropout(fake_gpu, native):
+    q = fake_gpu(2, 4, 16, 32)
+    y = attention.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
+    assert y.shape == q.shape
+    assert attention.scaled_dot_product_attention(q, q, q, dropout_p=1.0).shape == q.shape
+    assert native == [("attention_dropout", None)]
 
 
 def test_op_without_kernels_for_gpus(fake_gpu, native):
@@ -318,7 +372,7 @@ def test_conv(fake_gpu, native):
         ("conv2d_relu", None),
         ("conv2d_relu_max_pool2d", None),
         ("conv2d", "no CUDA kernel for torch.float64"),
-        ("conv2d_relu_max_pool2d", "the CUDA kernel pools windows of 2 x 2 elements side by side, no others"),
+        ("conv2d_relu_max_pool2d", None),
         ("conv2d", "too many elements for the CUDA kernel"),
     ]
 

@@ -89,14 +89,14 @@ def test_conv(in_place_of_a_gpu, image, kernel, options, dtype, weight_layout, l
             # the kernels are exact, in test_cuda_conv_kernels.
             continue
         upstream = random(*y.shape, seed=4, layout=FORMATS[layout]).to(dtype)
-        ours = backward(upstream, *given[:2], None, None, options, (True, True, True))
+        ours = backward(upstream, *given[:2], None, None, options, (), (True, True, True))
         theirs = torch.autograd.grad(theirs, leaves, upstream)
         truth = torch.autograd.grad(truth, exact, upstream.double())
         for a, b, c in zip(ours, theirs, truth, strict=True):
             assert_as_good(a, b, c, roundings=2)
         fakes = conv._fake_backward(upstream, *given[:2], *options, True, True, True)
         assert [a.stride() for a in ours] == [f.stride() for f in fakes]
-        some = backward(upstream, *given[:2], None, None, options, (False, True, False))
+        some = backward(upstream, *given[:2], None, None, options, (), (False, True, False))
         assert [t.numel() for t in some] == [0, kernel[0] * kernel[1] * kernel[2] * kernel[3], 0]
         assert torch.equal(some[1], ours[1])
 
@@ -122,20 +122,25 @@ def test_gradients_behind_relu_and_pooling(in_place_of_a_gpu, layout):
     )
     x = x.contiguous(memory_format=FORMATS[layout])
     options = (1, 1, 1, 1, 1, 1, 1)
-    for pooled in (False, True):
+    for window in ((), conv._WINDOW_ON_GPUS, (3, 3, 2, 2, 1, 1), (2, 3, 1, 2, 0, 1)):
         leaves = [t.clone().requires_grad_() for t in (x, w, b)]
         y = torch.relu(F.conv2d(*leaves, padding=1))
-        y = F.max_pool2d(y, 2) if pooled else y
+        y = F.max_pool2d(y, window[:2], window[2:4], window[4:]) if window else y
         upstream = random(*y.shape, seed=9).mul(2).round()
         want = torch.autograd.grad(y, leaves, upstream)
         given = [t.float() for t in (x, w, b)]
-        made = conv._on_gpus(True, pooled)(*given, *options)
-        out, locations = made if pooled else (made, None)
+        made = conv._on_gpus(True, bool(window))(*given, *options, *window)
+        out, locations = made if window else (made, None)
         assert torch.equal(out.double(), y)
-        output = None if pooled else out
-        ours = backward(upstream.float(), *given[:2], output, locations, options, (True, True, True))
-        for a, b_ in zip(ours, want, strict=True):
-            assert torch.equal(a.double(), b_)
+        assert out.is_contiguous(memory_format=FORMATS[layout])
+        output = None if window else out
+        ours = backward(upstream.float(), *given[:2], output, locations, options, window, (True, True, True))
+        for mine, theirs in zip(ours, want, strict=True):
+            assert torch.equal(mine.double(), theirs)
+        if window:
+            behind, places = conv._pass_behind_torch(True)(*given, *options, *window)
+            assert torch.equal(behind, out)
+            assert torch.equal(places, locations)
 
 
 def test_pass_behind_a_convolution(ops):
@@ -166,7 +171,7 @@ def test_refused(in_place_of_a_gpu, ops):
         with pytest.raises(RuntimeError, match=message):
             conv._on_gpus(False)(*args, *options)
     with pytest.raises(RuntimeError, match="gradient of the output's shape"):
-        backward(torch.zeros(1, 8, 5, 5), x, w, None, None, options, (True, True, True))
+        backward(torch.zeros(1, 8, 5, 5), x, w, None, None, options, (), (True, True, True))
 
 
 @pytest.mark.parametrize("layout", FORMATS)

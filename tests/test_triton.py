@@ -175,41 +175,43 @@ KERNELS = {"forward": "forward", "backward_keys": "keys", "backward_queries": "q
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(
-    ("dtype", "width", "mask", "causal"),
+    ("dtype", "width", "mask", "causal", "dropout"),
     [
-        ("fp32", 64, 2, False),
-        ("fp32", 256, 0, True),
+        ("bf16", 64, 0, False, True),
+        ("bf16", 128, 0, True, True),
+        ("fp32", 64, 2, False, False),
+        ("fp32", 256, 0, True, False),
         *(
-            (dtype, width, *form)
+            (dtype, width, *form, False)
             for dtype, width in (("bf16", 64), ("bf16", 128), ("bf16", 256))
             for form in ((0, True), (2, False))
         ),
-        ("fp16", 80, 1, False),
+        ("fp16", 80, 1, False, False),
     ],
     ids=str,
 )
-def test_attention_compiles(architecture, name, mask, causal, dtype, width, tmp_path):
+def test_attention_compiles(architecture, name, mask, causal, dropout, dtype, width, tmp_path):
     from fastnn.triton import attention
 
     kernel = getattr(attention, name)
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    tile = attention.pick(KERNELS[name], width, kinds[dtype])
+    tile = attention.pick(KERNELS[name], width, kinds[dtype], dropout)
     padded = triton.next_power_of_2(width)
     constants = {
-        "MASK": mask, "CAUSAL": causal, "PRECISION": "ieee", "BLOCK_M": tile.m, "BLOCK_N": tile.n,
+        "MASK": mask, "CAUSAL": causal, "DROPOUT": dropout, "PRECISION": "ieee", "BLOCK_M": tile.m, "BLOCK_N": tile.n,
         "WIDTH": padded, "VALUE_WIDTH": padded, "mask_column": 1,
     }  # fmt: skip
     names = kernel.arg_names
     types = {n: "i32" for n in names if n not in constants}
     types |= {n: f"*{dtype}" for n in names if n.endswith("_ptr")}
     types |= {n: "*fp32" for n in ("logsumexp_ptr", "dots_ptr") if n in names}
-    types["scale"] = "fp32"
+    types |= {"scale": "fp32", "dropout_p": "fp32", "seed_ptr": "*i64"}
     if mask == 1:
         types["mask_ptr"] = "*u8"
     signature = {n: types.get(n, "constexpr") for n in names}
     where = {(names.index(n),): v for n, v in constants.items()}
     # Strides and pointers are multiples of 16 bytes; numbers of heads and lengths are what they are.
-    free = ("scale", "heads", "shared", "QUERIES", "KEYS")
+    free = ("scale", "dropout_p", "heads", "shared", "QUERIES", "KEYS")
     aligned = [n for n in types if n not in free]
     used = compiled(kernel, signature, where, aligned, tile, architecture, tmp_path)
     # Some of the many strides, outside of the loops.

@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's interpreter wants TRITON_INTERPRET=1 (make test sets it)", allow_module_level=True)
 pytest.importorskip("triton")
 
+from fastnn.ops import attention as ops
 from fastnn.triton import attention, linear
 
 # The interpreter's bfloat16 products are wrong.
@@ -216,3 +217,50 @@ def test_attention_nan():
     attention.attention_forward(q, k, v, None, False, None, out)
     assert out[0, 0, 3].isnan().all()
     assert not out[0, 0, 4].isnan().any()
+
+
+# ---- dropout ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["plain", "causal", "boolean", "additive"])
+def test_attention_with_dropout(dtype, form):
+    """The weights that pass are those of philox, forward and in all gradients."""
+    q, k, v, g = (
+        made(2, heads, length, 24, dtype=dtype, seed=seed) * 4
+        for seed, (heads, length) in enumerate(((4, 37), (2, 41), (2, 41), (4, 37)))
+    )
+    causal = form == "causal"
+    mask = None if form in ("plain", "causal") else made(2, 1, 37, 41, dtype=dtype, seed=7) * 8
+    if form == "boolean":
+        mask = mask > -0.5
+    seed, p = torch.tensor([(5 << 40) + 3]), 0.3
+    (output, logsumexp) = ops._triton(q, k, v, mask, causal, None, p, seed)
+
+    def results(kind):
+        leaves = [t.to(kind).clone().requires_grad_() for t in (q, k, v)]
+        fitting = mask.to(kind) if form == "additive" else mask
+        y = ops._with_dropout(*leaves, fitting, seed, causal, None, p)
+        return [y.detach(), *torch.autograd.grad(y, leaves, g.to(kind))]
+
+    got = ops._triton_backward(g, q, k, v, mask, output, logsumexp, causal, None, p, seed)
+    for ours, stock, exact in zip((output, *got), results(dtype), results(torch.float64), strict=True):
+        assert_as_good(ours, stock, exact, roundings=4)
+
+
+def test_dropout_drops_its_share():
+    """Values that are the identity show the weights themselves."""
+    q, k = (torch.zeros(1, 64, 64, 16) for _ in range(2))
+    v = torch.eye(64).expand(1, 64, 64, 64)
+    seen = []
+    for seed in (1, 2, 1):
+        y, _ = ops._triton(q, k, v, None, False, None, 0.25, torch.tensor([seed]))
+        passed = y[y != 0]
+        torch.testing.assert_close(passed, torch.full_like(passed, 1 / 64 / 0.75))
+        # Five standard deviations of so many draws.
+        assert abs((y == 0).double().mean() - 0.25) < 5 * (0.25 * 0.75 / y.numel()) ** 0.5
+        # Rows and columns share nothing.
+        assert (y == 0).double().mean(-1).std() < 0.08
+        seen.append(y)
+    assert torch.equal(seen[0], seen[2])
+    assert 0.3 < (seen[0] != seen[1]).double().mean() < 0.45

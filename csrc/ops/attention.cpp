@@ -172,5 +172,16 @@ FASTNN_OP(attention_backward,
           "logsumexp, bool is_causal,"
           " float? scale) -> (Tensor, Tensor, Tensor)")
 
+// With dropout there are kernels for GPUs alone. `seed` is one int64, from which each weight's own random
+// number comes.
+FASTNN_SCHEMA(
+    attention_dropout,
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor seed, bool is_causal, float? scale, "
+    "float dropout_p) -> (Tensor, Tensor)")
+FASTNN_SCHEMA(
+    attention_dropout_backward,
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, Tensor logsumexp, "
+    "Tensor seed, bool is_causal, float? scale, float dropout_p) -> (Tensor, Tensor, Tensor)")
+
 }  // namespace
 }  // namespace fastnn::ops

@@ -220,6 +220,13 @@ void implement_packed(Library& m, const char* name) {
     implement_packed<&name>(m, #name);                \
   }
 
+// An op that has no kernel here: those for GPUs are Python's.
+#define FASTNN_SCHEMA(name, signature)               \
+  FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) { \
+    m.def(#name signature);                          \
+    m.def(#name ".raw" signature);                   \
+  }
+
 // Where the op has kernels for GPUs too.
 #if defined(FASTNN_CUDA) && !defined(FASTNN_CUDA_ON_HOST)
 #define FASTNN_OP_ON_GPUS(name)                        \

@@ -59,6 +59,7 @@ class Op:
     backward: Callable | None
     autocast: bool
     on_gpus: str | None  # "cuda" or "triton", whatever its kernels for GPUs are written in
+    on_cpu: bool
     candidates: dict[str, Callable]  # those kernels by name, the first for a call of which no choice is known
     tensors: tuple[int, ...] = field(default=())
 
@@ -82,7 +83,7 @@ def tensor_bytes(*tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _unfit(tensors, own_dtype=(), on_gpus: str | None = None) -> str | None:
+def _unfit(tensors, own_dtype=(), on_gpus: str | None = None, on_cpu: bool = True) -> str | None:
     """Why no native kernel takes these tensors, whatever the op; None if one may.
 
     Those at the places `own_dtype` need not have the dtype of the others. `on_gpus` is the kind of the op's
@@ -94,7 +95,10 @@ def _unfit(tensors, own_dtype=(), on_gpus: str | None = None) -> str | None:
             continue
         if type(t) not in _PLAIN:
             return f"{type(t).__name__} is not a plain tensor"
-        if not t.is_cpu:
+        if t.is_cpu:
+            if not on_cpu:
+                return "no kernel for device cpu"
+        else:
             if reason := _gpu.why_not(t, on_gpus):
                 return reason
         if device is None:
@@ -200,6 +204,7 @@ def declare(
     own_dtype: tuple[str, ...] = (),
     constant: tuple[str, ...] = (),
     slower: Callable | None = None,
+    on_cpu: bool = True,
     on_gpus: str | None = None,
     candidates: dict[str, Callable] | None = None,
     unsupported_on_gpus: Callable | None = None,
@@ -236,6 +241,8 @@ def declare(
     slower
         None if the kernels are to take a call that they support, else the reason why torch's op does better.
         It may raise where `unsupported` has a reason.
+    on_cpu
+        Whether there are kernels for the CPU.
     on_gpus
         "cuda" or "triton": what its kernels for GPUs are written in, if there are any.
     candidates
@@ -262,6 +269,7 @@ def declare(
         backward or _no_gradient(name),
         autocast,
         on_gpus,
+        on_cpu,
         candidates or ({"kernel": raw} if on_gpus else {}),
         positions,
     )
@@ -274,7 +282,7 @@ def declare(
         return reason
 
     if candidates and (on_gpus == "triton" or _gpu.architectures()):
-        _register_on_gpus(op, lambda args: _unfit(args[:count], free, on_gpus) or uncovered(args))
+        _register_on_gpus(op, lambda args: _unfit(args[:count], free, on_gpus, on_cpu) or uncovered(args))
 
     for overload in ("", ".raw"):
         torch.library.register_fake(f"fastnn::{name}{overload}", fake)
@@ -378,7 +386,7 @@ def declare(
         on_gpu = op.on_gpus is not None and isinstance(args[0], torch.Tensor) and args[0].is_cuda
         if on_gpu and not prefer_kernels and (reason := _gpu.slower(name, args, args[0].device)):
             return reason
-        reason = _unfit(args[:count], free, op.on_gpus) or wanted_constant(args) or uncovered(args)
+        reason = _unfit(args[:count], free, op.on_gpus, on_cpu) or wanted_constant(args) or uncovered(args)
         if reason is None and slower is not None and not prefer_kernels and not on_gpu:
             return slower(*args)
         return reason

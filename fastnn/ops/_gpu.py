@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from functools import cache
 
 import torch
@@ -31,7 +32,15 @@ def _has_triton() -> bool:
 
 # A tracer need not look into it: what it says holds for the whole process.
 @torch.compiler.assume_constant_result
+@cache
 def _unusable(kind: str, index: int) -> str | None:
+    reason = _cause(kind, index)
+    if reason is not None:
+        warnings.warn(f"fastnn leaves calls on this GPU to torch: {reason}", stacklevel=2)
+    return reason
+
+
+def _cause(kind: str, index: int) -> str | None:
     if kind == "cuda" and not architectures():
         return "this build holds no CUDA kernels"
     if kind == "triton" and not _has_triton():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -109,18 +111,23 @@ def _unsupported_backward(grad, query, key, value, mask, output, logsumexp, is_c
     return None
 
 
-def _triton(query, key, value, mask, is_causal, scale):
+def _triton(query, key, value, mask, is_causal, scale, dropout_p=0.0, seed=None):
     from fastnn.triton.attention import attention_forward
 
     output, _ = _fake(query, key, value, mask, is_causal, scale)
-    return output, attention_forward(query, key, value, mask, is_causal, scale, output)
+    made = attention_forward(query, key, value, mask, is_causal, scale, output, dropout_p, seed)
+    return output, made
 
 
-def _triton_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
+def _triton_backward(
+    grad, query, key, value, mask, output, logsumexp, is_causal, scale, dropout_p=0.0, seed=None
+):
     from fastnn.triton.attention import attention_backward
 
     gradients = tuple(_in_order(t, t.shape) for t in (query, key, value))
-    attention_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale, gradients)
+    attention_backward(
+        grad, query, key, value, mask, output, logsumexp, is_causal, scale, gradients, dropout_p, seed
+    )
     return gradients
 
 
@@ -163,6 +170,116 @@ _attention = declare(
     candidates={"kernel": _triton},
 )
 
+# ---- with dropout: on GPUs alone ----
+
+_ROUNDS, _FACTORS, _KEYS = 10, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def _kept(seed, shape, dropout_p):
+    """What the kernels multiply each weight by: 0 where it is dropped, by philox with 4 words and 10 rounds."""
+    keys_of = torch.arange(shape[3], device=seed.device).expand(shape)
+    rows = torch.arange(math.prod(shape[:3]), device=seed.device).view(*shape[:3], 1).expand(shape)
+    a, b, c, d = keys_of, rows & _WORD, rows >> 32, torch.zeros_like(rows)
+    keys = [seed & _WORD, seed >> 32 & _WORD]
+    for _ in range(_ROUNDS):
+        # Products of two words wrap around, which leaves all of their bits.
+        low, high = a * _FACTORS[0], c * _FACTORS[1]
+        a, b, c, d = (
+            (high >> 32 & _WORD) ^ b ^ keys[0],
+            high & _WORD,
+            (low >> 32 & _WORD) ^ d ^ keys[1],
+            low & _WORD,
+        )
+        keys = [key + step & _WORD for key, step in zip(keys, _KEYS, strict=True)]
+    # In the precision of the kernels.
+    return ((a >> 1).float() >= torch.tensor(dropout_p).float() * 2**31).float() / (1.0 - dropout_p)
+
+
+def _with_dropout(query, key, value, mask, seed, is_causal, scale, dropout_p):
+    """The same numbers as the kernels', with the matrix of weights."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(shared, 1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[3] ** -0.5 if scale is None else scale)
+    if is_causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    none = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(none, 0.0), -1).masked_fill(none, 0.0)
+    return (weights * _kept(seed, weights.shape, dropout_p).to(weights.dtype)) @ value
+
+
+def _stock_dropout(query, key, value, mask, seed, is_causal, scale, dropout_p):
+    shared = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=shared
+    )
+    return out, None
+
+
+def _stock_dropout_backward(
+    grad, query, key, value, mask, output, logsumexp, seed, is_causal, scale, dropout_p
+):
+    # Not by torch's op, which would drop other weights than the forward pass did.
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+        out = _with_dropout(*leaves, mask, seed, is_causal, scale, dropout_p)
+    return torch.autograd.grad(out, leaves, grad)
+
+
+def _unsupported_seed(seed, dropout_p):
+    if seed.dtype is not torch.int64 or seed.numel() != 1:
+        return "a seed that is not one int64"
+    return None if 0.0 < dropout_p < 1.0 else "a probability of dropout that is not between 0 and 1"
+
+
+def _keep_dropout(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:4], *output, inputs[4])
+    ctx.options = inputs[5:]
+
+
+def _dropout_grad(ctx, grad, _):
+    if grad is None:
+        return (None,) * 8
+    grads = attention_dropout_backward(grad, *ctx.saved_tensors, *ctx.options)
+    chosen = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
+    return (*chosen, *(None,) * 5)
+
+
+attention_dropout_backward = declare(
+    "attention_dropout_backward",
+    stock=_stock_dropout_backward,
+    unsupported=lambda *args: (
+        _unsupported_backward(*args[:7], *args[8:10]) or _unsupported_seed(args[7], args[10])
+    ),
+    fake=lambda grad, query, key, value, *rest: tuple(_in_order(t, t.shape) for t in (query, key, value)),
+    cost=lambda *args: attention_backward.op.cost(*args[:7], *args[8:10]),
+    own_dtype=("mask", "logsumexp", "seed"),
+    on_cpu=False,
+    on_gpus="triton",
+    candidates={"kernel": lambda *args: _triton_backward(*args[:7], *args[8:], args[7])},
+)
+
+_attention_dropout = declare(
+    "attention_dropout",
+    stock=_stock_dropout,
+    unsupported=lambda *args: (
+        _unsupported_on_gpus(*args[:4], *args[5:7]) or _unsupported_seed(args[4], args[7])
+    ),
+    fake=lambda *args: _fake(*args[:4], *args[5:7]),
+    cost=lambda *args: _cost(*args[:4], *args[5:7]),
+    keep=_keep_dropout,
+    backward=_dropout_grad,
+    autocast=True,
+    own_dtype=("mask", "seed"),
+    constant=("mask",),
+    on_cpu=False,
+    on_gpus="triton",
+    candidates={"kernel": lambda *args: _triton(*args[:4], *args[5:], args[4])},
+)
+
 
 def _broadcast(query, key, value, enable_gqa):
     """Batches and heads brought to the same number, as torch does; None where they cannot be."""
@@ -193,7 +310,8 @@ def scaled_dot_product_attention(
     """``softmax(query key^T * scale + mask) value``, without ever storing the matrix of scores.
 
     Takes and gives what :func:`torch.nn.functional.scaled_dot_product_attention` does. Backward keeps the inputs, the
-    output and one number per query. With dropout the call goes to torch.
+    output and one number per query. With dropout, calls on the CPU go to torch; on a GPU the weights that are dropped follow from
+    a seed that torch's generator gives, and are other ones than torch's own op drops.
 
     Parameters
     ----------
@@ -232,7 +350,7 @@ def scaled_dot_product_attention(
     dims = query.dim() if isinstance(query, torch.Tensor) else 0
     if (
         not 2 <= dims <= 4
-        or dropout_p != 0.0
+        or (dropout_p != 0.0 and not (query.is_cuda and 0.0 < dropout_p < 1.0))
         or not isinstance(key, torch.Tensor)
         or not isinstance(value, torch.Tensor)
         or key.dim() != dims
@@ -246,7 +364,13 @@ def scaled_dot_product_attention(
     images = _broadcast(*images, enable_gqa)
     if images is None:
         return _to_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    out, _ = _attention(*images, attn_mask, bool(is_causal), None if scale is None else float(scale))
+    options = bool(is_causal), None if scale is None else float(scale)
+    if dropout_p != 0.0:
+        # On the device: a captured CUDA graph draws another with each replay.
+        seed = torch.randint(1 << 62, (1,), device=query.device)
+        out, _ = _attention_dropout(*images, attn_mask, seed, *options, float(dropout_p))
+    else:
+        out, _ = _attention(*images, attn_mask, *options)
     return out if dims == 4 else out[(0,) * (4 - dims)]
 
 

@@ -134,6 +134,7 @@ _gpu_ops = torch.ops.fastnn
 
 # More elements, or rows of the products, than this are beyond the kernels' 32-bit counts.
 _MOST_ON_GPUS = 1 << 30
+# The window that is pooled in the epilogue; behind it stands the pooling kernel for any other.
 _WINDOW_ON_GPUS = (2, 2, 2, 2, 0, 0)
 
 
@@ -157,8 +158,6 @@ def _unsupported_on_gpus(input, weight, bias, *rest):
     )
     if max(counts) >= _MOST_ON_GPUS or stride_h * stride_w * groups > 65535:
         return "too many elements for the CUDA kernel"
-    if rest[7:13] and rest[7:13] != _WINDOW_ON_GPUS:
-        return "the CUDA kernel pools windows of 2 x 2 elements side by side, no others"
     return None
 
 
@@ -172,11 +171,20 @@ _TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2}
 
 def _on_gpus(relu, pooled=False, tile="kernel"):
     def forward(input, weight, bias, *rest):
-        options = (*rest[:7], relu, pooled, _allows_tf32(), _TILES[tile])
+        fused = pooled and rest[7:] == _WINDOW_ON_GPUS
+        options = (*rest[:7], relu, fused, _allows_tf32(), _TILES[tile])
         made = _gpu_ops._conv2d_on_gpu(input, weight, bias, *options)
-        return made if pooled else made[0]
+        if fused:
+            return made
+        return _pooled(made[0], rest[7:]) if pooled else made[0]
 
     return forward
+
+
+def _pooled(y, window):
+    """The ReLU's output pooled, and where in each window the maximum stands, if it is not 0."""
+    values, locations = _gpu_ops.max_pool2d_with_locations(y, *window, 1, 1, False)
+    return values, locations.masked_fill_(values <= 0, _NO_LOCATION)
 
 
 def _pass_behind_torch(pooled):
@@ -185,11 +193,12 @@ def _pass_behind_torch(pooled):
     def forward(input, weight, bias, *rest):
         layout = _memory_format(input, weight)
         y = _stock(input, weight, None, *rest[:7]).contiguous(memory_format=torch.channels_last)
-        if pooled:
+        if pooled and rest[7:] == _WINDOW_ON_GPUS:
             made = _gpu_ops._bias_relu_max_pool2d_on_gpu(y, bias)
             return tuple(t.contiguous(memory_format=layout) for t in made)
         _gpu_ops._bias_relu_on_gpu_(y, bias)
-        return y.contiguous(memory_format=layout)
+        y = y.contiguous(memory_format=layout)
+        return _pooled(y, rest[7:]) if pooled else y
 
     return forward
 
@@ -200,11 +209,16 @@ def _candidates(relu, pooled=False):
 
 
 def _backward_candidates(split):
-    """`split` takes the arguments apart: three tensors, output, locations, options, and which gradients are wanted."""
+    """`split` takes the arguments apart: three tensors, output, locations, the options of the convolution and of the pooling, and
+    which gradients are wanted."""
 
     def with_tile(tile):
         def backward(*args):
-            grad, input, weight, output, locations, options, wanted = split(*args)
+            grad, input, weight, output, locations, options, window, wanted = split(*args)
+            if window and window != _WINDOW_ON_GPUS:
+                size = _output_shape(input, weight, *options)[2:]
+                grad = _gpu_ops.max_pool2d_backward(grad, locations, *size, *window, 1, 1, False)
+                locations = None
             return _gpu_ops._conv2d_backward_on_gpu(
                 grad, input, weight, output, locations, *options, *wanted, _allows_tf32(), _TILES[tile]
             )
@@ -313,7 +327,7 @@ conv2d_backward = declare(
     ),
     on_gpus="cuda",
     candidates=_backward_candidates(
-        lambda grad, input, weight, *rest: (grad, input, weight, None, None, rest[:7], rest[7:])
+        lambda grad, input, weight, *rest: (grad, input, weight, None, None, rest[:7], (), rest[7:])
     ),
     keep=_keep_backward,
     backward=lambda ctx, *grad_grads: (*_second(ctx, *grad_grads), *(None,) * 10),
@@ -355,7 +369,7 @@ conv2d_relu_backward = declare(
     ),
     on_gpus="cuda",
     candidates=_backward_candidates(
-        lambda grad, input, weight, output, *rest: (grad, input, weight, output, None, rest[:7], rest[7:])
+        lambda grad, input, weight, output, *rest: (grad, input, weight, output, None, rest[:7], (), rest[7:])
     ),
     keep=_keep_relu_backward,
     backward=_relu_second,
@@ -442,7 +456,7 @@ conv2d_relu_max_pool2d_backward = declare(
     on_gpus="cuda",
     candidates=_backward_candidates(
         lambda grad, input, weight, locations, *rest: (
-            (grad, input, weight, None, locations, rest[:7], rest[13:])
+            (grad, input, weight, None, locations, rest[:7], rest[7:13], rest[13:])
         )
     ),
     keep=_keep_pooled_backward,

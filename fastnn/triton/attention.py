@@ -60,9 +60,30 @@ def _scores(q, k, scale, mask, queries, keys, QUERIES, KEYS, mask_row, mask_colu
 
 
 @triton.jit
+def _kept(seed, dropout_p, row, queries, keys):
+    """1 / (1 - p) for the weights that dropout lets pass, 0 for the others: by philox, of each weight's key and row.
+
+    `row` is that of the head's first query. (J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.)
+    """
+    rows = (row + queries)[:, None]
+    none = tl.zeros((queries.shape[0], keys.shape[0]), tl.uint32)
+    # 32-bit words: numbers of 64 bits took twice the registers, which spilled.
+    words = tl.philox(
+        seed,
+        none + keys[None, :].to(tl.uint32),
+        none + rows.to(tl.uint32),
+        none + (rows >> 32).to(tl.uint32),
+        none,
+    )
+    # 31 bits, which are no negative number.
+    drawn = (words[0] >> 1).to(tl.int32).to(tl.float32)
+    return tl.where(drawn >= dropout_p * 2147483648.0, 1.0 / (1.0 - dropout_p), 0.0)
+
+
+@triton.jit
 def _walk(total, sums, most, q, k_base, v_base, mask, scale, first, end, queries, QUERIES, KEYS,
-          k_row, v_row, mask_row, mask_column, width, value_width,
-          MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+          k_row, v_row, mask_row, mask_column, width, value_width, seed, dropout_p, row,
+          MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
           BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr):  # fmt: skip
     """The keys from `first` to `end`, tile by tile."""
     for start in range(first, end, BLOCK_N):
@@ -77,6 +98,8 @@ def _walk(total, sums, most, q, k_base, v_base, mask, scale, first, end, queries
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(most - base)
         sums = sums * shrink + tl.sum(p, 1)
+        if DROPOUT:
+            p *= _kept(seed, dropout_p, row, queries, keys)
         v = _rows(v_base, keys, v_row, KEYS, value_width, VALUE_WIDTH)
         total = tl.dot(p.to(v.dtype), v, total * shrink[:, None], input_precision=PRECISION)
         most = higher
@@ -85,11 +108,11 @@ def _walk(total, sums, most, q, k_base, v_base, mask, scale, first, end, queries
 
 @triton.jit
 def forward(
-    q_ptr, k_ptr, v_ptr, mask_ptr, o_ptr, logsumexp_ptr, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, o_ptr, logsumexp_ptr, seed_ptr, scale, dropout_p,
     heads, shared, QUERIES, KEYS, width, value_width,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, o_batch, o_head, o_row,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one head; `shared` heads share a key's."""
@@ -107,26 +130,29 @@ def forward(
     if CAUSAL:
         end = min(KEYS, (tile + 1) * BLOCK_M)
         whole = min(whole, tile * BLOCK_M // BLOCK_N * BLOCK_N)
+    row = tl.program_id(1).to(tl.int64) * QUERIES
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     total = tl.zeros((BLOCK_M, VALUE_WIDTH), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total, sums, most = _walk(
         total, sums, most, q, k_base, v_base, mask, scale, 0, whole, queries, QUERIES, KEYS,
-        k_row, v_row, mask_row, mask_column, width, value_width,
-        MASK, CAUSAL, False, PRECISION, BLOCK_N, WIDTH, VALUE_WIDTH,
+        k_row, v_row, mask_row, mask_column, width, value_width, seed, dropout_p, row,
+        MASK, CAUSAL, False, DROPOUT, PRECISION, BLOCK_N, WIDTH, VALUE_WIDTH,
     )  # fmt: skip
     total, sums, most = _walk(
         total, sums, most, q, k_base, v_base, mask, scale, whole, end, queries, QUERIES, KEYS,
-        k_row, v_row, mask_row, mask_column, width, value_width,
-        MASK, CAUSAL, True, PRECISION, BLOCK_N, WIDTH, VALUE_WIDTH,
+        k_row, v_row, mask_row, mask_column, width, value_width, seed, dropout_p, row,
+        MASK, CAUSAL, True, DROPOUT, PRECISION, BLOCK_N, WIDTH, VALUE_WIDTH,
     )  # fmt: skip
     # 0 where no key takes part.
     total = total / tl.where(sums == 0.0, 1.0, sums)[:, None]
     _store_rows(
         o_ptr + batch * o_batch + head * o_head, queries, o_row, QUERIES, value_width, total, VALUE_WIDTH
     )
-    at = tl.program_id(1).to(tl.int64) * QUERIES + queries
-    tl.store(logsumexp_ptr + at, most * LN2 + tl.log(sums), queries < QUERIES)
+    tl.store(logsumexp_ptr + row + queries, most * LN2 + tl.log(sums), queries < QUERIES)
 
 
 @triton.jit
@@ -144,13 +170,17 @@ def dots(g_ptr, o_ptr, dots_ptr, heads, QUERIES, value_width, g_batch, g_head, g
 
 @triton.jit
 def _weights(q, k, v, g, scale, mask, logsumexp, product, queries, keys, QUERIES, KEYS, mask_row, mask_column,
-             MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The weights of a tile, and the gradients of its scores."""
+             seed, dropout_p, row,
+             MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The weights of a tile as they met the values, and the gradients of its scores."""
     s = _scores(
         q, k, scale, mask, queries, keys, QUERIES, KEYS, mask_row, mask_column, MASK, CAUSAL, True, PRECISION
     )  # fmt: skip
     p = tl.exp2(s - logsumexp[:, None])
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    if DROPOUT:
+        kept = _kept(seed, dropout_p, row, queries, keys)
+        return p * kept, p * (dp * kept - product[:, None])
     return p, p * (dp - product[:, None])
 
 
@@ -165,12 +195,12 @@ def _sums(logsumexp_ptr, dots_ptr, at, queries, QUERIES):
 
 @triton.jit
 def backward_keys(
-    q_ptr, k_ptr, v_ptr, mask_ptr, g_ptr, logsumexp_ptr, dots_ptr, dk_ptr, dv_ptr, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, g_ptr, logsumexp_ptr, dots_ptr, dk_ptr, dv_ptr, seed_ptr, scale, dropout_p,
     heads, shared, QUERIES, KEYS, width, value_width,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, g_batch, g_head, g_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values, summed over the heads that share them."""
@@ -182,6 +212,9 @@ def backward_keys(
     v = _rows(v_ptr + batch * v_batch + key_head * v_head, keys, v_row, KEYS, value_width, VALUE_WIDTH)
     dk = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     dv = tl.zeros((BLOCK_N, VALUE_WIDTH), tl.float32)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
     first = 0
     if CAUSAL:
         first = tl.program_id(0) * BLOCK_N // BLOCK_M * BLOCK_M
@@ -197,7 +230,7 @@ def backward_keys(
             logsumexp, product = _sums(logsumexp_ptr, dots_ptr, at, queries, QUERIES)
             p, ds = _weights(
                 q, k, v, g, scale, mask, logsumexp, product, queries, keys, QUERIES, KEYS,
-                mask_row, mask_column, MASK, CAUSAL, PRECISION,
+                mask_row, mask_column, seed, dropout_p, at, MASK, CAUSAL, DROPOUT, PRECISION,
             )  # fmt: skip
             dv = tl.dot(tl.trans(p.to(g.dtype)), g, dv, input_precision=PRECISION)
             dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
@@ -209,11 +242,11 @@ def backward_keys(
 
 @triton.jit
 def backward_queries(
-    q_ptr, k_ptr, v_ptr, mask_ptr, g_ptr, logsumexp_ptr, dots_ptr, dq_ptr, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, g_ptr, logsumexp_ptr, dots_ptr, dq_ptr, seed_ptr, scale, dropout_p,
     heads, shared, QUERIES, KEYS, width, value_width,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, g_batch, g_head, g_row, dq_batch, dq_head, dq_row,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries."""
@@ -226,9 +259,11 @@ def backward_queries(
     k_base = k_ptr + batch * k_batch + head // shared * k_head
     v_base = v_ptr + batch * v_batch + head // shared * v_head
     mask = mask_ptr + batch * mask_batch + head * mask_head
-    logsumexp, product = _sums(
-        logsumexp_ptr, dots_ptr, tl.program_id(1).to(tl.int64) * QUERIES, queries, QUERIES
-    )
+    row = tl.program_id(1).to(tl.int64) * QUERIES
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    logsumexp, product = _sums(logsumexp_ptr, dots_ptr, row, queries, QUERIES)
     end = KEYS
     if CAUSAL:
         end = min(KEYS, (tile + 1) * BLOCK_M)
@@ -239,7 +274,7 @@ def backward_queries(
         v = _rows(v_base, keys, v_row, KEYS, value_width, VALUE_WIDTH)
         _, ds = _weights(
             q, k, v, g, scale, mask, logsumexp, product, queries, keys, QUERIES, KEYS,
-            mask_row, mask_column, MASK, CAUSAL, PRECISION,
+            mask_row, mask_column, seed, dropout_p, row, MASK, CAUSAL, DROPOUT, PRECISION,
         )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     _store_rows(
@@ -256,13 +291,16 @@ class Tile(NamedTuple):
     stages: int
 
 
-def pick(kernel: str, width: int, dtype: torch.dtype) -> Tile:
+def pick(kernel: str, width: int, dtype: torch.dtype, dropout: bool = False) -> Tile:
     """The tile of "forward", "keys" or "queries" for rows of `width`; to be replaced by what ``make gpu`` measures."""
     if dtype is torch.float32:
         # On the FMA units; operands take twice the room.
         return Tile(32, 32, 8, 1) if width <= 128 else Tile(16, 16, 8, 1)
     if kernel == "forward":
         return Tile(128, 64, 8, 3) if width <= 128 else Tile(64, 32, 8, 2)
+    if dropout and kernel == "keys" and width <= 128:
+        # The random words take registers as well.
+        return Tile(64, 32, 8, 2) if width <= 64 else Tile(32, 64, 8, 2)
     if width <= 128:
         # Both gradients of keys and values in registers leave no room for operands that are fetched ahead.
         return Tile(64, 64, 8, 1 if kernel == "keys" and width > 64 else 2)
@@ -293,24 +331,30 @@ def _shape(query, key, value):
     return (heads, heads // key.shape[1], query.shape[2], key.shape[2], query.shape[3], value.shape[3])
 
 
-def attention_forward(query, key, value, mask, is_causal, scale, output):
-    """Fill `output`, whose rows are dense, with the result; gives the logarithms of the sums, in float32."""
+def attention_forward(query, key, value, mask, is_causal, scale, output, dropout_p=0.0, seed=None):
+    """Fill `output`, whose rows are dense, with the result; gives the logarithms of the sums, in float32.
+
+    `seed`, one int64 on the device, says which weights dropout takes.
+    """
     query, key, value = map(_dense_rows, (query, key, value))
     batch, heads, queries, width = query.shape
     logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32)
     mask, kind, mask_strides = _mask(mask, query, key)
-    tile = pick("forward", max(width, value.shape[3]), query.dtype)
+    tile = pick("forward", max(width, value.shape[3]), query.dtype, dropout_p > 0)
     forward[(triton.cdiv(queries, tile.m), batch * heads)](
-        query, key, value, mask, output, logsumexp, width**-0.5 if scale is None else scale,
+        query, key, value, mask, output, logsumexp, logsumexp if seed is None else seed,
+        width**-0.5 if scale is None else scale, dropout_p,
         *_shape(query, key, value),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *output.stride()[:3],
-        MASK=kind, CAUSAL=is_causal, PRECISION=precision(), BLOCK_M=tile.m, BLOCK_N=tile.n,
+        MASK=kind, CAUSAL=is_causal, DROPOUT=dropout_p > 0, PRECISION=precision(), BLOCK_M=tile.m, BLOCK_N=tile.n,
         WIDTH=_padded(width), VALUE_WIDTH=_padded(value.shape[3]), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return logsumexp
 
 
-def attention_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale, gradients):
+def attention_backward(
+    grad, query, key, value, mask, output, logsumexp, is_causal, scale, gradients, dropout_p=0.0, seed=None
+):
     """Fill `gradients`, those of query, key and value, whose rows are dense."""
     grad, query, key, value, output = map(_dense_rows, (grad, query, key, value, output))
     batch, heads, queries, width = query.shape
@@ -328,16 +372,17 @@ def attention_backward(grad, query, key, value, mask, output, logsumexp, is_caus
     ]  # fmt: skip
     scale = width**-0.5 if scale is None else scale
     to_query, to_key, to_value = gradients
-    common = {"MASK": kind, "CAUSAL": is_causal, "PRECISION": precision(), **widths}
-    tile = pick("keys", max(width, value_width), query.dtype)
+    seed = logsumexp if seed is None else seed
+    common = {"MASK": kind, "CAUSAL": is_causal, "DROPOUT": dropout_p > 0, "PRECISION": precision(), **widths}
+    tile = pick("keys", max(width, value_width), query.dtype, dropout_p > 0)
     backward_keys[(triton.cdiv(key.shape[2], tile.n), batch * key.shape[1])](
-        query, key, value, mask, grad, logsumexp, products, to_key, to_value, scale, *shape,
+        query, key, value, mask, grad, logsumexp, products, to_key, to_value, seed, scale, dropout_p, *shape,
         *strides, *to_key.stride()[:3], *to_value.stride()[:3],
         BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
-    tile = pick("queries", max(width, value_width), query.dtype)
+    tile = pick("queries", max(width, value_width), query.dtype, dropout_p > 0)
     backward_queries[(triton.cdiv(queries, tile.m), batch * heads)](
-        query, key, value, mask, grad, logsumexp, products, to_query, scale, *shape,
+        query, key, value, mask, grad, logsumexp, products, to_query, seed, scale, dropout_p, *shape,
         *strides, *to_query.stride()[:3],
         BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -27,6 +28,22 @@ def check_contents(wheel: Path) -> None:
     assert not strangers, strangers
     assert not [n for n in names if n.endswith((".cpp", ".h", ".cu"))], names
 
+
+def check_sources(folder: Path) -> None:
+    """The source distribution beside the wheel holds all that a build reads."""
+    (archive,) = folder.glob("fastnn-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.split("/", 1)[-1] for name in opened.getnames()}
+    root = SMOKE.parents[2]
+    sources = [p for kind in ("csrc", "fastnn") for p in (root / kind).rglob("*") if p.suffix in SOURCES]
+    wanted = [
+        root / name for name in ("CMakeLists.txt", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+    ]
+    missing = [str(p.relative_to(root)) for p in (*wanted, *sources) if str(p.relative_to(root)) not in held]
+    assert not missing, f"{archive.name} lacks {missing}"
+
+
+SOURCES = (".py", ".cpp", ".h", ".cu", ".typed")
 
 # Megabytes. A wheel is what people download for every environment.
 MOST_SIZE = 20
@@ -92,6 +109,7 @@ def main() -> None:
     wheel, *others = sys.argv[1:]
     check_contents(Path(wheel))
     check_cuda(Path(wheel))
+    check_sources(Path(wheel).parent)
     with tempfile.TemporaryDirectory() as folder:
         check_here(Path(wheel).resolve(), sys.executable, Path(folder))
     for python in others:
