@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_as_good
 
-from fastnn.ops import conv
+from fastnn.ops import conv, pool
 
 FOLDER = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
 LIBRARY = FOLDER / "libops_on_host.so"
@@ -204,6 +204,18 @@ def test_pool(ops, dtype, layout):
         ours, native = (getattr(space, name)(*args) for space in (ops, torch.ops.fastnn))
         assert ours.stride() == native.stride()
         assert_as_good(ours, native, native.double())
+    for name, options, rest in (
+        ("max_pool2d_with_indices", window, window),
+        ("adaptive_max_pool2d", (4, 3), pool._ADAPTIVE),
+        ("adaptive_max_pool2d", (3, 5), pool._ADAPTIVE),
+    ):
+        y, indices = getattr(ops, name)(x, *options)
+        g = random(*y.shape, seed=3, layout=FORMATS[layout]).to(dtype)
+        args = (g, indices, *size, *rest)
+        ours, native = (space.max_pool2d_indices_backward(*args) for space in (ops, torch.ops.fastnn))
+        exact = torch.ops.fastnn.max_pool2d_indices_backward(g.double(), *args[1:])
+        assert ours.stride() == native.stride()
+        assert_as_good(ours, native, exact)
 
 
 RACES = FOLDER / "races"

@@ -231,7 +231,7 @@ def test_opcheck():
     y, locations = ops.max_pool2d_with_locations(x, *window)
     _, indices = ops.max_pool2d_with_indices(x, *window)
     torch.library.opcheck(ops.max_pool2d_backward.default, (y, locations, 8, 9, *window))
-    torch.library.opcheck(ops.max_pool2d_indices_backward.default, (y, indices, 8, 9))
+    torch.library.opcheck(ops.max_pool2d_indices_backward.default, (y, indices, 8, 9, *pool._ADAPTIVE))
     torch.library.opcheck(ops.avg_pool2d_backward.default, (y, 8, 9, *average, False))
     torch.library.opcheck(ops.adaptive_avg_pool2d_backward.default, (y, 8, 9, True))
 

@@ -183,17 +183,24 @@ Tensor max_pool2d_backward(Tensor grad, Tensor locations, int64_t input_h, int64
   return out;
 }
 
-Tensor max_pool2d_indices_backward(Tensor grad, Tensor indices, int64_t input_h, int64_t input_w) {
+// The CPU's kernel adds to where the indices say. A GPU's gathers from the windows that hold an element,
+// which the indices are in: those of the arguments, or adaptive ones where the kernel is 0.
+Tensor max_pool2d_indices_backward(Tensor grad, Tensor indices, int64_t input_h, int64_t input_w,
+                                   FASTNN_WINDOW_ARGS) {
   check_images(grad, "grad", "max_pool2d_indices_backward");
   check_pair({input_h, input_w}, "input_size", 1);
-  FASTNN_CHECK(indices.scalar_type() == ScalarType::Long && indices.is_cpu() && grad.is_cpu() &&
+  FASTNN_CHECK(indices.scalar_type() == ScalarType::Long && same_device(indices, grad) &&
                    sizes_of(indices) == sizes_of(grad),
                "max_pool2d_indices_backward expects int64 indices of the gradient's shape ", shape(grad),
                ", got ", shape(indices));
   const MemoryFormat layout = suggested_format(indices);
   const PoolAxis rows{input_h, grad.size(2), 0, 1, 0, 1, true},
       columns{input_w, grad.size(3), 0, 1, 0, 1, true};
-  const PoolShape s{grad.size(0), grad.size(1), rows, columns, last(layout)};
+  PoolShape s{grad.size(0), grad.size(1), rows, columns, last(layout)};
+  if (!is_for_cpu(grad) && kernel_h != 0) {
+    s = windows(FASTNN_WINDOW_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, last(layout));
+    check_grad(grad, s, "max_pool2d_indices_backward");
+  }
   const Tensor dy = dense(grad, layout), i = dense(indices, layout);
   Tensor out = empty_like(grad, {s.n, s.c, input_h, input_w}, layout);
   const MaxPoolBackwardArgs args{dtype_of(grad, "grad"),
@@ -279,7 +286,8 @@ FASTNN_OP(max_pool2d_with_locations, "(Tensor input, " FASTNN_WINDOW ") -> (Tens
 FASTNN_OP(max_pool2d_with_indices, "(Tensor input, " FASTNN_WINDOW ") -> (Tensor, Tensor)")
 FASTNN_OP(max_pool2d_backward,
           "(Tensor grad, Tensor locations, int input_h, int input_w, " FASTNN_WINDOW ") -> Tensor")
-FASTNN_OP(max_pool2d_indices_backward, "(Tensor grad, Tensor indices, int input_h, int input_w) -> Tensor")
+FASTNN_OP(max_pool2d_indices_backward,
+          "(Tensor grad, Tensor indices, int input_h, int input_w, " FASTNN_WINDOW ") -> Tensor")
 FASTNN_OP(avg_pool2d, "(Tensor input, " FASTNN_AVERAGE ") -> Tensor")
 FASTNN_OP(avg_pool2d_backward,
           "(Tensor grad, int input_h, int input_w, " FASTNN_AVERAGE ", bool channels_last) -> Tensor")
@@ -288,11 +296,11 @@ FASTNN_OP(adaptive_avg_pool2d_backward,
           "(Tensor grad, int input_h, int input_w, bool channels_last) -> Tensor")
 FASTNN_OP(adaptive_max_pool2d, "(Tensor input, int output_h, int output_w) -> (Tensor, Tensor)")
 
-// Without max_pool2d_indices_backward: indices alone do not say which windows to gather from.
 FASTNN_OP_ON_GPUS(max_pool2d)
 FASTNN_OP_ON_GPUS(max_pool2d_with_locations)
 FASTNN_OP_ON_GPUS(max_pool2d_with_indices)
 FASTNN_OP_ON_GPUS(max_pool2d_backward)
+FASTNN_OP_ON_GPUS(max_pool2d_indices_backward)
 FASTNN_OP_ON_GPUS(avg_pool2d)
 FASTNN_OP_ON_GPUS(avg_pool2d_backward)
 FASTNN_OP_ON_GPUS(adaptive_avg_pool2d)

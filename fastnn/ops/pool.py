@@ -155,11 +155,16 @@ def _locations_grad(ctx, grad, _):
     return (to_input, *(None,) * 9)
 
 
+# In place of a window's numbers, where the windows are adaptive.
+_ADAPTIVE = (0,) * 8 + (False,)
+
+
 def _indices_grad(ctx, grad, _):
     to_input = None
     if grad is not None:
         (indices,) = ctx.saved_tensors
-        to_input = max_pool2d_indices_backward(grad, indices, *ctx.input_size)
+        window = ctx.window if len(ctx.window) == len(_ADAPTIVE) else _ADAPTIVE
+        to_input = max_pool2d_indices_backward(grad, indices, *ctx.input_size, *window)
     return (to_input, *(None,) * len(ctx.window))
 
 
@@ -174,7 +179,7 @@ def _max_grad(ctx, grad):
     if grad is not None:
         (input,) = ctx.saved_tensors
         _, indices = _max_pool2d_with_indices(input.detach(), *ctx.window)
-        to_input = max_pool2d_indices_backward(grad, indices, *input.shape[2:])
+        to_input = max_pool2d_indices_backward(grad, indices, *input.shape[2:], *ctx.window)
     return (to_input, *(None,) * 9)
 
 
@@ -296,10 +301,10 @@ def _indices_backward_grad(ctx, grad_grad):
     if grad_grad is not None:
         (indices,) = ctx.saved_tensors
         to_grad = _gather(grad_grad, indices)
-    return to_grad, None, None, None
+    return (to_grad, *(None,) * 12)
 
 
-def _fits_indices_backward(grad, indices, input_h, input_w):
+def _fits_indices_backward(grad, indices, input_h, input_w, *window):
     if indices.dtype is not torch.int64 or indices.shape != grad.shape or grad.dim() != 4:
         return "indices that are not one int64 per element of the gradient"
     if input_h < 1 or input_w < 1 or grad.numel() == 0:
@@ -309,13 +314,14 @@ def _fits_indices_backward(grad, indices, input_h, input_w):
 
 max_pool2d_indices_backward = declare(
     "max_pool2d_indices_backward",
-    stock=_scatter,
+    stock=lambda grad, indices, input_h, input_w, *window: _scatter(grad, indices, input_h, input_w),
     unsupported=_fits_indices_backward,
     fake=_fake_max_backward,
     cost=lambda grad, places, input_h, input_w, *window: _cost_of_backward(grad, places, input_h, input_w),
     keep=_keep_max_backward,
     backward=_indices_backward_grad,
     own_dtype=("indices",),
+    on_gpus="cuda",
 )
 
 # ---- average ----
