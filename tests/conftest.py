@@ -44,6 +44,21 @@ def native():
     _declare.recorder = None
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """A run of the benchmark suite is one pass of few rounds, on a machine whose limits are known."""
+    from benchmark_runs import LIMITS
+
+    from benchmarks import __main__ as cli
+    from benchmarks import limits, runner
+
+    monkeypatch.setitem(cli.BUDGETS, "default", (2.0, None, 0.0))
+    monkeypatch.setattr(runner, "BLOCK_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "PASSES", 1)
+    monkeypatch.setattr(runner, "AGAIN", 0)
+    monkeypatch.setattr(limits, "measure", lambda: LIMITS)
+
+
 def assert_as_good(ours, stock, exact, roundings=1):
     """The error against float64 is at most twice stock's, beside a rounding (or some) of the largest value.
 
