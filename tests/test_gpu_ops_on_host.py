@@ -159,6 +159,35 @@ def test_pass_behind_a_convolution(ops):
         ops._bias_relu_max_pool2d_on_gpu(torch.zeros(2, 1, 1, 5), None)
 
 
+def shifted(t):
+    """The same values in storage that begins an element late, so that no row is aligned to 16 bytes."""
+    buffer = torch.empty(t.numel() + 1, dtype=t.dtype)
+    return buffer[1:].as_strided(t.shape, t.stride()).copy_(t) if t.storage_offset() == 0 else t
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 16], ids=["product", "depthwise"])
+def test_storage_that_is_not_aligned(in_place_of_a_gpu, ops, groups, dtype):
+    x = random(2, 16, 6, 6, seed=1, layout=torch.channels_last).to(dtype)
+    w = random(16, 16 // groups, 3, 3, seed=2, layout=torch.channels_last).to(dtype)
+    g = random(2, 16, 6, 6, seed=3, layout=torch.channels_last).to(dtype)
+    options = (1, 1, 1, 1, 1, 1, groups)
+    for make in (
+        lambda x, w, g: (shifted(x), w, shifted(g)),
+        lambda x, w, g: (x[:, :, ::2], w, g[:, :, ::2]),
+    ):
+        a, b, c = make(x, w, g)
+        y, want = (conv._on_gpus(False)(*t, None, *options) for t in ((a, b), (a.clone(), b)))
+        torch.testing.assert_close(y, want)
+        args = (None, None, options, (), (True, True, True))
+        for ours, theirs in zip(
+            backward(c, a, b, *args), backward(c.clone(), a.clone(), b, *args), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+        assert torch.equal(ops.max_pool2d(a, *WINDOW), ops.max_pool2d(a.clone(), *WINDOW))
+    assert shifted(x).data_ptr() % 16 != 0
+
+
 def test_refused(in_place_of_a_gpu, ops):
     x, w = torch.zeros(1, 4, 5, 5), torch.zeros(8, 4, 3, 3)
     options = (1, 1, 0, 0, 1, 1, 1)
@@ -174,12 +203,15 @@ def test_refused(in_place_of_a_gpu, ops):
         backward(torch.zeros(1, 8, 5, 5), x, w, None, None, options, (), (True, True, True))
 
 
+WINDOW = (3, 2, 2, 2, 1, 0, 1, 1, False)
+
+
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pool(ops, dtype, layout):
     """To the bit what the CPU's kernels give, which are tested against torch."""
     x = random(2, 8, 9, 10, seed=1, layout=FORMATS[layout]).mul(2).round().to(dtype)
-    window = (3, 2, 2, 2, 1, 0, 1, 1, False)
+    window = WINDOW
     average = (3, 2, 2, 2, 1, 0, False, False, None)
     for name, options in (
         ("max_pool2d", window),

@@ -1,5 +1,6 @@
 #include "tests/host/cuda_on_host.h"
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <new>
