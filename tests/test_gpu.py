@@ -269,6 +269,7 @@ def fake_gpu(monkeypatch, tmp_path):
     """Tensors on a GPU of compute capability 9.0 that there need not be."""
     monkeypatch.setattr(_gpu, "architectures", lambda: "80-real 90a-real")
     monkeypatch.setattr(_gpu, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
     monkeypatch.setattr(_choice, "gpu", lambda index: {"key": "a GPU", "capability": (9, 0)})
     # The choices of whoever runs the tests are not to count.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
