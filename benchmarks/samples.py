@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# A ratio is marked unstable if its rounds spread wider than the first, or if another run may well differ by more than the second.
+# A ratio is marked unstable if its rounds or its passes spread wider than the first, or if another run may well differ by more than
+# the second.
 SPREAD, REPEAT = 0.10, 0.05
 
 
@@ -32,8 +33,9 @@ class Ratio:
 
     @property
     def spread(self) -> float:
-        """The interquartile range of the rounds, over the median."""
-        return (self.q3 - self.q1) / self.median
+        """The interquartile range of the rounds, or the range of the passes if that is more, over the median."""
+        between = max(self.passes) - min(self.passes) if self.passes else 0.0
+        return max(self.q3 - self.q1, between) / self.median
 
     @property
     def repeat(self) -> float:

@@ -106,6 +106,8 @@ def test_unstable():
     # What is as far apart in more passes says less of the next run.
     assert not ratio(*[0.97, 1.03] * 4).unstable
     assert ratio(0.97, 1.03).unstable
+    assert ratio(*[0.94, *[1.0] * 14, 1.06]).repeat < 0.05
+    assert ratio(*[0.94, *[1.0] * 14, 1.06]).unstable
 
 
 def test_prefer_kernels(tmp_path, quick, monkeypatch):
