@@ -14,7 +14,7 @@ from test_gpu_ops_on_host import LIBRARY
 
 import fastnn
 from fastnn import _tune
-from fastnn.ops import _choice, _declare, conv
+from fastnn.ops import _choice, _declare, attention, conv
 
 KEY = "a GPU, compute capability 9.0"
 
@@ -194,6 +194,30 @@ def test_candidate_that_is_wrong_is_none(clock, monkeypatch):
         (row, *_) = fastnn.tune(model(), torch.randn(2, 8, 8, 8))
     assert row.chosen == "64 x 64"
     assert "kernel" not in row.seconds
+
+
+def test_any_gradient_that_is_wrong_counts(clock, monkeypatch):
+    clock["kernel"], clock["64 x 64"] = 0.1, 0.2
+    op = _declare.OPS["conv2d_relu_backward"]
+    right = op.candidates["kernel"]
+    for wrong in range(3):
+        monkeypatch.setitem(
+            op.candidates,
+            "kernel",
+            lambda *args, wrong=wrong: tuple(t + (i == wrong) for i, t in enumerate(right(*args))),
+        )
+        rows = {r.op: r for r in fastnn.tune(model(), torch.randn(2, 8, 8, 8, requires_grad=True))}
+        assert rows["conv2d_relu_backward"].chosen == "64 x 64"
+
+
+def test_dropout_is_compared_with_the_weights_that_it_drops(clock, monkeypatch):
+    """torch's own op drops others, which is no mistake of the kernel's."""
+    clock["kernel"] = 0.1
+    op = _declare.OPS["attention_dropout"]
+    q = torch.randn(1, 2, 32, 16)
+    args = (q, q, q, None, torch.tensor([5]), False, None, 0.5)
+    monkeypatch.setitem(op.candidates, "kernel", lambda *args: (attention._with_dropout(*args), None))
+    assert _tune._measure(op, args) == {"torch": 1.0, "kernel": 0.1}
 
 
 def test_nothing_to_tune():

@@ -61,6 +61,7 @@ class Op:
     on_gpus: str | None  # "cuda" or "triton", whatever its kernels for GPUs are written in
     on_cpu: bool
     candidates: dict[str, Callable]  # those kernels by name, the first for a call of which no choice is known
+    oracle: Callable  # gives the kernels' numbers from torch's ops
     tensors: tuple[int, ...] = field(default=())
 
     @property
@@ -208,6 +209,7 @@ def declare(
     on_gpus: str | None = None,
     candidates: dict[str, Callable] | None = None,
     unsupported_on_gpus: Callable | None = None,
+    oracle: Callable | None = None,
 ) -> Callable:
     """Declare the op ``fastnn::<name>`` and return the function that routes a call to it or to torch.
 
@@ -250,6 +252,8 @@ def declare(
         `unsupported_on_gpus` have nothing against. Without it, the library itself has the one that there is.
     unsupported_on_gpus
         As `unsupported`, of the kernels for GPUs alone.
+    oracle
+        The kernels' numbers from torch's ops, where `stock` gives others, since it draws its own random ones.
     """
     packet = getattr(torch.ops.fastnn, name)
     default, raw = packet.default, packet.raw
@@ -271,6 +275,7 @@ def declare(
         on_gpus,
         on_cpu,
         candidates or ({"kernel": raw} if on_gpus else {}),
+        oracle or stock,
         positions,
     )
     OPS[name] = op

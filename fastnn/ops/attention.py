@@ -265,6 +265,7 @@ attention_dropout_backward = declare(
 _attention_dropout = declare(
     "attention_dropout",
     stock=_stock_dropout,
+    oracle=_with_dropout,
     unsupported=lambda *args: (
         _unsupported_on_gpus(*args[:4], *args[5:7]) or _unsupported_seed(args[4], args[7])
     ),
