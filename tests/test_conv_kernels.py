@@ -16,7 +16,15 @@ CASES = [
     (1, 33, 4, 4, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1),
     (1, 2, 6, 70, 3, 1, 1, 2, 2, 0, 1, 1, 1, 1),
     (1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1),
+    # Channels enough for pixels to be rows of the product: strides, dilation, groups of odd numbers of channels, several
+    # blocks of the depth, and of the pixels whose sum is the weight's gradient.
+    (2, 25, 7, 9, 41, 3, 2, 2, 3, 1, 0, 1, 2, 1),
+    (1, 54, 6, 5, 50, 3, 3, 1, 1, 1, 1, 2, 1, 2),
+    (2, 24, 5, 6, 27, 1, 3, 2, 1, 0, 1, 1, 1, 1),
+    (1, 99, 4, 15, 33, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (1, 2, 96, 90, 9, 3, 3, 1, 1, 1, 1, 1, 1, 1),
 ]
+POOLED = [*CASES[:3], CASES[8], (3, 24, 40, 31, 33, 3, 3, 1, 1, 1, 1, 1, 1, 1)]
 POOLS = [(2, 2, 2, 2, 0, 0), (3, 3, 2, 2, 1, 1), (2, 1, 1, 3, 1, 0)]
 
 
@@ -156,7 +164,7 @@ def test_conv(level, dtype, channels_last, case):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("level", kernels.levels())
 def test_conv_relu_max_pool(level, dtype, channels_last, pool):
-    for case in CASES[:3]:
+    for case in POOLED:
         rng = np.random.default_rng(sum(case))
         n, c, h, w, k, kh, kw = case[:7]
         output, shape = sizes_of(case)

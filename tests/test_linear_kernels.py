@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from kernel_module import DTYPES, bound, kernels
 
-# Rows, output features, input features: tails of every tile, several depths, more rows than the skinny kernels take.
+# Rows, output features, input features: tails of every tile, several depths, more rows than the skinny kernels take, than
+# have sums of their own, than are packed at a time.
 LINEAR = [
     (1, 1, 1),
     (1, 10, 84),
@@ -18,6 +19,8 @@ LINEAR = [
     (40, 70, 1023),
     (130, 100, 129),
     (13, 65, 600),
+    (1100, 35, 800),
+    (8300, 40, 35),
 ]
 
 

@@ -1,5 +1,6 @@
 #include "cpu/conv.h"
 
+#include "cpu/conv_pixels.h"
 #include "cpu/conv_pool.h"
 #include "cpu/conv_product.h"
 #include "cpu/linear.h"
@@ -106,6 +107,7 @@ void forward(const ConvArgs& args, const Context& context) {
         {args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight, args.bias, args.relu, args.output},
         context);
   }
+  if (args.channels_last && by_pixels(s)) return pixels_forward<T>(args, context);
   const int64_t workers = workers_for(2.0 * s.n * s.k * s.oh * s.ow * (channels * taps + 4), context);
   const bool in_place = planes_in_place<T>(args);
   const Axis rows{s.kh, s.sh, s.dh, s.ph, s.oh, s.h}, columns{s.kw, s.sw, s.dw, s.pw, s.ow, s.w};

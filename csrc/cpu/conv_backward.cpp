@@ -1,29 +1,13 @@
 #include "cpu/conv.h"
 
 #include "cpu/conv_output_gradient.h"
+#include "cpu/conv_pixels.h"
 #include "cpu/conv_product.h"
 #include "cpu/conv_weight_gradient.h"
 #include "cpu/linear.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 namespace {
-
-// Input positions of equal remainder p modulo the stride, along one axis. Each is the sum over some taps of
-// the gradient at a constant shift: a convolution of stride 1.
-struct PhaseTaps {
-  const Axis& axis;
-  int64_t p;
-
-  bool has(int64_t tap) const { return (p + axis.padding - tap * axis.dilation) % axis.stride == 0; }
-  // The output position that tap carries to the phase's first element, relative to 0.
-  int64_t shift(int64_t tap) const { return (p + axis.padding - tap * axis.dilation) / axis.stride; }
-  int64_t count() const {
-    int64_t n = 0;
-    for (int64_t t = 0; t < axis.taps; ++t) n += has(t);
-    return n;
-  }
-  int64_t inputs() const { return axis.inputs > p ? ceil_div(axis.inputs - p, axis.stride) : 0; }
-};
 
 struct Span {
   int64_t least = 0, most = 0;
@@ -222,8 +206,20 @@ void backward(const ConvBackwardArgs& args, const Context& context) {
   }
   const T* grad = output_gradient<T>(args, context);
   if (s.c == 0) return;
-  if (args.grad_input != nullptr && s.h > 0 && s.w > 0) input_gradient<T>(args, grad, context);
-  if (args.grad_weight != nullptr) weight_gradient<T>(args, grad, context);
+  if (args.grad_input != nullptr && s.h > 0 && s.w > 0) {
+    if (args.channels_last && by_pixels(s)) {
+      pixels_input_gradient<T>(args, grad, context);
+    } else {
+      input_gradient<T>(args, grad, context);
+    }
+  }
+  if (args.grad_weight != nullptr) {
+    if (args.channels_last && s.k / s.groups >= 8) {
+      pixels_weight_gradient<T>(args, grad, context);
+    } else {
+      weight_gradient<T>(args, grad, context);
+    }
+  }
 }
 
 }  // namespace

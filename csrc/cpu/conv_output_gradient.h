@@ -5,6 +5,7 @@
 #include "cpu/conv.h"
 #include "cpu/conv_product.h"
 #include "cpu/mask_and_sum.h"
+#include "cpu/pool.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 
@@ -118,6 +119,26 @@ inline const T* output_gradient(const ConvBackwardArgs& args, const Context& con
   const int64_t count = s.n * s.k * s.oh * s.ow;
   const int64_t workers = workers_for(8.0 * count, context);
   const auto* grad = static_cast<const T*>(args.grad);
+  if (args.pool != nullptr && args.channels_last) {
+    const ConvPool& pool = *args.pool;
+    T* spread = context.scratch<T>(count);
+    // A location beyond the window, kNoLocation, is nowhere.
+    FASTNN_ISA_NS::max_pool_backward({args.dtype,
+                                      {s.n,
+                                       s.k,
+                                       {s.oh, pool.oh, pool.kh, pool.sh, pool.ph, 1, false},
+                                       {s.ow, pool.ow, pool.kw, pool.sw, pool.pw, 1, false},
+                                       true},
+                                      args.grad,
+                                      args.locations,
+                                      nullptr,
+                                      spread},
+                                     context);
+    if (args.grad_bias != nullptr)
+      mask_and_sum<T, false, true>(s.n * s.oh * s.ow, s.k, spread, nullptr, nullptr,
+                                   static_cast<T*>(args.grad_bias), context);
+    return spread;
+  }
   if (args.pool != nullptr) {
     T* spread = context.scratch<T>(count);
     unpool(args, spread, workers, context);

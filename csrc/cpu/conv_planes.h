@@ -60,6 +60,23 @@ struct Axis {
   }
 };
 
+// Input positions of equal remainder p modulo the stride, along one axis. Each is the sum over some taps of
+// the gradient at a constant shift: a convolution of stride 1.
+struct PhaseTaps {
+  const Axis& axis;
+  int64_t p;
+
+  bool has(int64_t tap) const { return (p + axis.padding - tap * axis.dilation) % axis.stride == 0; }
+  // The output position that tap carries to the phase's first element, relative to 0.
+  int64_t shift(int64_t tap) const { return (p + axis.padding - tap * axis.dilation) / axis.stride; }
+  int64_t count() const {
+    int64_t n = 0;
+    for (int64_t t = 0; t < axis.taps; ++t) n += has(t);
+    return n;
+  }
+  int64_t inputs() const { return axis.inputs > p ? ceil_div(axis.inputs - p, axis.stride) : 0; }
+};
+
 // Sizes of the planes of a band of `band` output rows.
 struct Planes {
   Axis rows, columns;

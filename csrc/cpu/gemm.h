@@ -27,42 +27,52 @@ struct GemmArgs {
 // Products that a register adds up before the sum joins a total: the error of a sum grows with its longest
 // chain.
 inline constexpr int64_t kTileChain = 96;
-// Depth of a block: its rows of A (kMR) and columns of B (kNR) stay in the first two cache levels.
-inline constexpr int64_t kDepth = 384;
-// Rows of A in a block, a multiple of kMR: 120 x 384 floats take 180 KiB of the second-level cache.
-inline constexpr int64_t kRows = kMR * (120 / kMR);
-// Packed B held at a time.
-inline constexpr int64_t kPackedBytes = int64_t{16} << 20;
+// A block of B, about kDepth products deep, stays in the second-level cache while all rows of A pass by:
+// 512 x 256 floats, or a third of that on machines of 256 or 512 KiB.
+inline constexpr int64_t kDepth = 512, kMostDepth = kDepth + kDepth / 2;
+inline constexpr int64_t kBlockBytes = int64_t{FASTNN_ISA_LEVEL >= 2 ? 512 : 160} << 10;
+// Up to this many rows a block is one panel, which is still in the first cache levels when it is used.
+inline constexpr int64_t kPanelMost = 120;
+// Bounds of what is held at a time: packed A, its depth, and rows of sums that are not of C's own type.
+inline constexpr int64_t kPackedBytes = int64_t{16} << 20, kPackedDepth = 8192, kSplitRows = 1024;
 
-template <class T, int MR>
-FASTNN_INLINE void gemm_tile(const typename Gemm<T>::Elem* a, int64_t row, const typename Gemm<T>::Elem* b,
-                             int64_t elems, const acc_t<T>* partial, int64_t partial_row,
-                             const Epilogue<T>* last, acc_t<T>* sums, T* c, int64_t c_row, int n) {
-  Tile<T, MR> tile;
+// Rows of A for a tile, and from one to the next.
+template <class T>
+struct TileRows {
+  const typename Gemm<T>::Elem* data;
+  int64_t row;
+};
+
+// A tile of MR rows and NV vectors of a packed panel.
+template <class T, int MR, int NV>
+FASTNN_INLINE void gemm_tile(const TileRows<T>& a, const typename Gemm<T>::Elem* b, int64_t elems,
+                             const acc_t<T>* partial, int64_t partial_row, const Epilogue<T>* last,
+                             acc_t<T>* sums, T* c, int64_t c_row, int n) {
+  Tile<T, MR, NV> tile;
   tile.clear();
   if (elems <= kTileChain + kTileChain / 2) {
-    tile.template multiply<true>(elems, a, row, 1, b);
+    tile.template multiply<true>(elems, a.data, a.row, 1, b, kNR<T>);
   } else {
-    using V = typename Tile<T, MR>::V;
-    acc_t<T> total[MR][kNR<T>];
+    using V = typename Tile<T, MR, NV>::V;
+    acc_t<T> total[MR][NV * V::size];
     for (int64_t p = 0; p < elems; p += kTileChain) {
       if (p > 0) {
 #pragma GCC unroll 16
         for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-          for (int j = 0; j < kNV; ++j) {
+          for (int j = 0; j < NV; ++j) {
             auto* t = total[i] + j * V::size;
             store(t, p > kTileChain ? load(t) + tile.sum[i][j] : tile.sum[i][j]);
           }
         }
         tile.clear();
       }
-      tile.template multiply<true>(min_of(kTileChain, elems - p), a + p, row, 1, b + p * kNR<T>);
+      tile.template multiply<true>(min_of(kTileChain, elems - p), a.data + p, a.row, 1, b + p * kNR<T>, kNR<T>);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kNV; ++j) tile.sum[i][j] = load(total[i] + j * V::size) + tile.sum[i][j];
+      for (int j = 0; j < NV; ++j) tile.sum[i][j] = load(total[i] + j * V::size) + tile.sum[i][j];
     }
   }
   if (last != nullptr) {
@@ -72,11 +82,13 @@ FASTNN_INLINE void gemm_tile(const typename Gemm<T>::Elem* a, int64_t row, const
   }
 }
 
-// gemm_tile for a number of rows known at run time only.
+// gemm_tile for a number of rows known at run time only; with half a panel's columns, half the work.
 template <class T, int MR = kMR, class... Args>
-inline void gemm_tile_rows(int rows, Args... args) {
-  if (rows == MR) return gemm_tile<T, MR>(args...);
-  if constexpr (MR > 1) gemm_tile_rows<T, MR - 1>(rows, args...);
+inline void gemm_tile_rows(int count, int n, Args... args) {
+  if (count == MR) {
+    return n > kNR<T> / 2 ? gemm_tile<T, MR, kNV>(args..., n) : gemm_tile<T, MR, kNV / 2>(args..., n);
+  }
+  if constexpr (MR > 1) gemm_tile_rows<T, MR - 1>(count, n, args...);
 }
 
 // Whether rows of A can be read where they lie. Strides of whole half pages would put them all into a few
@@ -86,159 +98,199 @@ inline bool rows_in_place(const GemmArgs<T>& g) {
   return sizeof(T) == sizeof(acc_t<T>) && g.a_k == 1 && g.a_m * static_cast<int64_t>(sizeof(T)) % 2048 != 0;
 }
 
-// Any number of rows: B packed once, A block by block.
-template <class T>
-inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
-  using A = acc_t<T>;
-  using Elem = typename Gemm<T>::Elem;
-  constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
-  const int64_t workers = workers_for(2.0 * g.m * g.n * (g.k + 8), context);
-  const int64_t panels = ceil_div(g.n, kWidth);
-  const int64_t depth =
-      g.k <= kDepth + kDepth / 2 ? max_of(g.k, 1) : round_up(ceil_div(g.k, ceil_div(g.k, kDepth)), 16);
-  const int64_t elems = packed_k<T>(depth);
-  const bool direct = rows_in_place(g);
-  // An odd number of cache lines: rows do not share cache sets.
-  const int64_t a_row = direct ? g.a_m : round_up(elems, 32) + 16;
-  const bool split = depth < g.k;
-  // Columns at a time, so that packed B stays within its bound.
-  const int64_t per_panel = elems * kWidth * static_cast<int64_t>(sizeof(Elem));
-  const int64_t depths = max_of(ceil_div(g.k, depth), 1);
-  const int64_t chunk = min_of(panels, max_of(kPackedBytes / (per_panel * depths), 8));
+// `rows` x `columns` in as many parts as `workers` share out well: parts of rows, and blocks of `wide` panels.
+struct Shares {
+  int64_t wide, blocks, parts;
 
-  Elem* packed_b = context.scratch<Elem>(chunk * depths * elems * kWidth);
-  Elem* packed_a = direct ? nullptr : context.scratch<Elem>(workers * kRows * a_row);
-  A* bias = nullptr;
-  if (g.bias != nullptr) {
-    bias = context.scratch<A>(panels * kWidth);
-    for (int64_t j = 0; j < panels * kWidth; ++j) bias[j] = j < g.n ? to_acc(g.bias[j]) : A(0);
+  Shares(int64_t rows, int64_t panels, int64_t most_wide, int64_t most_rows, int64_t workers) {
+    blocks = ceil_div(panels, most_wide);
+    parts = ceil_div(rows, most_rows);
+    // Each part packs its blocks of B again, so it has 8 tiles of rows at least.
+    const int64_t wanted = workers > 1 ? 3 * workers : 1;
+    if (blocks * parts < wanted)
+      parts = max_of(parts, min_of(ceil_div(wanted, blocks), rows / (8 * kMR)));
+    if (blocks * parts < wanted) blocks = min_of(panels, ceil_div(wanted, parts));
+    wide = ceil_div(panels, blocks);
+    blocks = ceil_div(panels, wide);
   }
-  // Blocks of rows and of panels: enough of them to share out, and wide enough that packing A is cheap.
-  int64_t rows = kRows, wide = min_of(chunk, max_of(1, 512 / kWidth));
-  while (rows > kMR && ceil_div(g.m, rows) * ceil_div(chunk, wide) < 4 * workers) rows -= kMR;
-  while (wide > 4 && ceil_div(g.m, rows) * ceil_div(chunk, wide) < 2 * workers) wide = ceil_div(wide, 2);
-  const int64_t row_blocks = ceil_div(g.m, rows);
-  // Sums between depths: kept in C itself where it is as precise.
-  constexpr bool kInPlace = sizeof(T) == sizeof(A);
-  A* partial = split && !kInPlace ? context.scratch<A>(workers * rows * wide * kWidth) : nullptr;
+};
 
-  for (int64_t first = 0; first < panels; first += chunk) {
-    const int64_t here = min_of(chunk, panels - first);
-    context.for_each(here * depths, workers, [&](int64_t task, int) {
-      const int64_t panel = task / depths, d = task % depths;
-      const int64_t k0 = d * depth, j0 = (first + panel) * kWidth;
-      pack_b_panel<T>(g.b + k0 * g.b_k + j0 * g.b_n, g.b_k, g.b_n, min_of(depth, g.k - k0),
-                      static_cast<int>(min_of(kWidth, g.n - j0)), packed_b + task * elems * kWidth);
-    });
-    const int64_t column_blocks = ceil_div(here, wide);
-    context.for_each(row_blocks * column_blocks, workers, [&](int64_t task, int worker) {
-      const int64_t i0 = task / column_blocks * rows, p0 = task % column_blocks * wide;
-      const int64_t m = min_of(rows, g.m - i0), width = min_of(wide, here - p0);
-      Elem* mine = packed_a + (direct ? 0 : worker * kRows * a_row);
-      for (int64_t d = 0; d < depths; ++d) {
-        const int64_t k0 = d * depth, k = min_of(depth, g.k - k0);
-        const bool last = d == depths - 1;
-        const Elem* a = mine;
-        if constexpr (kInPlace) {
-          if (direct) a = g.a + i0 * g.a_m + k0;
-        }
-        if (!direct) pack_a<T>(g.a + i0 * g.a_m + k0 * g.a_k, g.a_m, g.a_k, m, k, mine, a_row);
-        for (int64_t p = 0; p < width; ++p) {
-          const int64_t j0 = (first + p0 + p) * kWidth;
-          const Elem* b = packed_b + ((p0 + p) * depths + d) * elems * kWidth;
-          const int n = static_cast<int>(min_of(kWidth, g.n - j0));
-          const Epilogue<T> epilogue{bias != nullptr ? bias + j0 : nullptr, g.relu};
-          for (int64_t i = 0; i < m; i += kMR) {
-            T* c = g.c + (i0 + i) * g.c_m + j0;
-            A* sums;
-            int64_t sums_row;
-            if constexpr (kInPlace) {
-              sums = c;
-              sums_row = g.c_m;
-            } else {
-              sums = partial + worker * rows * wide * kWidth + i * wide * kWidth + p * kWidth;
-              sums_row = wide * kWidth;
-            }
-            gemm_tile_rows<T>(static_cast<int>(min_of(kMR, m - i)), a + i * a_row, a_row, b,
-                              (k + kPer - 1) / kPer, d > 0 ? static_cast<const A*>(sums) : nullptr, sums_row,
-                              last ? &epilogue : nullptr, sums, c, g.c_m, n);
-          }
-        }
-      }
-    });
-  }
+// Part `i` of `count` things in `parts` nearly equal parts starts here.
+inline int64_t part_start(int64_t i, int64_t count, int64_t parts) {
+  return i * (count / parts) + min_of(i, count % parts);
 }
 
-// ---- some rows ----
+// What rows of A take where they are gathered: an odd number of cache lines each, so rows do not share cache sets.
+inline constexpr int64_t kTileRow = kMostDepth + 16, kTileElems = kMR * kTileRow;
 
-// Up to this many rows, a panel of B is packed by the worker that multiplies it, just before: packed B never
-// leaves the second-level cache, and nobody waits.
-inline constexpr int64_t kPanelMost = 2 * kRows;
+// Where a product goes, and whether this is all of its depth: what was `begun` is added to, and only when `done`
+// come bias and ReLU.
+template <class T>
+struct Result {
+  T* c;
+  int64_t c_m;
+  const T* bias = nullptr;
+  bool relu = false;
+  bool begun = false, done = true;
+  // Sums between depths, if not C itself; sums_m from row to row.
+  acc_t<T>* sums = nullptr;
+  int64_t sums_m = 0;
+};
+
+// Scratch that one call keeps for the next.
+template <class E>
+struct Held {
+  E* data = nullptr;
+  int64_t size = 0;
+  E* get(int64_t count, const Context& context) {
+    if (count > size) data = context.scratch<E>(size = count);
+    return data;
+  }
+};
 
 template <class T>
-inline void gemm_panels(const GemmArgs<T>& g, const Context& context) {
+struct Workspace {
+  Held<typename Gemm<T>::Elem> block;
+  Held<acc_t<T>> sums, bias;
+};
+
+// C of m x n, whose operands are handed over piece by piece, `elems` packed elements deep:
+//   a(worker, i, rows, e0, elems)            rows [i, i + rows), elements [e0, e0 + elems)
+//   b(e0, elems, j0, columns, out, panel)    packs columns [j0, j0 + columns) into panels `panel` apart
+// A block is one panel where `narrow`.
+template <class T, class RowsOf, class PackOf>
+inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const Result<T>& to,
+                        const RowsOf& a, const PackOf& b, int64_t workers, Workspace<T>& space,
+                        const Context& context) {
   using A = acc_t<T>;
   using Elem = typename Gemm<T>::Elem;
-  constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
+  constexpr int kWidth = kNR<T>;
+  // Sums between depths: kept in C itself where it is as precise.
   constexpr bool kInPlace = sizeof(T) == sizeof(A);
-  const int64_t workers = workers_for(2.0 * g.m * g.n * (g.k + 8), context);
-  const int64_t panels = ceil_div(g.n, kWidth), depths = max_of(1, ceil_div(g.k - kDepth / 2, kDepth));
-  const int64_t depth = max_of(1, depths == 1 ? g.k : round_up(ceil_div(g.k, depths), 16));
-  const Elem* a;
-  int64_t a_row;
-  bool direct = false;
-  if constexpr (kInPlace) {
-    direct = rows_in_place(g);
-    if (direct) a = g.a, a_row = g.a_m;
-  }
-  if (!direct) {
-    // An odd number of cache lines: rows do not share cache sets.
-    a_row = round_up(max_of(packed_k<T>(g.k), 1), 32) + 16;
-    Elem* packed = context.scratch<Elem>(g.m * a_row);
-    constexpr int64_t kRowsAtATime = 16;
-    context.for_each(ceil_div(g.m, kRowsAtATime), workers_for(8.0 * g.m * g.k, context),
-                     [&](int64_t task, int) {
-                       const int64_t i = task * kRowsAtATime;
-                       pack_a<T>(g.a + i * g.a_m, g.a_m, g.a_k, min_of(kRowsAtATime, g.m - i), g.k,
-                                 packed + i * a_row, a_row);
-                     });
-    a = packed;
-  }
+  const int64_t depths = max_of(1, ceil_div(elems - kDepth / 2, kDepth));
+  const int64_t depth = max_of(1, depths == 1 ? elems : round_up(ceil_div(elems, depths), 16));
+  const int64_t panels = ceil_div(n, kWidth);
+  const int64_t most_wide =
+      narrow ? 1 : max_of(1, kBlockBytes / (depth * kWidth * static_cast<int64_t>(sizeof(Elem))));
+  const bool own_sums = !kInPlace && depths > 1 && to.sums == nullptr;
+  const Shares shares(m, panels, most_wide, own_sums ? kSplitRows : max_of(m, 1), workers);
+  const int64_t panel_size = depth * kWidth, block_size = shares.wide * panel_size;
+  Elem* packed = space.block.get(workers * block_size, context);
   A* bias = nullptr;
-  if (g.bias != nullptr) {
-    bias = context.scratch<A>(panels * kWidth);
-    for (int64_t j = 0; j < panels * kWidth; ++j) bias[j] = j < g.n ? to_acc(g.bias[j]) : A(0);
+  if (to.bias != nullptr) {
+    bias = space.bias.get(panels * kWidth, context);
+    for (int64_t j = 0; j < panels * kWidth; ++j) bias[j] = j < n ? to_acc(to.bias[j]) : A(0);
   }
-  const int64_t b_size = packed_k<T>(depth) * kWidth;
-  Elem* packed_b = context.scratch<Elem>(workers * b_size);
-  A* partial = depths > 1 && !kInPlace ? context.scratch<A>(workers * g.m * kWidth) : nullptr;
-  context.for_each(panels, workers, [&](int64_t panel, int worker) {
-    const int64_t j0 = panel * kWidth;
-    const int n = static_cast<int>(min_of(kWidth, g.n - j0));
-    Elem* b = packed_b + worker * b_size;
-    const Epilogue<T> epilogue{bias != nullptr ? bias + j0 : nullptr, g.relu};
+  const int64_t sums_row = own_sums ? shares.wide * kWidth : to.sums != nullptr ? to.sums_m : to.c_m,
+                sums_size = own_sums ? ceil_div(m, shares.parts) * sums_row : 0;
+  A* sums_memory = own_sums ? space.sums.get(workers * sums_size, context) : nullptr;
+  context.for_each(shares.blocks * shares.parts, workers, [&](int64_t task, int worker) {
+    const int64_t part = task / shares.blocks, p0 = task % shares.blocks * shares.wide;
+    const int64_t i0 = part_start(part, m, shares.parts), rows = part_start(part + 1, m, shares.parts) - i0;
+    const int64_t wide = min_of(shares.wide, panels - p0), j0 = p0 * kWidth;
+    const int64_t columns = min_of(wide * kWidth, n - j0), tiles = ceil_div(rows, kMR);
+    Elem* block = packed + worker * block_size;
+    A* sums = nullptr;
+    if (own_sums) {
+      sums = sums_memory + worker * sums_size;
+    } else if (to.sums != nullptr) {
+      sums = to.sums + i0 * to.sums_m + j0;
+    } else if constexpr (kInPlace) {
+      sums = to.c + i0 * to.c_m + j0;
+    }
     for (int64_t d = 0; d < depths; ++d) {
-      const int64_t k0 = d * depth, k = max_of(0, min_of(depth, g.k - k0));
-      const bool last = d == depths - 1;
-      pack_b_panel<T>(g.b + k0 * g.b_k + j0 * g.b_n, g.b_k, g.b_n, k, n, b);
-      for (int64_t i = 0; i < g.m; i += kMR) {
-        T* c = g.c + i * g.c_m + j0;
-        A* sums;
-        int64_t sums_row;
-        if constexpr (kInPlace) {
-          sums = c;
-          sums_row = g.c_m;
-        } else {
-          sums = partial + (worker * g.m + i) * kWidth;
-          sums_row = kWidth;
+      const int64_t e0 = d * depth, here = max_of(0, min_of(depth, elems - e0));
+      b(e0, here, j0, columns, block, panel_size);
+      for (int64_t t = 0; t < tiles; ++t) {
+        // Tiles of nearly equal heights: a last one of a few rows would leave most registers idle.
+        const int64_t i = part_start(t, rows, tiles);
+        const int count = static_cast<int>(part_start(t + 1, rows, tiles) - i);
+        const TileRows<T> from = a(worker, i0 + i, count, e0, here);
+        for (int64_t p = 0; p < wide; ++p) {
+          const int64_t j = p * kWidth;
+          const Epilogue<T> last{bias != nullptr ? bias + j0 + j : nullptr, to.relu};
+          A* s = sums != nullptr ? sums + i * sums_row + j : nullptr;
+          gemm_tile_rows<T>(count, static_cast<int>(min_of(kWidth, columns - j)), from, static_cast<const Elem*>(block + p * panel_size), here,
+                            d > 0 || to.begun ? static_cast<const A*>(s) : nullptr, sums_row,
+                            d == depths - 1 && to.done ? &last : nullptr, s, to.c + (i0 + i) * to.c_m + j0 + j,
+                            to.c_m);
         }
-        gemm_tile_rows<T>(static_cast<int>(min_of(kMR, g.m - i)), a + i * a_row + k0 / kPer, a_row,
-                          static_cast<const Elem*>(b), packed_k<T>(k),
-                          d > 0 ? static_cast<const A*>(sums) : nullptr, sums_row, last ? &epilogue : nullptr,
-                          sums, c, g.c_m, n);
       }
     }
   });
+}
+
+// The same where A is packed first, as much of it as kPackedBytes hold:
+//   pack_rows(i, rows, e0, elems, out, row)
+template <class T, class PackRows, class PackOf>
+inline void packed_rows(int64_t m, int64_t n, int64_t elems, bool narrow, Result<T> to,
+                        const PackRows& pack_rows, const PackOf& b, int64_t workers, const Context& context) {
+  using A = acc_t<T>;
+  using Elem = typename Gemm<T>::Elem;
+  const int64_t parts = max_of(1, ceil_div(elems, kPackedDepth)), depth = round_up(ceil_div(elems, parts), 16);
+  // An odd number of cache lines: rows do not share cache sets.
+  const int64_t row = round_up(max_of(depth, 1), 32) + 16;
+  const int64_t chunks = ceil_div(m, max_of(kPanelMost, kPackedBytes / (row * static_cast<int64_t>(sizeof(Elem)))));
+  Elem* packed = context.scratch<Elem>(ceil_div(m, chunks) * row);
+  if (parts > 1 && sizeof(T) < sizeof(A)) {
+    to.sums = context.scratch<A>(ceil_div(m, chunks) * n);
+    to.sums_m = n;
+  }
+  Workspace<T> space;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = part_start(chunk, m, chunks), rows = part_start(chunk + 1, m, chunks) - first;
+    Result<T> here = to;
+    here.c += first * to.c_m;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t from = part * depth, count = max_of(0, min_of(depth, elems - from));
+      constexpr int64_t kRowsAtATime = 16;
+      context.for_each(ceil_div(rows, kRowsAtATime), workers_for(8.0 * rows * count, context),
+                       [&](int64_t task, int) {
+                         const int64_t i = task * kRowsAtATime;
+                         pack_rows(first + i, min_of(kRowsAtATime, rows - i), from, count, packed + i * row, row);
+                       });
+      here.begun = part > 0;
+      here.done = part == parts - 1;
+      gemm_blocks<T>(
+          rows, n, count, narrow, here,
+          [&](int, int64_t i, int, int64_t e0, int64_t) { return TileRows<T>{packed + i * row + e0, row}; },
+          [&](int64_t e0, int64_t c, int64_t j0, int64_t columns, Elem* out, int64_t panel) {
+            b(from + e0, c, j0, columns, out, panel);
+          },
+          workers, space, context);
+    }
+  }
+}
+
+// Any number of rows.
+template <class T>
+inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
+  using Elem = typename Gemm<T>::Elem;
+  constexpr int kPer = Gemm<T>::kPerElem;
+  const int64_t workers = workers_for(2.0 * g.m * g.n * (g.k + 8), context), elems = packed_k<T>(g.k);
+  const auto pack = [&](int64_t e0, int64_t count, int64_t j0, int64_t columns, Elem* out, int64_t panel) {
+    const int64_t k0 = e0 * kPer;
+    pack_b_block<T>(g.b + k0 * g.b_k + j0 * g.b_n, g.b_k, g.b_n, min_of(count * kPer, g.k - k0), columns, out,
+                    panel);
+  };
+  const bool narrow = g.m <= kPanelMost;
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    if (rows_in_place(g)) {
+      Workspace<T> space;
+      return gemm_blocks<T>(
+          g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu},
+          [&](int, int64_t i, int, int64_t e0, int64_t) {
+            return TileRows<T>{g.a + i * g.a_m + e0, g.a_m};
+          },
+          pack, workers, space, context);
+    }
+  }
+  packed_rows<T>(g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu},
+                 [&](int64_t i, int64_t rows, int64_t e0, int64_t count, Elem* out, int64_t row) {
+                   pack_a<T>(g.a + i * g.a_m + e0 * kPer * g.a_k, g.a_m, g.a_k, rows,
+                             min_of(count * kPer, g.k - e0 * kPer), out, row);
+                 },
+                 pack, workers, context);
 }
 
 // ---- few rows ----
@@ -429,7 +481,6 @@ inline void gemm(const GemmArgs<T>& g, const Context& context) {
   if (g.b_k == 1 && g.a_k == 1 && g.k > 0 && (g.m <= kDotMost || g.n <= kDotMostColumns))
     return gemm_dot(g, context);
   if (g.b_n == 1 && g.m <= kMR) return gemm_few_rows(g, context);
-  if (g.m <= kPanelMost && ceil_div(g.n, kNR<T>) >= 2) return gemm_panels(g, context);
   gemm_packed(g, context);
 }
 

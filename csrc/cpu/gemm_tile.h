@@ -314,6 +314,22 @@ inline void pack_b_panel(const T* b, int64_t b_k, int64_t b_n, int64_t k, int n,
   }
 }
 
+// Packs `columns` columns into panels `panel` elements apart. Where columns lie side by side, a few rows go to
+// all panels before the next ones are read.
+template <class T>
+inline void pack_b_block(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t columns,
+                         typename Gemm<T>::Elem* out, int64_t panel) {
+  constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
+  const int64_t at_a_time = b_n == 1 ? 16 : max_of(k, 1);
+  for (int64_t k0 = 0; k0 < k; k0 += at_a_time) {
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      pack_b_panel<T>(b + k0 * b_k + j * b_n, b_k, b_n, min_of(at_a_time, k - k0),
+                      static_cast<int>(min_of(kWidth, columns - j)),
+                      out + j / kWidth * panel + k0 / kPer * kWidth);
+    }
+  }
+}
+
 // Packs `m` rows of A, each k products, row after row with `row` elements between their starts: at least
 // packed_k(k) rounded up to 16. A[i, p] is at a[i * a_m + p * a_k].
 template <class T>
