@@ -122,6 +122,9 @@ inline int64_t part_start(int64_t i, int64_t count, int64_t parts) {
 
 // What rows of A take where they are gathered: an odd number of cache lines each, so rows do not share cache sets.
 inline constexpr int64_t kTileRow = kMostDepth + 16, kTileElems = kMR * kTileRow;
+// Up to so many columns, a few blocks, rows that cannot be read where they lie are packed again for each block, a
+// tile at a time; for more, once and beforehand.
+inline constexpr int64_t kTilesMost = 512;
 
 // Where a product goes, and whether this is all of its depth: what was `begun` is added to, and only when `done`
 // come bias and ReLU.
@@ -284,6 +287,19 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
           },
           pack, workers, space, context);
     }
+  }
+  if (g.a_k == 1 && !narrow && g.n <= kTilesMost) {
+    auto* tiles = context.scratch<Elem>(workers * kTileElems);
+    Workspace<T> space;
+    return gemm_blocks<T>(
+        g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu},
+        [&](int worker, int64_t i, int rows, int64_t e0, int64_t count) {
+          auto* tile = tiles + worker * kTileElems;
+          pack_a<T>(g.a + i * g.a_m + e0 * kPer, g.a_m, 1, rows, min_of(count * kPer, g.k - e0 * kPer), tile,
+                    kTileRow);
+          return TileRows<T>{tile, kTileRow};
+        },
+        pack, workers, space, context);
   }
   packed_rows<T>(g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu},
                  [&](int64_t i, int64_t rows, int64_t e0, int64_t count, Elem* out, int64_t row) {
