@@ -24,6 +24,10 @@ FASTNN_INLINE void copy_run(Out* to, const T* from, int64_t count) {
   if constexpr (std::is_same_v<Out, acc_t<T>>) {
     constexpr int kLanes = Vec<Out>::size;
     int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) store(to + i + v * kLanes, load(from + i + v * kLanes));
+    }
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
     if (i < count) {
       const int left = static_cast<int>(count - i);
@@ -45,44 +49,53 @@ struct Windows {
   int64_t step_y, step_x, first_y, first_x;  // in pixels
   const Run* runs;                           // its taps, in order
 
-  FASTNN_INLINE const T* at(int64_t n, int64_t y, int64_t x) const {
-    return image + ((n * height + y) * width + x) * pixel;
-  }
+  static constexpr int64_t kAtATime = 16;
 
-  // Elements [e0, e0 + count) of windows [i, i + number), `row` from one to the next.
+  // Elements [e0, e0 + count) of windows [i, i + number), `row` from one to the next; at most kAtATime windows.
   template <class Out>
   void gather(int64_t i, int64_t number, int64_t e0, int64_t count, Out* out, int64_t row) const {
-    const Run* first = runs;
-    int64_t skip = e0;
-    while (skip >= first->count * padded) skip -= first++->count * padded;
+    int64_t tops[kAtATime], lefts[kAtATime];
+    const T* corners[kAtATime];
     int64_t u = i % columns, v = i / columns % rows, n = i / (columns * rows);
-    for (int64_t j = 0; j < number; ++j, out += row) {
-      const int64_t y0 = v * step_y + first_y, x0 = u * step_x + first_x;
-      int64_t from = skip;
-      const Run* run = first;
-      for (int64_t done = 0; done < count; from = 0, ++run) {
-        const int64_t here = min_of(run->count * padded - from, count - done), y = y0 + run->y, x = x0 + run->x;
-        if (y < 0 || y >= height) {
-          clear_plane(out + done, here);
-        } else if (x >= 0 && x + run->count <= width && padded == channels) {
-          copy_run(out + done, at(n, y, x) + from, here);
-        } else {
-          for (int64_t got = 0; got < here;) {
-            const int64_t tap = (from + got) / padded, c = (from + got) % padded;
-            const int64_t some = min_of(padded - c, here - got);
-            const bool inside = x + tap >= 0 && x + tap < width;
-            const int64_t real = inside ? max_of(0, min_of(some, channels - c)) : 0;
-            if (real > 0) copy_run(out + done + got, at(n, y, x + tap) + c, real);
-            if (real < some) clear_plane(out + done + got + real, some - real);
-            got += some;
-          }
-        }
-        done += here;
-      }
+    for (int64_t j = 0; j < number; ++j) {
+      tops[j] = v * step_y + first_y, lefts[j] = u * step_x + first_x;
+      corners[j] = image + ((n * height + tops[j]) * width + lefts[j]) * pixel;
       if (++u == columns) {
         u = 0;
         if (++v == rows) v = 0, ++n;
       }
+    }
+    const Run* run = runs;
+    while (e0 >= run->count * padded) e0 -= run++->count * padded;
+    for (int64_t done = 0; done < count; e0 = 0, ++run) {
+      const int64_t here = min_of(run->count * padded - e0, count - done);
+      const int64_t offset = (run->y * width + run->x) * pixel, last = width - run->count;
+      for (int64_t j = 0; j < number; ++j) {
+        const int64_t y = tops[j] + run->y, x = lefts[j] + run->x;
+        Out* to = out + j * row + done;
+        if (y < 0 || y >= height) {
+          clear_plane(to, here);
+        } else if (x >= 0 && x <= last && padded == channels) {
+          copy_run(to, corners[j] + offset + e0, here);
+        } else {
+          tap_by_tap(to, corners[j] + offset, x, e0, here);
+        }
+      }
+      done += here;
+    }
+  }
+
+  // `count` elements from e0 on of a run that leaves the image at the side, or whose taps need padding.
+  template <class Out>
+  void tap_by_tap(Out* to, const T* from, int64_t x, int64_t e0, int64_t count) const {
+    for (int64_t done = 0; done < count;) {
+      const int64_t tap = (e0 + done) / padded, c = (e0 + done) % padded;
+      const int64_t here = min_of(padded - c, count - done);
+      const bool inside = x + tap >= 0 && x + tap < width;
+      const int64_t real = inside ? max_of(0, min_of(here, channels - c)) : 0;
+      if (real > 0) copy_run(to + done, from + tap * pixel + c, real);
+      if (real < here) clear_plane(to + done + real, here - real);
+      done += here;
     }
   }
 };
@@ -369,7 +382,7 @@ inline void pixels_weight_gradient(const ConvBackwardArgs& args, const T* grad, 
                     min_of(elems * kPer, pixels - e0 * kPer), out, row);
         },
         [&](int64_t e0, int64_t elems, int64_t j0, int64_t wide, Elem* out, int64_t panel) {
-          constexpr int64_t kRows = 16, kWide = 256;
+          constexpr int64_t kRows = Windows<T>::kAtATime, kWide = 256;
           alignas(64) T some[kRows * kWide];
           const int64_t first = e0 * kPer, end = min_of(first + elems * kPer, pixels);
           for (int64_t p = first; p < end; p += kRows) {

@@ -239,6 +239,9 @@ FASTNN_INLINE F load_across(const T* p, int64_t step, int64_t left, int count) {
   return count >= F::size ? load(p) : load(p, count > 0 ? count : 0);
 }
 
+// Rows of B that go to all panels of a block before the next ones are read.
+inline constexpr int64_t kPackRows = 16;
+
 // Packs one panel: `n` columns (up to kNR) of k products, zeros in the rest. B[p, j] is at b[p * b_k + j *
 // b_n].
 template <class T>
@@ -250,6 +253,9 @@ inline void pack_b_panel(const T* b, int64_t b_k, int64_t b_n, int64_t k, int n,
     if (b_n == 1) {
       using V = Vec<acc_t<T>>;
       for (int64_t p = 0; p < k; ++p, b += b_k, out += kWidth) {
+        // Pieces of rows are no stream that the hardware follows.
+        __builtin_prefetch(b + kPackRows * b_k);
+        __builtin_prefetch(b + kPackRows * b_k + V::size);
         if (n == kWidth) {
 #pragma GCC unroll 4
           for (int j = 0; j < kNV; ++j) store(out + j * V::size, load(b + j * V::size));
@@ -314,13 +320,12 @@ inline void pack_b_panel(const T* b, int64_t b_k, int64_t b_n, int64_t k, int n,
   }
 }
 
-// Packs `columns` columns into panels `panel` elements apart. Where columns lie side by side, a few rows go to
-// all panels before the next ones are read.
+// Packs `columns` columns into panels `panel` elements apart.
 template <class T>
 inline void pack_b_block(const T* b, int64_t b_k, int64_t b_n, int64_t k, int64_t columns,
                          typename Gemm<T>::Elem* out, int64_t panel) {
   constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
-  const int64_t at_a_time = b_n == 1 ? 16 : max_of(k, 1);
+  const int64_t at_a_time = b_n == 1 ? kPackRows : max_of(k, 1);
   for (int64_t k0 = 0; k0 < k; k0 += at_a_time) {
     for (int64_t j = 0; j < columns; j += kWidth) {
       pack_b_panel<T>(b + k0 * b_k + j * b_n, b_k, b_n, min_of(at_a_time, k - k0),

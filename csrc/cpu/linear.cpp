@@ -28,9 +28,24 @@ void backward(const LinearBackwardArgs& args, const Context& context) {
          context);
   }
   if (args.grad_weight != nullptr) {
-    gemm(GemmArgs<T>{n, k, m, grad, 1, n, static_cast<const T*>(args.input), k, 1,
-                     static_cast<T*>(args.grad_weight), k},
-         context);
+    const auto* input = static_cast<const T*>(args.input);
+    auto* result = static_cast<T*>(args.grad_weight);
+    // One operand is transposed to be packed. From so many rows on it is the narrower, and the result is
+    // transposed instead.
+    constexpr int64_t kManyRows = 1024;
+    if (k < n && m >= kManyRows) {
+      T* turned = context.scratch<T>(k * n);
+      gemm(GemmArgs<T>{k, n, m, input, 1, k, grad, n, 1, turned, n}, context);
+      constexpr int64_t kSide = 32;
+      context.for_each(ceil_div(n, kSide), workers_for(8.0 * k * n, context), [&](int64_t task, int) {
+        const int64_t end = min_of(n, (task + 1) * kSide);
+        for (int64_t j = 0; j < k; ++j) {
+          for (int64_t i = task * kSide; i < end; ++i) result[i * k + j] = turned[j * n + i];
+        }
+      });
+    } else {
+      gemm(GemmArgs<T>{n, k, m, grad, 1, n, input, k, 1, result, k}, context);
+    }
   }
 }
 
