@@ -11,6 +11,7 @@
 #include "cpu/conv_planes.h"
 #include "cpu/gemm.h"
 #include "cpu/pool.h"
+#include "cpu/simd_stride.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 
@@ -113,6 +114,39 @@ inline int64_t join_runs(const Run* taps, int64_t count, bool join, Run* runs) {
   return made;
 }
 
+// Each of n matrices of `rows` x `columns`, transposed: images from one layout to the other.
+template <class T>
+inline void transpose_all(const T* from, int64_t n, int64_t rows, int64_t columns, T* to, const Context& context) {
+  constexpr int64_t kAcross = 64;
+  const int64_t blocks = ceil_div(columns, kAcross);
+  context.for_each(n * blocks, workers_for(4.0 * n * rows * columns, context), [&](int64_t task, int) {
+    const int64_t at = task / blocks * rows * columns, j0 = task % blocks * kAcross,
+                  j1 = min_of(columns, j0 + kAcross);
+    const T* source = from + at;
+    T* target = to + at;
+#if FASTNN_ISA_LEVEL >= 1
+    if constexpr (sizeof(acc_t<T>) == 4) {
+      constexpr int kStep = F::size;
+      for (int64_t i = 0; i < rows; i += kStep) {
+        const int high = static_cast<int>(min_of(kStep, rows - i));
+        for (int64_t j = j0; j < j1; j += kStep) {
+          const int wide = static_cast<int>(min_of(kStep, j1 - j));
+          F block[kStep];
+          for (int q = 0; q < high; ++q) block[q] = load(source + (i + q) * columns + j, wide);
+          for (int q = high; q < kStep; ++q) block[q] = zero<float>();
+          transpose(block);
+          for (int q = 0; q < wide; ++q) store(target + (j + q) * rows + i, block[q], high);
+        }
+      }
+      return;
+    }
+#endif
+    for (int64_t j = j0; j < j1; ++j) {
+      for (int64_t i = 0; i < rows; ++i) target[j * rows + i] = source[i * columns + j];
+    }
+  });
+}
+
 // The weight as [k][taps][padded channels], where it lies if it does so.
 template <class T>
 inline const T* weight_by_taps(const void* data, bool channels_last, const ConvShape& s, int64_t padded,
@@ -126,7 +160,13 @@ inline const T* weight_by_taps(const void* data, bool channels_last, const ConvS
     const T* from = weight + k * taps * channels;
     T* to = out + k * taps * padded;
     for (int64_t t = 0; t < taps; ++t) {
-      for (int64_t c = 0; c < channels; ++c) to[t * padded + c] = from[c * c_step + t * t_step];
+      int64_t c = 0;
+      if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+        using V = Vec<T>;
+        for (; c + V::size < channels; c += V::size)
+          store(to + t * padded + c, load_every(from + c * c_step + t * t_step, c_step));
+      }
+      for (; c < channels; ++c) to[t * padded + c] = from[c * c_step + t * t_step];
       clear_plane(to + t * padded + channels, padded - channels);
     }
   });
@@ -158,6 +198,11 @@ inline void windows_product(const Windows<T>& windows, int64_t m, int64_t n, int
 inline bool by_pixels(const ConvShape& s) {
   constexpr int64_t kFew = 24;
   return s.c / s.groups >= kFew && s.k / s.groups >= kFew;
+}
+
+// Whether that is so of the gradients of images in torch's default layout too, which are transposed for it.
+inline bool by_turned_pixels(const ConvShape& s) {
+  return by_pixels(s) && s.c / s.groups * s.kh * s.kw >= 288;
 }
 
 // A convolution, prepared once for any part of the batch.
@@ -405,6 +450,27 @@ inline void pixels_weight_gradient(const ConvBackwardArgs& args, const T* grad, 
       for (int64_t t = 0; t < taps; ++t) to[c * taps + t] = from[t * channels + c];
     }
   });
+}
+
+// The gradients of images in torch's default layout, by way of channels_last copies. grad: of the convolution's output.
+template <class T>
+inline void turned_gradients(const ConvBackwardArgs& args, const T* grad, const Context& context) {
+  const ConvShape& s = args.shape;
+  T* turned_grad = context.scratch<T>(s.n * s.k * s.oh * s.ow);
+  transpose_all(grad, s.n, s.k, s.oh * s.ow, turned_grad, context);
+  ConvBackwardArgs turned = args;
+  turned.channels_last = true;
+  T* image = context.scratch<T>(s.n * s.c * s.h * s.w);
+  if (args.grad_weight != nullptr) {
+    transpose_all(static_cast<const T*>(args.input), s.n, s.c, s.h * s.w, image, context);
+    turned.input = image;
+    pixels_weight_gradient<T>(turned, turned_grad, context);
+  }
+  if (args.grad_input != nullptr) {
+    turned.grad_input = image;
+    pixels_input_gradient<T>(turned, turned_grad, context);
+    transpose_all(static_cast<const T*>(image), s.n, s.h * s.w, s.c, static_cast<T*>(args.grad_input), context);
+  }
 }
 
 }  // namespace fastnn::FASTNN_ISA_NS

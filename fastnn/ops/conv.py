@@ -476,8 +476,12 @@ _FEW_PRODUCTS_POOLED = 640
 # A single image of windows deeper than this was ahead up to so many products per output channel: 3 x 3 windows of 512
 # channels at 7 x 7 pixels 1.25, at 14 x 14 0.92, at 28 x 28 0.81; of 64 channels at 224 x 224 1.10.
 _DEEP, _DEEP_WORK = 1024, 700_000
-# Pixels from which the weight gradient of a 1 x 1 convolution, a product of great depth, is slower than torch's.
-_MANY_PIXELS = 4096
+# The same behind which a pooling stands, without gradients: 256 channels at 56 x 56 pixels 0.94, 512 at 28 x 28 0.80.
+_DEEP_POOLED, _DEEP_WORK_POOLED = 2000, 2_000_000
+# On channels_last, channels and outputs from which pixels are rows of a matrix product, and pixels of all outputs up to
+# which that was ahead: 196 pixels 1.02 to 1.4, 49 pixels 1.25, 784 pixels 0.94; with gradients 784 pixels 1.0 to 1.5.
+_CHANNELS_BY_PIXELS = 24
+_FEW_PIXELS, _FEW_PIXELS_WITH_GRADIENTS = 256, 900
 
 
 def _slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
@@ -491,10 +495,16 @@ def _slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilat
         if _is_emulated(input):
             return None
         if kernel_h == kernel_w == stride_h == stride_w == 1 and padding_h == padding_w == 0:
-            # A matrix product.
-            if _wants_gradients(input, weight) and input.numel() >= _MANY_PIXELS * per_group:
-                return "torch is faster with gradients of so many pixels"
-            return None
+            return None  # a matrix product
+        if per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS:
+            n, _, height, width = input.shape
+            pixels = (
+                n
+                * _outputs(height, kernel_h, stride_h, padding_h, dilation_h)
+                * _outputs(width, kernel_w, stride_w, padding_w, dilation_w)
+            )
+            if pixels <= (_FEW_PIXELS_WITH_GRADIENTS if _wants_gradients(input, weight) else _FEW_PIXELS):
+                return None
         return "torch is faster on channels_last"
     if products <= _FEW_PRODUCTS or _is_emulated(input):
         return None
@@ -518,8 +528,12 @@ def _slower_pooled(input, weight, bias, *rest):
     if _is_channels_last(input):
         return _slower(input, weight, bias, *rest[:7])
     products = weight.shape[1] * weight.shape[2] * weight.shape[3]
-    if products > _FEW_PRODUCTS_POOLED and not _is_emulated(input) and _wants_gradients(input, weight):
+    if _is_emulated(input):
+        return None
+    if products > _FEW_PRODUCTS_POOLED and _wants_gradients(input, weight):
         return "torch is faster with gradients of so many channels"
+    if products > _DEEP_POOLED and products * input.shape[2] * input.shape[3] > _DEEP_WORK_POOLED:
+        return "torch is faster on large images of so many channels"
     return None
 
 
