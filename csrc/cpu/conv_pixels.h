@@ -1,8 +1,9 @@
 // Convolutions of channels_last images as matrix products whose rows are pixels.
 //
-// A pixel's row is what its window holds, tap by tap and channel by channel, as in im2col (Chellapilla, Puri and
-// Simard, 2006), but for one tile of pixels and one block of the depth at a time: it never leaves the first-level
-// cache. Channels lie side by side in the image, the weight and the result, so all of it is whole vectors.
+// A pixel's row is what its window holds, tap by tap and channel by channel, as in im2col (Chellapilla, Puri
+// and Simard, 2006), but for one tile of pixels and one block of the depth at a time: it never leaves the
+// first-level cache. Channels lie side by side in the image, the weight and the result, so all of it is whole
+// vectors.
 #pragma once
 
 #include <type_traits>
@@ -15,7 +16,8 @@
 
 namespace fastnn::FASTNN_ISA_NS {
 
-// Taps whose channels follow on one another in memory: `count` of them from (y, x) on, relative to the window.
+// Taps whose channels follow on one another in memory: `count` of them from (y, x) on, relative to the
+// window.
 struct Run {
   int64_t y, x, count;
 };
@@ -43,16 +45,17 @@ FASTNN_INLINE void copy_run(Out* to, const T* from, int64_t count) {
 // The windows of a batch of images, one for each row of a product.
 template <class T>
 struct Windows {
-  const T* image;                          // the first channel of the first pixel
-  int64_t height, width, pixel;            // of an image; elements from pixel to pixel
-  int64_t channels, padded;                // of a tap, and what it takes in a row: zeros follow
-  int64_t rows, columns;                   // windows of an image
+  const T* image;                            // the first channel of the first pixel
+  int64_t height, width, pixel;              // of an image; elements from pixel to pixel
+  int64_t channels, padded;                  // of a tap, and what it takes in a row: zeros follow
+  int64_t rows, columns;                     // windows of an image
   int64_t step_y, step_x, first_y, first_x;  // in pixels
   const Run* runs;                           // its taps, in order
 
   static constexpr int64_t kAtATime = 16;
 
-  // Elements [e0, e0 + count) of windows [i, i + number), `row` from one to the next; at most kAtATime windows.
+  // Elements [e0, e0 + count) of windows [i, i + number), `row` from one to the next; at most kAtATime
+  // windows.
   template <class Out>
   void gather(int64_t i, int64_t number, int64_t e0, int64_t count, Out* out, int64_t row) const {
     int64_t tops[kAtATime], lefts[kAtATime];
@@ -101,11 +104,13 @@ struct Windows {
   }
 };
 
-// Joins the taps (y, x) that lie side by side; without `join`, each stays alone. Returns how many runs there are.
+// Joins the taps (y, x) that lie side by side; without `join`, each stays alone. Returns how many runs there
+// are.
 inline int64_t join_runs(const Run* taps, int64_t count, bool join, Run* runs) {
   int64_t made = 0;
   for (int64_t t = 0; t < count; ++t) {
-    if (join && made > 0 && runs[made - 1].y == taps[t].y && runs[made - 1].x + runs[made - 1].count == taps[t].x) {
+    if (join && made > 0 && runs[made - 1].y == taps[t].y &&
+        runs[made - 1].x + runs[made - 1].count == taps[t].x) {
       ++runs[made - 1].count;
     } else {
       runs[made++] = {taps[t].y, taps[t].x, 1};
@@ -116,7 +121,8 @@ inline int64_t join_runs(const Run* taps, int64_t count, bool join, Run* runs) {
 
 // Each of n matrices of `rows` x `columns`, transposed: images from one layout to the other.
 template <class T>
-inline void transpose_all(const T* from, int64_t n, int64_t rows, int64_t columns, T* to, const Context& context) {
+inline void transpose_all(const T* from, int64_t n, int64_t rows, int64_t columns, T* to,
+                          const Context& context) {
   constexpr int64_t kAcross = 64;
   const int64_t blocks = ceil_div(columns, kAcross);
   context.for_each(n * blocks, workers_for(4.0 * n * rows * columns, context), [&](int64_t task, int) {
@@ -177,24 +183,26 @@ inline const T* weight_by_taps(const void* data, bool channels_last, const ConvS
 template <class T>
 using Gathered = std::conditional_t<Gemm<T>::kPerElem == 1, acc_t<T>, T>;
 
-// The product of the windows with a packed B: m windows by n columns, `elems` deep. `tiles` holds kTileElems for
-// each worker.
+// The product of the windows with a packed B: m windows by n columns, `elems` deep. `tiles` holds kTileElems
+// for each worker.
 template <class T, class PackOf>
-inline void windows_product(const Windows<T>& windows, int64_t m, int64_t n, int64_t elems, const Result<T>& to,
-                            const PackOf& pack, int64_t workers, typename Gemm<T>::Elem* tiles,
-                            Workspace<T>& space, const Context& context) {
+inline void windows_product(const Windows<T>& windows, int64_t m, int64_t n, int64_t elems,
+                            const Result<T>& to, const PackOf& pack, int64_t workers,
+                            typename Gemm<T>::Elem* tiles, Workspace<T>& space, const Context& context) {
   constexpr int kPer = Gemm<T>::kPerElem;
   gemm_blocks<T>(
       m, n, elems, false, to,
       [&](int worker, int64_t i, int rows, int64_t e0, int64_t count) {
         auto* tile = tiles + worker * kTileElems;
-        windows.gather(i, rows, e0 * kPer, count * kPer, reinterpret_cast<Gathered<T>*>(tile), kTileRow * kPer);
+        windows.gather(i, rows, e0 * kPer, count * kPer, reinterpret_cast<Gathered<T>*>(tile),
+                       kTileRow * kPer);
         return TileRows<T>{tile, kTileRow};
       },
       pack, workers, space, context);
 }
 
-// Whether pixels as rows are worth it: with few channels the gathering, with few outputs the rows cost too much.
+// Whether pixels as rows are worth it: with few channels the gathering, with few outputs the rows cost too
+// much.
 inline bool by_pixels(const ConvShape& s) {
   constexpr int64_t kFew = 24;
   return s.c / s.groups >= kFew && s.k / s.groups >= kFew;
@@ -221,8 +229,14 @@ class PixelsForward {
 
  public:
   PixelsForward(const ConvArgs& args, const Context& context)
-      : args_(args), context_(context), s_(args.shape), channels_(s_.c / s_.groups), outputs_(s_.k / s_.groups),
-        taps_(s_.kh * s_.kw), padded_(round_up(channels_, kPer)), depth_(taps_ * padded_),
+      : args_(args),
+        context_(context),
+        s_(args.shape),
+        channels_(s_.c / s_.groups),
+        outputs_(s_.k / s_.groups),
+        taps_(s_.kh * s_.kw),
+        padded_(round_up(channels_, kPer)),
+        depth_(taps_ * padded_),
         workers_(workers_for(2.0 * s_.n * s_.oh * s_.ow * s_.k * (depth_ + 8), context)) {
     auto* places = context.scratch<Run>(taps_);
     runs_ = context.scratch<Run>(taps_);
@@ -236,25 +250,16 @@ class PixelsForward {
   void operator()(int64_t n, int64_t images, int64_t row, int64_t rows, T* out) {
     const T* image = static_cast<const T*>(args_.input) + n * s_.h * s_.w * s_.c;
     for (int64_t g = 0; g < s_.groups; ++g) {
-      const Windows<T> windows{image + g * channels_,
-                               s_.h,
-                               s_.w,
-                               s_.c,
-                               channels_,
-                               padded_,
-                               rows,
-                               s_.ow,
-                               s_.sh,
-                               s_.sw,
-                               row * s_.sh - s_.ph,
-                               -s_.pw,
-                               runs_};
+      const Windows<T> windows{
+          image + g * channels_, s_.h,   s_.w, s_.c, channels_, padded_, rows, s_.ow, s_.sh, s_.sw,
+          row * s_.sh - s_.ph,   -s_.pw, runs_};
       const T* bias = args_.bias != nullptr ? static_cast<const T*>(args_.bias) + g * outputs_ : nullptr;
       windows_product<T>(
-          windows, images * rows * s_.ow, outputs_, depth_ / kPer, {out + g * outputs_, s_.k, bias, args_.relu},
+          windows, images * rows * s_.ow, outputs_, depth_ / kPer,
+          {out + g * outputs_, s_.k, bias, args_.relu},
           [&](int64_t e0, int64_t count, int64_t j0, int64_t columns, Elem* to, int64_t panel) {
-            pack_b_block<T>(weight_ + (g * outputs_ + j0) * depth_ + e0 * kPer, 1, depth_, count * kPer, columns,
-                            to, panel);
+            pack_b_block<T>(weight_ + (g * outputs_ + j0) * depth_ + e0 * kPer, 1, depth_, count * kPer,
+                            columns, to, panel);
           },
           workers_, tiles_, space_, context_);
     }
@@ -269,9 +274,11 @@ inline void pixels_forward(const ConvArgs& args, const Context& context) {
   if (pool == nullptr) return convolve(0, s.n, 0, s.oh, static_cast<T*>(args.output));
   // Whole images, or bands of one, whose rows stay in the cache until they are pooled.
   constexpr int64_t kBytes = int64_t{1} << 20, kPixels = 1024;
-  const int64_t most = max_of(kPixels, kBytes / (s.k * static_cast<int64_t>(sizeof(T)))), pixels = s.oh * s.ow;
+  const int64_t most = max_of(kPixels, kBytes / (s.k * static_cast<int64_t>(sizeof(T)))),
+                pixels = s.oh * s.ow;
   const int64_t images = max_of(1, min_of(s.n, most / pixels));
-  const int64_t bands = images > 1 ? 1 : min_of(pool->oh, ceil_div(pixels, most)), units = ceil_div(pool->oh, bands);
+  const int64_t bands = images > 1 ? 1 : min_of(pool->oh, ceil_div(pixels, most)),
+                units = ceil_div(pool->oh, bands);
   const int64_t conv_rows = min_of(s.oh, (units - 1) * pool->sh + pool->kh);
   T* y = context.scratch<T>(images * conv_rows * s.ow * s.k);
   const int64_t workers = workers_for(8.0 * images * conv_rows * s.ow * s.k, context);
@@ -279,23 +286,23 @@ inline void pixels_forward(const ConvArgs& args, const Context& context) {
     const int64_t here = min_of(images, s.n - n);
     for (int64_t u = 0; u < pool->oh; u += units) {
       const int64_t count = min_of(units, pool->oh - u), top = u * pool->sh - pool->ph;
-      const int64_t row0 = max_of(0, top), row1 = max_of(row0, min_of(s.oh, top + (count - 1) * pool->sh + pool->kh));
+      const int64_t row0 = max_of(0, top),
+                    row1 = max_of(row0, min_of(s.oh, top + (count - 1) * pool->sh + pool->kh));
       convolve(n, here, row0, row1 - row0, y);
       const int64_t at = (n * pool->oh + u) * pool->ow * s.k;
       auto* output = static_cast<T*>(args.output) + at;
       uint8_t* locations = args.locations != nullptr ? args.locations + at : nullptr;
-      FASTNN_ISA_NS::max_pool_forward(
-          {args.dtype,
-           {here,
-            s.k,
-            {row1 - row0, count, pool->kh, pool->sh, row0 - top, 1, false},
-            {s.ow, pool->ow, pool->kw, pool->sw, pool->pw, 1, false},
-            true},
-           y,
-           output,
-           locations,
-           nullptr},
-          context);
+      FASTNN_ISA_NS::max_pool_forward({args.dtype,
+                                       {here,
+                                        s.k,
+                                        {row1 - row0, count, pool->kh, pool->sh, row0 - top, 1, false},
+                                        {s.ow, pool->ow, pool->kw, pool->sw, pool->pw, 1, false},
+                                        true},
+                                       y,
+                                       output,
+                                       locations,
+                                       nullptr},
+                                      context);
       if (locations == nullptr) continue;
       // No gradient passes where the ReLU gave 0.
       const int64_t row = pool->ow * s.k;
@@ -328,7 +335,8 @@ inline void pixels_input_gradient(const ConvBackwardArgs& args, const T* grad, c
   const bool phases = s.sh * s.sw > 1;
   const int64_t most = ceil_div(s.h, s.sh) * ceil_div(s.w, s.sw);
   const int64_t images =
-      phases ? max_of(1, min_of(s.n, kPackedBytes / max_of(1, most * channels * static_cast<int64_t>(sizeof(T)))))
+      phases ? max_of(1, min_of(s.n,
+                                kPackedBytes / max_of(1, most * channels * static_cast<int64_t>(sizeof(T)))))
              : s.n;
   T* part = phases ? context.scratch<T>(images * most * channels) : nullptr;
   auto* result = static_cast<T*>(args.grad_input);
@@ -362,7 +370,7 @@ inline void pixels_input_gradient(const ConvBackwardArgs& args, const T* grad, c
                                    1,
                                    0,
                                    0,
-                                         runs};
+                                   runs};
           T* image = result + n * s.h * s.w * s.c + g * channels;
           windows_product<T>(
               windows, m, channels, count * padded / kPer,
@@ -452,7 +460,8 @@ inline void pixels_weight_gradient(const ConvBackwardArgs& args, const T* grad, 
   });
 }
 
-// The gradients of images in torch's default layout, by way of channels_last copies. grad: of the convolution's output.
+// The gradients of images in torch's default layout, by way of channels_last copies. grad: of the
+// convolution's output.
 template <class T>
 inline void turned_gradients(const ConvBackwardArgs& args, const T* grad, const Context& context) {
   const ConvShape& s = args.shape;
@@ -469,7 +478,8 @@ inline void turned_gradients(const ConvBackwardArgs& args, const T* grad, const 
   if (args.grad_input != nullptr) {
     turned.grad_input = image;
     pixels_input_gradient<T>(turned, turned_grad, context);
-    transpose_all(static_cast<const T*>(image), s.n, s.h * s.w, s.c, static_cast<T*>(args.grad_input), context);
+    transpose_all(static_cast<const T*>(image), s.n, s.h * s.w, s.c, static_cast<T*>(args.grad_input),
+                  context);
   }
 }
 

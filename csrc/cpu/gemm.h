@@ -67,7 +67,8 @@ FASTNN_INLINE void gemm_tile(const TileRows<T>& a, const typename Gemm<T>::Elem*
         }
         tile.clear();
       }
-      tile.template multiply<true>(min_of(kTileChain, elems - p), a.data + p, a.row, 1, b + p * kNR<T>, kNR<T>);
+      tile.template multiply<true>(min_of(kTileChain, elems - p), a.data + p, a.row, 1, b + p * kNR<T>,
+                                   kNR<T>);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
@@ -98,7 +99,8 @@ inline bool rows_in_place(const GemmArgs<T>& g) {
   return sizeof(T) == sizeof(acc_t<T>) && g.a_k == 1 && g.a_m * static_cast<int64_t>(sizeof(T)) % 2048 != 0;
 }
 
-// `rows` x `columns` in as many parts as `workers` share out well: parts of rows, and blocks of `wide` panels.
+// `rows` x `columns` in as many parts as `workers` share out well: parts of rows, and blocks of `wide`
+// panels.
 struct Shares {
   int64_t wide, blocks, parts;
 
@@ -107,8 +109,7 @@ struct Shares {
     parts = ceil_div(rows, most_rows);
     // Each part packs its blocks of B again, so it has 8 tiles of rows at least.
     const int64_t wanted = workers > 1 ? 3 * workers : 1;
-    if (blocks * parts < wanted)
-      parts = max_of(parts, min_of(ceil_div(wanted, blocks), rows / (8 * kMR)));
+    if (blocks * parts < wanted) parts = max_of(parts, min_of(ceil_div(wanted, blocks), rows / (8 * kMR)));
     if (blocks * parts < wanted) blocks = min_of(panels, ceil_div(wanted, parts));
     wide = ceil_div(panels, blocks);
     blocks = ceil_div(panels, wide);
@@ -120,14 +121,15 @@ inline int64_t part_start(int64_t i, int64_t count, int64_t parts) {
   return i * (count / parts) + min_of(i, count % parts);
 }
 
-// What rows of A take where they are gathered: an odd number of cache lines each, so rows do not share cache sets.
+// What rows of A take where they are gathered: an odd number of cache lines each, so rows do not share cache
+// sets.
 inline constexpr int64_t kTileRow = kMostDepth + 16, kTileElems = kMR * kTileRow;
-// Up to so many columns, a few blocks, rows that cannot be read where they lie are packed again for each block, a
-// tile at a time; for more, once and beforehand.
+// Up to so many columns, a few blocks, rows that cannot be read where they lie are packed again for each
+// block, a tile at a time; for more, once and beforehand.
 inline constexpr int64_t kTilesMost = 512;
 
-// Where a product goes, and whether this is all of its depth: what was `begun` is added to, and only when `done`
-// come bias and ReLU.
+// Where a product goes, and whether this is all of its depth: what was `begun` is added to, and only when
+// `done` come bias and ReLU.
 template <class T>
 struct Result {
   T* c;
@@ -184,7 +186,9 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
     bias = space.bias.get(panels * kWidth, context);
     for (int64_t j = 0; j < panels * kWidth; ++j) bias[j] = j < n ? to_acc(to.bias[j]) : A(0);
   }
-  const int64_t sums_row = own_sums ? shares.wide * kWidth : to.sums != nullptr ? to.sums_m : to.c_m,
+  const int64_t sums_row = own_sums             ? shares.wide * kWidth
+                           : to.sums != nullptr ? to.sums_m
+                                                : to.c_m,
                 sums_size = own_sums ? ceil_div(m, shares.parts) * sums_row : 0;
   A* sums_memory = own_sums ? space.sums.get(workers * sums_size, context) : nullptr;
   context.for_each(shares.blocks * shares.parts, workers, [&](int64_t task, int worker) {
@@ -213,10 +217,11 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
           const int64_t j = p * kWidth;
           const Epilogue<T> last{bias != nullptr ? bias + j0 + j : nullptr, to.relu};
           A* s = sums != nullptr ? sums + i * sums_row + j : nullptr;
-          gemm_tile_rows<T>(count, static_cast<int>(min_of(kWidth, columns - j)), from, static_cast<const Elem*>(block + p * panel_size), here,
+          gemm_tile_rows<T>(count, static_cast<int>(min_of(kWidth, columns - j)), from,
+                            static_cast<const Elem*>(block + p * panel_size), here,
                             d > 0 || to.begun ? static_cast<const A*>(s) : nullptr, sums_row,
-                            d == depths - 1 && to.done ? &last : nullptr, s, to.c + (i0 + i) * to.c_m + j0 + j,
-                            to.c_m);
+                            d == depths - 1 && to.done ? &last : nullptr, s,
+                            to.c + (i0 + i) * to.c_m + j0 + j, to.c_m);
         }
       }
     }
@@ -230,10 +235,12 @@ inline void packed_rows(int64_t m, int64_t n, int64_t elems, bool narrow, Result
                         const PackRows& pack_rows, const PackOf& b, int64_t workers, const Context& context) {
   using A = acc_t<T>;
   using Elem = typename Gemm<T>::Elem;
-  const int64_t parts = max_of(1, ceil_div(elems, kPackedDepth)), depth = round_up(ceil_div(elems, parts), 16);
+  const int64_t parts = max_of(1, ceil_div(elems, kPackedDepth)),
+                depth = round_up(ceil_div(elems, parts), 16);
   // An odd number of cache lines: rows do not share cache sets.
   const int64_t row = round_up(max_of(depth, 1), 32) + 16;
-  const int64_t chunks = ceil_div(m, max_of(kPanelMost, kPackedBytes / (row * static_cast<int64_t>(sizeof(Elem)))));
+  const int64_t chunks =
+      ceil_div(m, max_of(kPanelMost, kPackedBytes / (row * static_cast<int64_t>(sizeof(Elem)))));
   Elem* packed = context.scratch<Elem>(ceil_div(m, chunks) * row);
   if (parts > 1 && sizeof(T) < sizeof(A)) {
     to.sums = context.scratch<A>(ceil_div(m, chunks) * n);
@@ -247,11 +254,11 @@ inline void packed_rows(int64_t m, int64_t n, int64_t elems, bool narrow, Result
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t from = part * depth, count = max_of(0, min_of(depth, elems - from));
       constexpr int64_t kRowsAtATime = 16;
-      context.for_each(ceil_div(rows, kRowsAtATime), workers_for(8.0 * rows * count, context),
-                       [&](int64_t task, int) {
-                         const int64_t i = task * kRowsAtATime;
-                         pack_rows(first + i, min_of(kRowsAtATime, rows - i), from, count, packed + i * row, row);
-                       });
+      context.for_each(
+          ceil_div(rows, kRowsAtATime), workers_for(8.0 * rows * count, context), [&](int64_t task, int) {
+            const int64_t i = task * kRowsAtATime;
+            pack_rows(first + i, min_of(kRowsAtATime, rows - i), from, count, packed + i * row, row);
+          });
       here.begun = part > 0;
       here.done = part == parts - 1;
       gemm_blocks<T>(
@@ -282,9 +289,7 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
       Workspace<T> space;
       return gemm_blocks<T>(
           g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu},
-          [&](int, int64_t i, int, int64_t e0, int64_t) {
-            return TileRows<T>{g.a + i * g.a_m + e0, g.a_m};
-          },
+          [&](int, int64_t i, int, int64_t e0, int64_t) { return TileRows<T>{g.a + i * g.a_m + e0, g.a_m}; },
           pack, workers, space, context);
     }
   }
@@ -301,12 +306,13 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
         },
         pack, workers, space, context);
   }
-  packed_rows<T>(g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu},
-                 [&](int64_t i, int64_t rows, int64_t e0, int64_t count, Elem* out, int64_t row) {
-                   pack_a<T>(g.a + i * g.a_m + e0 * kPer * g.a_k, g.a_m, g.a_k, rows,
-                             min_of(count * kPer, g.k - e0 * kPer), out, row);
-                 },
-                 pack, workers, context);
+  packed_rows<T>(
+      g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu},
+      [&](int64_t i, int64_t rows, int64_t e0, int64_t count, Elem* out, int64_t row) {
+        pack_a<T>(g.a + i * g.a_m + e0 * kPer * g.a_k, g.a_m, g.a_k, rows,
+                  min_of(count * kPer, g.k - e0 * kPer), out, row);
+      },
+      pack, workers, context);
 }
 
 // ---- few rows ----
