@@ -59,57 +59,65 @@ inline void mask_planes(const ConvBackwardArgs& args, T* masked, int64_t workers
   });
 }
 
-// Spreads the gradient of the pooling to the places of the maxima; the others get 0.
+// Spreads the gradient of the pooling to the places of the maxima; the others get 0. [n, k, oh, ow]: a task
+// owns a channel and goes through the images in order.
 template <class T>
-inline void unpool(const ConvBackwardArgs& args, T* spread, int64_t workers, const Context& context) {
+inline void unpool_planes(const ConvBackwardArgs& args, T* spread, int64_t workers, const Context& context) {
   using A = acc_t<T>;
-  using V = Vec<A>;
   const ConvShape& s = args.shape;
   const ConvPool& pool = *args.pool;
-  const int64_t pixels = s.oh * s.ow, y_row = round_up(pixels, V::size) + V::size;
-  const int64_t block = args.channels_last ? 16 : 1, blocks = ceil_div(s.k, block);
-  const int64_t size = block * y_row;
-  A* memory = context.scratch<A>(workers * size);
-  const auto* grad = static_cast<const T*>(args.grad);
-  // A task owns its channels and goes through the images in order.
-  context.for_each(blocks, workers, [&](int64_t task, int worker) {
-    const int64_t k0 = task * block, channels = min_of(block, s.k - k0);
-    A* y = memory + worker * size;
-    A total[16] = {};
+  const int64_t pixels = s.oh * s.ow, pooled = pool.oh * pool.ow;
+  A* memory = context.scratch<A>(workers * pixels);
+  context.for_each(s.k, workers, [&](int64_t k, int worker) {
+    A* y = memory + worker * pixels;
+    A total = 0;
     for (int64_t n = 0; n < s.n; ++n) {
-      clear_plane(y, size);
-      const int64_t image = n * s.k * pool.oh * pool.ow;
-      const int64_t channel_step = args.channels_last ? 1 : pool.oh * pool.ow,
-                    pixel_step = args.channels_last ? s.k : 1;
-      for (int64_t c = 0; c < channels; ++c) {
-        const T* from = grad + image + (k0 + c) * channel_step;
-        const uint8_t* location = args.locations + image + (k0 + c) * channel_step;
-        A sum = 0;
-        for (int64_t p = 0; p < pool.oh; ++p) {
-          A row_sum = 0;
-          for (int64_t q = 0; q < pool.ow; ++q) {
-            const int64_t at = (p * pool.ow + q) * pixel_step;
-            const int64_t place = location[at];
-            if (place == kNoLocation) continue;
-            const int64_t row = p * pool.sh - pool.ph + place / pool.kw,
-                          column = q * pool.sw - pool.pw + place % pool.kw;
-            if (row < 0 || row >= s.oh || column < 0 || column >= s.ow)
-              continue;  // not written by the forward pass
-            const A x = to_acc(from[at]);
-            y[c * y_row + row * s.ow + column] += x;
-            row_sum += x;
-          }
-          sum += row_sum;
+      clear_plane(y, pixels);
+      const T* from = static_cast<const T*>(args.grad) + (n * s.k + k) * pooled;
+      const uint8_t* location = args.locations + (n * s.k + k) * pooled;
+      A sum = 0;
+      for (int64_t p = 0; p < pool.oh; ++p) {
+        A row_sum = 0;
+        for (int64_t q = 0; q < pool.ow; ++q, ++from, ++location) {
+          const int64_t place = *location;
+          if (place == kNoLocation) continue;
+          const int64_t row = p * pool.sh - pool.ph + place / pool.kw,
+                        column = q * pool.sw - pool.pw + place % pool.kw;
+          if (row < 0 || row >= s.oh || column < 0 || column >= s.ow)
+            continue;  // not written by the forward pass
+          const A x = to_acc(*from);
+          y[row * s.ow + column] += x;
+          row_sum += x;
         }
-        total[c] += sum;
+        sum += row_sum;
       }
-      T* output = spread + n * s.k * pixels;
-      const Target<T> to =
-          args.channels_last ? Target<T>{output, 1, s.ow * s.k, s.k} : Target<T>{output, pixels, s.ow, 1};
-      drain(to, k0, static_cast<int>(channels), 0, s.oh, s.ow, y, y_row, s.ow);
+      total += sum;
+      store_run(spread + (n * s.k + k) * pixels, y, pixels);
     }
-    for (int64_t c = 0; c < channels; ++c) store_bias<T>(args, k0 + c, total[c]);
+    store_bias<T>(args, k, total);
   });
+}
+
+// The same of channels_last images.
+template <class T>
+inline void unpool_pixels(const ConvBackwardArgs& args, T* spread, const Context& context) {
+  const ConvShape& s = args.shape;
+  const ConvPool& pool = *args.pool;
+  // A location beyond the window, kNoLocation, is nowhere.
+  FASTNN_ISA_NS::max_pool_backward({args.dtype,
+                                    {s.n,
+                                     s.k,
+                                     {s.oh, pool.oh, pool.kh, pool.sh, pool.ph, 1, false},
+                                     {s.ow, pool.ow, pool.kw, pool.sw, pool.pw, 1, false},
+                                     true},
+                                    args.grad,
+                                    args.locations,
+                                    nullptr,
+                                    spread},
+                                   context);
+  if (args.grad_bias == nullptr) return;
+  mask_and_sum<T, false, true>(s.n * s.oh * s.ow, s.k, spread, nullptr, nullptr,
+                               static_cast<T*>(args.grad_bias), context);
 }
 
 // The dense gradient of the convolution's output, and the bias gradient on the way.
@@ -119,29 +127,13 @@ inline const T* output_gradient(const ConvBackwardArgs& args, const Context& con
   const int64_t count = s.n * s.k * s.oh * s.ow;
   const int64_t workers = workers_for(8.0 * count, context);
   const auto* grad = static_cast<const T*>(args.grad);
-  if (args.pool != nullptr && args.channels_last) {
-    const ConvPool& pool = *args.pool;
-    T* spread = context.scratch<T>(count);
-    // A location beyond the window, kNoLocation, is nowhere.
-    FASTNN_ISA_NS::max_pool_backward({args.dtype,
-                                      {s.n,
-                                       s.k,
-                                       {s.oh, pool.oh, pool.kh, pool.sh, pool.ph, 1, false},
-                                       {s.ow, pool.ow, pool.kw, pool.sw, pool.pw, 1, false},
-                                       true},
-                                      args.grad,
-                                      args.locations,
-                                      nullptr,
-                                      spread},
-                                     context);
-    if (args.grad_bias != nullptr)
-      mask_and_sum<T, false, true>(s.n * s.oh * s.ow, s.k, spread, nullptr, nullptr,
-                                   static_cast<T*>(args.grad_bias), context);
-    return spread;
-  }
   if (args.pool != nullptr) {
     T* spread = context.scratch<T>(count);
-    unpool(args, spread, workers, context);
+    if (args.channels_last) {
+      unpool_pixels<T>(args, spread, context);
+    } else {
+      unpool_planes<T>(args, spread, workers, context);
+    }
     return spread;
   }
   if (args.output == nullptr && args.grad_bias == nullptr) return grad;

@@ -169,6 +169,7 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
                         const Context& context) {
   using A = acc_t<T>;
   using Elem = typename Gemm<T>::Elem;
+  if (m == 0 || n == 0) return;
   constexpr int kWidth = kNR<T>;
   // Sums between depths: kept in C itself where it is as precise.
   constexpr bool kInPlace = sizeof(T) == sizeof(A);
@@ -178,7 +179,7 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
   const int64_t most_wide =
       narrow ? 1 : max_of(1, kBlockBytes / (depth * kWidth * static_cast<int64_t>(sizeof(Elem))));
   const bool own_sums = !kInPlace && depths > 1 && to.sums == nullptr;
-  const Shares shares(m, panels, most_wide, own_sums ? kSplitRows : max_of(m, 1), workers);
+  const Shares shares(m, panels, most_wide, own_sums ? kSplitRows : m, workers);
   const int64_t panel_size = depth * kWidth, block_size = shares.wide * panel_size;
   Elem* packed = space.block.get(workers * block_size, context);
   A* bias = nullptr;
