@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [run|list|compare|page]``."""
+"""The command line: ``python -m benchmarks [run|list|compare|goals|page]``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from benchmarks import cases, compare, limits, memory, modules, peers, report, runner, stored, training
+from benchmarks import cases, compare, goals, limits, memory, modules, peers, report, runner, stored, training
 from benchmarks.record import Record, environment
 
 # Seconds: all training, all ops, and one row of the ops at most. None is no limit.
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measures fastnn against stock PyTorch."
     )
-    commands = parser.add_subparsers(dest="command", metavar="{run,list,compare,page}")
+    commands = parser.add_subparsers(dest="command", metavar="{run,list,compare,goals,page}")
     for name, text in (
         ("run", "measure, print tables, write JSON, plots and a page (the default)"),
         ("list", "show the cases"),
@@ -74,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
             action="store_true",
             help="fastnn takes its own kernels also where it would leave a call to torch",
         )
+        command.add_argument(
+            "--goals", action="store_true", help="the cases of the kernels' goals instead, and which are met"
+        )
         size = command.add_mutually_exclusive_group()
         size.add_argument("--quick", action="store_true", help="a selection, within 2 minutes")
         size.add_argument("--full", action="store_true", help="no limit of time (by default 10 minutes)")
@@ -100,6 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "--rival", default=compare.RIVAL, help="whose time over fastnn's is compared (default: %(default)s)"
     )
+    text = "which of the kernels' goals a result meets (`run --goals` measures their cases)"
+    command = commands.add_parser("goals", help=text, description=text)
+    command.add_argument("result", type=Path, help="a results.json, or the folder of one")
+    command.add_argument("--markdown", action="store_true", help="as a table for a document")
     text = "draw a stored result anew: the HTML page"
     command = commands.add_parser("page", help=text, description=text)
     command.add_argument("result", type=Path, help="a results.json, or the folder of one")
@@ -114,10 +121,14 @@ def main(argv: list[str] | None = None) -> int:
             return _compare(args, console)
         if args.command == "page":
             return _page(args, console)
+        if args.command == "goals":
+            return _goals(args, console)
         if args.input and not args.module:
             raise cases.UnknownFilter("--input is for --module")
         chosen, nets = choose(args)
-        contenders = peers.select_peers(args.peer, args.device)
+        # The goals are ratios over stock.
+        wanted = args.peer or ([goals.RIVAL] if args.goals else [])
+        contenders = peers.select_peers(wanted, args.device)
     except (cases.UnknownFilter, modules.UnusableModule, stored.UnreadableResult) as error:
         console.print(escape(str(error)), style="bold", highlight=False, soft_wrap=True)
         return 2
@@ -137,6 +148,19 @@ def _compare(args, console) -> int:
     found = compare.compare(before, after, tolerance=args.tolerance, rival=args.rival)
     compare.print_comparison(found, console)
     return 1 if found.regressions else 0
+
+
+def _goals(args, console) -> int:
+    record = stored.load(args.result)
+    if not goals.standings(record):
+        raise stored.UnreadableResult(
+            f"{args.result} has no case of a goal: `python -m benchmarks run --goals` measures them"
+        )
+    if args.markdown:
+        print(goals.markdown(record))
+    else:
+        console.print(goals.table(record))
+    return 0
 
 
 def _page(args, console) -> int:
@@ -167,6 +191,11 @@ def choose(args) -> tuple[list[cases.Case], list[str]]:
             raise modules.UnusableModule("--module needs --input, such as --input 8x3x224x224")
         cases.refuse_unknown("direction", args.direction, cases.DIRECTIONS)
         return modules.cases(args.module, args.input, args.direction), []
+    if args.goals:
+        if args.device != "cpu":
+            raise cases.UnknownFilter("--goals are the CPU kernels': leave --device out")
+        cases.refuse_unknown("family", args.family, cases.FAMILIES)
+        return cases.select(goals.all_cases(), args.family, args.dtype, args.filter, args.direction), []
     cases.refuse_unknown("family", args.family, (*cases.FAMILIES, TRAINING))
     cases.refuse_unknown("dtype", args.dtype, cases.DTYPES)
     families = [f for f in args.family if f != TRAINING]
@@ -219,6 +248,8 @@ def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None)
         from fastnn.ops import _declare
 
         settings["prefer_kernels"] = _declare.prefer_kernels = True
+    if args.goals:
+        settings["goals"] = True
     if args.module:
         settings |= {"module": args.module, "input": args.input}
     record = Record(settings, environment(), {p.name: p.title for p in contenders})
@@ -271,6 +302,8 @@ def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None)
         )
     record.settings["seconds"] = round(time.perf_counter() - start, 1)
     report.print_record(record, console)
+    if args.goals:
+        console.print(goals.table(record.as_json()))
     save()
     if folder is not None and trouble is None:
         try:

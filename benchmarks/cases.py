@@ -179,26 +179,26 @@ def _make(spec: Input, generator: torch.Generator) -> torch.Tensor:
     return t / math.sqrt(math.prod(spec.shape[1:])) if spec.kind == "weight" else t
 
 
-def _weighted(family, op, origin, x, w, *, quick=False, stem=False, bias=True, **options) -> Workload:
+def weighted(family, op, origin, x, w, *, quick=False, stem=False, bias=True, **options) -> Workload:
     inputs = [Input(x, grad=not stem), Input(w, "weight")]
     if bias:
         inputs.append(Input(w[:1], "bias"))
     return Workload(family, op, origin, tuple(inputs), options, quick)
 
 
-def _conv(op, origin, x, w, **options) -> Workload:
-    return _weighted("conv", op, origin, x, w, **options)
+def conv(op, origin, x, w, **options) -> Workload:
+    return weighted("conv", op, origin, x, w, **options)
 
 
-def _linear(op, origin, x, w, **options) -> Workload:
-    return _weighted("linear", op, origin, x, w, **options)
+def linear(op, origin, x, w, **options) -> Workload:
+    return weighted("linear", op, origin, x, w, **options)
 
 
-def _pool(op, origin, x, quick=False, **options) -> Workload:
+def pool(op, origin, x, quick=False, **options) -> Workload:
     return Workload("pool", op, origin, (Input(x),), options, quick)
 
 
-def _sdpa(origin, q, mask=None, quick=False, **options) -> Workload:
+def sdpa(origin, q, mask=None, quick=False, **options) -> Workload:
     inputs = (Input(q),) * 3
     if mask is not None:
         inputs += (mask,)
@@ -208,13 +208,13 @@ def _sdpa(origin, q, mask=None, quick=False, **options) -> Workload:
 # `stem`: the first layer of a network, whose input needs no gradient. The small CNN, the MLP and the text transformer
 # are those of examples/.
 WORKLOADS: tuple[Workload, ...] = (
-    _conv("conv2d_relu_max_pool2d", "small CNN, conv1", (64, 3, 32, 32), (6, 3, 5, 5), stem=True, quick=True),
-    _conv("conv2d_relu_max_pool2d", "small CNN, conv2", (64, 6, 14, 14), (16, 6, 5, 5), quick=True),
-    _conv("conv2d", "small CNN, conv1", (64, 3, 32, 32), (6, 3, 5, 5), stem=True),
-    _conv("conv2d_relu", "VGG-16, conv1", (1, 3, 224, 224), (64, 3, 3, 3), stem=True, padding=1),
-    _conv("conv2d_relu_max_pool2d", "VGG-16, conv2", (1, 64, 224, 224), (64, 64, 3, 3), padding=1),
-    _conv("conv2d_relu", "VGG-16, conv11", (1, 512, 14, 14), (512, 512, 3, 3), padding=1),
-    _conv(
+    conv("conv2d_relu_max_pool2d", "small CNN, conv1", (64, 3, 32, 32), (6, 3, 5, 5), stem=True, quick=True),
+    conv("conv2d_relu_max_pool2d", "small CNN, conv2", (64, 6, 14, 14), (16, 6, 5, 5), quick=True),
+    conv("conv2d", "small CNN, conv1", (64, 3, 32, 32), (6, 3, 5, 5), stem=True),
+    conv("conv2d_relu", "VGG-16, conv1", (1, 3, 224, 224), (64, 3, 3, 3), stem=True, padding=1),
+    conv("conv2d_relu_max_pool2d", "VGG-16, conv2", (1, 64, 224, 224), (64, 64, 3, 3), padding=1),
+    conv("conv2d_relu", "VGG-16, conv11", (1, 512, 14, 14), (512, 512, 3, 3), padding=1),
+    conv(
         "conv2d_relu_max_pool2d",
         "ResNet-50, stem",
         (1, 3, 224, 224),
@@ -226,37 +226,37 @@ WORKLOADS: tuple[Workload, ...] = (
         pool_stride=2,
         pool_padding=1,
     ),
-    _conv(
+    conv(
         "conv2d", "ResNet-50, 3x3 at 56", (8, 64, 56, 56), (64, 64, 3, 3), padding=1, bias=False, quick=True
     ),
-    _conv("conv2d_relu", "ResNet-50, 3x3 at 14", (8, 256, 14, 14), (256, 256, 3, 3), padding=1),
-    _conv("conv2d", "ResNet-50, 3x3/2", (8, 128, 56, 56), (128, 128, 3, 3), stride=2, padding=1, bias=False),
-    _conv("conv2d_relu", "ResNet-50, 1x1 at 56", (8, 256, 56, 56), (64, 256, 1, 1), quick=True),
-    _conv("conv2d", "ResNet-50, 1x1 at 7", (8, 2048, 7, 7), (512, 2048, 1, 1), bias=False),
-    _conv("conv2d_relu", "MobileNetV2, depthwise", (8, 144, 56, 56), (144, 1, 3, 3), padding=1, groups=144),
-    _conv("conv1d", "Whisper-tiny, conv1", (1, 80, 3000), (384, 80, 3), stem=True, padding=1),
-    _conv("conv1d", "Whisper-tiny, conv2", (1, 384, 3000), (384, 384, 3), stride=2, padding=1),
-    _pool("max_pool2d", "small CNN, pool1", (64, 6, 28, 28), kernel_size=2, quick=True),
-    _pool("max_pool2d", "VGG-16, pool1", (1, 64, 224, 224), kernel_size=2),
-    _pool("max_pool2d", "ResNet-50, stem", (8, 64, 112, 112), kernel_size=3, stride=2, padding=1, quick=True),
-    _pool("avg_pool2d", "DenseNet-121, transition", (8, 128, 56, 56), kernel_size=2, quick=True),
-    _pool("adaptive_avg_pool2d", "ResNet-50, head", (8, 2048, 7, 7), output_size=1),
-    _pool("adaptive_avg_pool2d", "AlexNet, head", (8, 256, 13, 13), output_size=(6, 6)),
-    _pool("adaptive_max_pool2d", "ResNet-50, head", (8, 2048, 7, 7), output_size=1),
-    _linear("linear_relu", "MLP, fc1", (64, 784), (128, 784), stem=True, quick=True),
-    _linear("linear", "MLP, fc2", (64, 128), (10, 128)),
-    _linear("linear_relu", "small CNN, fc1", (64, 400), (120, 400)),
-    _linear("linear_relu", "text transformer, FFN", (32, 64, 128), (256, 128)),
-    _linear("linear_relu", "VGG-16, fc7", (8, 4096), (4096, 4096)),
-    _linear("linear", "ResNet-50, fc", (8, 2048), (1000, 2048)),
-    _linear("linear", "ViT-B/16, FFN up", (1, 197, 768), (3072, 768)),
-    _linear("linear", "BERT-base, FFN down", (8, 128, 3072), (768, 3072), quick=True),
-    _sdpa("text transformer", (32, 2, 64, 64), is_causal=True, quick=True),
-    _sdpa("ViT-B/16", (1, 12, 197, 64), quick=True),
-    _sdpa("BERT-base", (1, 12, 512, 64)),
-    _sdpa("BERT-base, batch of 8", (8, 12, 128, 64), Input((8, 1, 1, 128), "padding")),
-    _sdpa("BERT-base, relative bias", (1, 12, 512, 64), Input((1, 12, 512, 512), "additive", grad=False)),
-    _sdpa("GPT-2", (1, 12, 1024, 64), is_causal=True),
+    conv("conv2d_relu", "ResNet-50, 3x3 at 14", (8, 256, 14, 14), (256, 256, 3, 3), padding=1),
+    conv("conv2d", "ResNet-50, 3x3/2", (8, 128, 56, 56), (128, 128, 3, 3), stride=2, padding=1, bias=False),
+    conv("conv2d_relu", "ResNet-50, 1x1 at 56", (8, 256, 56, 56), (64, 256, 1, 1), quick=True),
+    conv("conv2d", "ResNet-50, 1x1 at 7", (8, 2048, 7, 7), (512, 2048, 1, 1), bias=False),
+    conv("conv2d_relu", "MobileNetV2, depthwise", (8, 144, 56, 56), (144, 1, 3, 3), padding=1, groups=144),
+    conv("conv1d", "Whisper-tiny, conv1", (1, 80, 3000), (384, 80, 3), stem=True, padding=1),
+    conv("conv1d", "Whisper-tiny, conv2", (1, 384, 3000), (384, 384, 3), stride=2, padding=1),
+    pool("max_pool2d", "small CNN, pool1", (64, 6, 28, 28), kernel_size=2, quick=True),
+    pool("max_pool2d", "VGG-16, pool1", (1, 64, 224, 224), kernel_size=2),
+    pool("max_pool2d", "ResNet-50, stem", (8, 64, 112, 112), kernel_size=3, stride=2, padding=1, quick=True),
+    pool("avg_pool2d", "DenseNet-121, transition", (8, 128, 56, 56), kernel_size=2, quick=True),
+    pool("adaptive_avg_pool2d", "ResNet-50, head", (8, 2048, 7, 7), output_size=1),
+    pool("adaptive_avg_pool2d", "AlexNet, head", (8, 256, 13, 13), output_size=(6, 6)),
+    pool("adaptive_max_pool2d", "ResNet-50, head", (8, 2048, 7, 7), output_size=1),
+    linear("linear_relu", "MLP, fc1", (64, 784), (128, 784), stem=True, quick=True),
+    linear("linear", "MLP, fc2", (64, 128), (10, 128)),
+    linear("linear_relu", "small CNN, fc1", (64, 400), (120, 400)),
+    linear("linear_relu", "text transformer, FFN", (32, 64, 128), (256, 128)),
+    linear("linear_relu", "VGG-16, fc7", (8, 4096), (4096, 4096)),
+    linear("linear", "ResNet-50, fc", (8, 2048), (1000, 2048)),
+    linear("linear", "ViT-B/16, FFN up", (1, 197, 768), (3072, 768)),
+    linear("linear", "BERT-base, FFN down", (8, 128, 3072), (768, 3072), quick=True),
+    sdpa("text transformer", (32, 2, 64, 64), is_causal=True, quick=True),
+    sdpa("ViT-B/16", (1, 12, 197, 64), quick=True),
+    sdpa("BERT-base", (1, 12, 512, 64)),
+    sdpa("BERT-base, batch of 8", (8, 12, 128, 64), Input((8, 1, 1, 128), "padding")),
+    sdpa("BERT-base, relative bias", (1, 12, 512, 64), Input((1, 12, 512, 512), "additive", grad=False)),
+    sdpa("GPT-2", (1, 12, 1024, 64), is_causal=True),
 )
 
 FAMILIES = tuple(dict.fromkeys(w.family for w in WORKLOADS))

@@ -57,6 +57,7 @@ def arguments(**given):
         "threads": None,
         "device": "cpu",
         "prefer_kernels": False,
+        "goals": False,
         "minutes": None,
     }
     return Namespace(**{**defaults, **given})

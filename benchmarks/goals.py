@@ -1,0 +1,264 @@
+"""What the kernels are to reach, and how stored results stand to it.
+
+A :class:`Goal` is a bound that each of its cases must reach: a ratio over stock PyTorch, or a share of the machine's
+measured limit. ``python -m benchmarks run --goals`` measures their cases, ``python -m benchmarks goals RESULT`` says which
+are met.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from benchmarks.cases import Case, Input, Workload, conv, linear, pool, sdpa
+
+RIVAL = "eager"
+SPEEDUP, SHARE = "speedup", "share of the limit"
+NCHW, LAST = "nchw", "channels_last"
+BOTH = (NCHW, LAST)
+FORWARD, TRAINING, BACKWARD = "forward", "forward+backward", "backward"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound for each of `cases`: at least `least`, in `measure`."""
+
+    name: str
+    least: float
+    cases: tuple[Case, ...]
+    measure: str = SPEEDUP
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a result stands to a goal. `values` are those of the cases that were measured, by their ids; a wrong answer has 0."""
+
+    goal: Goal
+    values: dict[str, float]
+    unstable: frozenset[str]
+
+    @property
+    def worst(self) -> str | None:
+        """The case that is farthest from the goal."""
+        return min(self.values, key=self.values.get) if self.values else None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether every case reached it; None if some were not measured."""
+        if any(v < self.goal.least for v in self.values.values()):
+            return False
+        return True if len(self.values) == len(self.goal.cases) else None
+
+
+def _goal(name, least, loads, dtype, direction, layouts=(NCHW,), measure=SPEEDUP) -> Goal:
+    cases = tuple(
+        Case(w, dtype, layout, direction) for w in loads for layout in (layouts if w.images else layouts[:1])
+    )
+    return Goal(name, least, cases, measure)
+
+
+def _resnet(batch, outputs, channels, size, kernel, **options) -> Workload:
+    origin = f"ResNet-50, {kernel}x{kernel} at {size}"
+    shape = (outputs, channels, kernel, kernel)
+    padding = {"padding": kernel // 2} if kernel > 1 else {}
+    return conv("conv2d", origin, (batch, channels, size, size), shape, bias=False, **padding, **options)
+
+
+def _linear(rows, width, features, op="linear_relu") -> Workload:
+    return linear(op, f"{rows} rows", (rows, width), (features, width))
+
+
+def _heads(heads, length, width, batch=1, **options) -> Workload:
+    return sdpa(f"{heads} heads of {width}", (batch, heads, length, width), **options)
+
+
+_CUBES = [_linear(n, n, n, "linear") for n in (256, 512, 1024, 2048)]
+_MANY_ROWS = [_linear(m, 1024, 1024) for m in (32, 256, 1024)] + [
+    _linear(512, 1024, 4096),
+    _linear(4096, 1024, 4096),
+]
+_FEW_ROWS = [_linear(m, 1024, 1024) for m in (1, 4, 8, 16)]
+_TRAINED = [_linear(64, 784, 128), _linear(256, 1024, 1024), _linear(1024, 1024, 1024)]
+
+_DEEP = [(64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7)]
+_SQUARE_8 = [_resnet(8, k, c, size, 3) for k, c, size in _DEEP]
+_SQUARE_1 = [_resnet(1, k, c, size, 3) for k, c, size in _DEEP]
+_POINT_8 = [_resnet(8, 64, 256, 56, 1), _resnet(8, 128, 512, 28, 1), _resnet(8, 512, 2048, 7, 1)]
+_POINT_1 = [_resnet(1, 256, 1024, 14, 1), _resnet(1, 2048, 512, 7, 1), _resnet(1, 512, 2048, 7, 1)]
+_VGG = [
+    conv("conv2d_relu", f"VGG-16, {c} to {k}", (n, c, s, s), (k, c, 3, 3), padding=1)
+    for n in (1, 8)
+    for k, c, s in ((64, 64, 224), (256, 256, 56), (512, 512, 28), (512, 512, 14))
+    if n * s < 8 * 224
+]
+_SMALL = [
+    conv("conv2d", "small CNN, conv1", (64, 3, 32, 32), (6, 3, 5, 5), stem=True),
+    conv("conv2d", "small CNN, conv2", (64, 6, 14, 14), (16, 6, 5, 5)),
+    conv("conv2d", "3 to 32 channels", (64, 3, 32, 32), (32, 3, 3, 3), stem=True, padding=1),
+]
+_DEPTHWISE = [
+    conv("conv2d", "MobileNetV2", (8, 144, 56, 56), (144, 1, 3, 3), padding=1, groups=144, bias=False)
+]
+_POOLED = [
+    conv("conv2d_relu_max_pool2d", "3x3 at 56", (8, 64, 56, 56), (64, 64, 3, 3), padding=1),
+    conv("conv2d_relu_max_pool2d", "VGG-16, conv2", (1, 64, 224, 224), (64, 64, 3, 3), padding=1),
+    conv("conv2d_relu_max_pool2d", "1x1 at 56", (8, 256, 56, 56), (64, 256, 1, 1)),
+]
+_POOLED_SMALL = [
+    conv("conv2d_relu_max_pool2d", "small CNN, conv1", (64, 3, 32, 32), (6, 3, 5, 5), stem=True),
+    conv("conv2d_relu_max_pool2d", "3 to 32 channels", (64, 3, 32, 32), (32, 3, 3, 3), stem=True, padding=1),
+]
+_POOLS = [
+    pool("max_pool2d", "2x2", (8, 64, 112, 112), kernel_size=2),
+    pool("max_pool2d", "3x3/2", (8, 64, 112, 112), kernel_size=3, stride=2, padding=1),
+    pool("avg_pool2d", "2x2", (8, 64, 112, 112), kernel_size=2),
+]
+_LONG, _LONG_WIDE = _heads(12, 1024, 64), _heads(8, 2048, 128)
+_CAUSAL = _heads(12, 1024, 64, is_causal=True)
+_SHORT = [_heads(12, 197, 64), _heads(12, 128, 64), _heads(2, 32, 16, batch=64)]
+_PADDED = sdpa("BERT-base, batch of 8", (8, 12, 128, 64), Input((8, 1, 1, 128), "padding"))
+_TINY = [
+    _linear(1, 784, 128),
+    _linear(1, 128, 10, "linear"),
+    conv("conv2d_relu_max_pool2d", "a tiny image", (1, 1, 6, 6), (2, 1, 3, 3)),
+    pool("max_pool2d", "a tiny image", (1, 1, 4, 4), kernel_size=2),
+    _heads(1, 8, 8),
+]
+
+GOALS: tuple[Goal, ...] = (
+    _goal("products, 256 to 2048 cubed", 0.90, _CUBES, "fp32", FORWARD, measure=SHARE),
+    _goal("products, 256 to 2048 cubed", 0.85, _CUBES, "bf16", FORWARD, measure=SHARE),
+    _goal("linear+ReLU, 32 rows and more", 2.1, _MANY_ROWS, "fp32", FORWARD),
+    _goal("linear+ReLU, 1 to 16 rows", 1.0, _FEW_ROWS, "fp32", FORWARD),
+    _goal("linear+ReLU", 1.0, [*_FEW_ROWS, *_MANY_ROWS[:3]], "bf16", FORWARD),
+    _goal("linear+ReLU, 1024 to 4096 features", 1.3, _MANY_ROWS[3:], "bf16", FORWARD),
+    _goal("linear+ReLU", 2.2, _TRAINED, "fp32", TRAINING),
+    _goal("linear+ReLU", 1.15, _TRAINED, "bf16", TRAINING),
+    _goal("conv 3x3, batch of 8", 0.97, _SQUARE_8, "fp32", FORWARD, (LAST,)),
+    _goal("conv at 7x7 pixels", 1.2, [_SQUARE_1[-1], *_POINT_1[1:], _POINT_8[-1]], "fp32", FORWARD, (LAST,)),
+    _goal(
+        "conv, ResNet-50 and VGG-16",
+        1.0,
+        [*_SQUARE_1, *_SQUARE_8, *_POINT_1, *_POINT_8, *_VGG],
+        "fp32",
+        FORWARD,
+    ),
+    _goal("conv, batch of 8", 0.85, [*_SQUARE_8, *_POINT_8], "fp32", FORWARD, measure=SHARE),
+    _goal("conv, batch of 1", 0.75, [*_SQUARE_1, *_POINT_1], "fp32", FORWARD, measure=SHARE),
+    _goal("conv of few channels", 2.0, _SMALL, "fp32", FORWARD, BOTH),
+    _goal("conv, depthwise", 2.0, _DEPTHWISE, "fp32", FORWARD, BOTH),
+    _goal("conv+ReLU+pool", 1.6, _POOLED, "fp32", FORWARD),
+    _goal("conv+ReLU+pool", 1.1, _POOLED, "fp32", FORWARD, (LAST,)),
+    _goal("conv+ReLU+pool of few channels", 4.0, _POOLED_SMALL, "fp32", FORWARD),
+    _goal("conv+ReLU+pool of few channels", 1.8, _POOLED_SMALL, "fp32", FORWARD, (LAST,)),
+    _goal("conv", 1.2, [*_SQUARE_8, _VGG[0]], "fp32", TRAINING),
+    _goal("conv of few channels", 3.0, _SMALL, "fp32", TRAINING),
+    _goal("pooling", 0.80, _POOLS, "fp32", FORWARD, BOTH, SHARE),
+    _goal("pooling", 0.80, _POOLS, "bf16", FORWARD, BOTH, SHARE),
+    _goal("pooling", 10.0, _POOLS, "fp32", FORWARD),
+    _goal("pooling", 20.0, _POOLS, "bf16", FORWARD),
+    _goal("pooling", 5.0, _POOLS, "fp32", BACKWARD),
+    _goal("attention, 12 heads of 1024 x 64", 0.70, [_LONG], "fp32", FORWARD, measure=SHARE),
+    _goal("attention, heads of 128", 0.80, [_LONG_WIDE], "fp32", FORWARD, measure=SHARE),
+    _goal("attention", 2.0, [_LONG, _LONG_WIDE], "fp32", FORWARD),
+    _goal("attention, causal", 3.0, [_CAUSAL], "fp32", FORWARD),
+    _goal("attention", 3.0, [_LONG, _LONG_WIDE, _CAUSAL], "bf16", FORWARD),
+    _goal("attention, short or masked", 1.8, [*_SHORT, _PADDED], "fp32", FORWARD),
+    _goal("attention", 2.0, [_LONG, _CAUSAL, _SHORT[0]], "fp32", TRAINING),
+    _goal("attention", 2.5, [_LONG, _CAUSAL, _SHORT[0]], "bf16", TRAINING),
+    _goal("calls on next to nothing", 1.0, _TINY, "fp32", FORWARD),
+    _goal("calls on next to nothing", 1.0, _TINY[:2], "fp32", TRAINING),
+)
+
+
+def all_cases() -> list[Case]:
+    """Every case of a goal, once."""
+    return list({case.id: case for goal in GOALS for case in goal.cases}.values())
+
+
+def standings(record: dict, goals: Iterable[Goal] = GOALS) -> list[Standing]:
+    """How a stored result stands to the goals of which it measured any case."""
+    rows = {row["id"]: row for row in record["rows"]}
+    found = []
+    for goal in goals:
+        values, unstable = {}, set()
+        for case in goal.cases:
+            row = rows.get(case.id)
+            if row is None:
+                continue
+            if row["status"] != "ok":
+                values[case.id] = 0.0
+                continue
+            ratio = row["speedup"].get(RIVAL)
+            value = row["share_of_limit"] if goal.measure == SHARE else ratio and ratio["median"]
+            if value is not None:
+                values[case.id] = value
+                if ratio and ratio["unstable"]:
+                    unstable.add(case.id)
+        if values:
+            found.append(Standing(goal, values, frozenset(unstable)))
+    return found
+
+
+COLUMNS = (
+    "goal",
+    "dtype",
+    "layout",
+    "direction",
+    "at least",
+    "mean",
+    "least",
+    "cases",
+    "",
+    "farthest from it",
+)
+
+
+def _cells(standing: Standing) -> list[str]:
+    goal, values = standing.goal, standing.values
+    first = goal.cases[0]
+    layouts = dict.fromkeys(c.layout for c in goal.cases if c.has_layouts)
+
+    def figure(x: float) -> str:
+        return f"{x:.0%}" if goal.measure == SHARE else f"{x:.2f}"
+
+    positive = [v for v in values.values() if v > 0]
+    mean = statistics.geometric_mean(positive) if len(positive) == len(values) else 0.0
+    verdict = {True: "met", False: "missed", None: "not all measured"}[standing.met]
+    _, op, shape, *_ = standing.worst.split("/")
+    return [
+        goal.name,
+        first.dtype,
+        ", ".join(layouts).replace("_", " "),
+        first.direction,
+        figure(goal.least) + (" of the limit" if goal.measure == SHARE else ""),
+        figure(mean),
+        figure(values[standing.worst]) + ("~" if standing.worst in standing.unstable else ""),
+        f"{sum(v >= goal.least for v in values.values())} of {len(goal.cases)}",
+        verdict,
+        f"{op} {shape}",
+    ]
+
+
+def table(record: dict) -> Table:
+    """The goals on the terminal."""
+    environment = record["environment"]
+    made = Table(
+        title=f"goals, {environment['threads']} threads of {environment['cpu']}", title_justify="left"
+    )
+    for column in COLUMNS:
+        made.add_column(column, overflow="fold")
+    for standing in standings(record):
+        style = {True: "bright_blue", False: "dark_orange", None: "dim"}[standing.met]
+        made.add_row(*_cells(standing), style=style)
+    return made
+
+
+def markdown(record: dict) -> str:
+    """The goals as a table for a document."""
+    lines = ["| " + " | ".join(c or "verdict" for c in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(_cells(s)) + " |" for s in standings(record)]
+    return "\n".join(lines)

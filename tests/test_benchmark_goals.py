@@ -1,0 +1,99 @@
+"""The goals of the kernels: their cases, and how results stand to them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from benchmark_runs import RESULTS, run
+
+from benchmarks import __main__ as cli
+from benchmarks import goals, stored
+from benchmarks.cases import Case, linear
+
+LOADS = [linear("linear_relu", "here", (m, 3), (2, 3)) for m in (1, 2)]
+CASES = tuple(Case(w, "fp32", "nchw", "forward") for w in LOADS)
+
+
+def goal(least, measure=goals.SPEEDUP):
+    return goals.Goal("a goal", least, CASES, measure)
+
+
+def row(case, median, share=None, status="ok", unstable=False):
+    speedup = {} if median is None else {"eager": {"median": median, "unstable": unstable}}
+    return {"id": case.id, "status": status, "speedup": speedup, "share_of_limit": share}
+
+
+def standing(of, *rows):
+    found = goals.standings({"rows": list(rows)}, [of])
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("case", goals.all_cases(), ids=lambda c: c.id)
+def test_cases_of_goals_are_whole(case):
+    assert sum(case.id == c.id for c in goals.all_cases()) == 1
+    assert case.layout == "nchw" or case.has_layouts
+    assert all(size > 0 for i in case.workload.inputs for size in i.shape)
+
+
+def test_a_goal_is_met_by_all_of_its_cases_or_missed():
+    one, two = CASES
+    assert standing(goal(1.5), row(one, 1.5), row(two, 1.6)).met is True
+    missed = standing(goal(1.5), row(one, 1.6), row(two, 1.49))
+    assert missed.met is False
+    assert missed.worst == two.id
+    assert standing(goal(1.5), row(one, 1.6)).met is None
+    assert standing(goal(1.5), row(one, 1.4)).met is False
+    assert standing(goal(1.5)) is None
+
+
+def test_shares_are_of_the_limit():
+    one, two = CASES
+    assert standing(goal(0.8, goals.SHARE), row(one, 0.1, 0.8), row(two, 0.1, 0.9)).met is True
+    assert standing(goal(0.8, goals.SHARE), row(one, 9.0, 0.7), row(two, 9.0, 0.9)).met is False
+    assert standing(goal(0.8, goals.SHARE), row(one, 9.0, None)) is None
+
+
+def test_a_wrong_answer_misses():
+    one, two = CASES
+    found = standing(goal(1.0), row(one, None, status="failed"), row(two, 3.0))
+    assert found.met is False
+    assert found.worst == one.id
+
+
+def test_a_noisy_case_is_marked():
+    one, two = CASES
+    quiet = standing(goal(1.0), row(one, 2.0, unstable=True), row(two, 1.5))
+    noisy = standing(goal(1.0), row(one, 2.0), row(two, 1.5, unstable=True))
+    assert "1.50" in goals._cells(quiet)
+    assert "1.50~" in goals._cells(noisy)
+
+
+def test_a_run_says_which_goals_it_meets(tmp_path, capsys, quick):
+    tiny = [c for c in goals.all_cases() if c.workload.shape == "1x128 10x128"]
+    status, found, text = run(tmp_path / "run", tiny, goals=True, minutes=0.02)
+    assert status == 0
+    assert found["settings"]["goals"] is True
+    assert "calls on next to nothing" in text
+    capsys.readouterr()
+    assert cli.main(["goals", str(tmp_path / "run"), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| goal |")
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert any(" 1x128 10x128 |" in line for line in lines)
+
+
+def test_a_result_without_such_cases_is_refused(tmp_path, capsys):
+    record = {**stored.load(RESULTS / "xeon-cascade-lake"), "rows": []}
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    assert cli.main(["goals", str(tmp_path)]) == 2
+    assert "run --goals" in capsys.readouterr().out
+
+
+def test_the_cases_are_listed(capsys):
+    assert cli.main(["list", "--goals", "--family", "pool", "--dtype", "bf16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.startswith("pool/") and "/bf16/" in line for line in lines)
+    assert cli.main(["list", "--goals", "--family", "training"]) == 2
+    assert cli.main(["list", "--goals", "--device", "cuda"]) == 2
