@@ -284,6 +284,11 @@ def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None)
             op_seconds = args.minutes * 60
         budget = (train_seconds, op_seconds, row_seconds)
         _measure(record, chosen, nets, contenders, budget, slow, console, save)
+        if args.goals:
+            families = {c.workload.family for c in chosen}
+            for case in goals.MEMORY:
+                if case.workload.family in families:
+                    record.memory += memory.measure_case(case)
         record.complete = True
     except KeyboardInterrupt:
         interrupted = True

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from benchmarks import markdown as documents
 from benchmarks.cases import Case, Input, Workload, conv, linear, pool, sdpa
 
 RIVAL = "eager"
@@ -173,6 +174,11 @@ GOALS: tuple[Goal, ...] = (
     _goal("calls on next to nothing", 1.0, _TINY[:2], "fp32", TRAINING),
 )
 
+# Whose memory is measured beside them.
+MEMORY = tuple(
+    Case(w, "fp32", NCHW, TRAINING) for w in (_POOLED_SMALL[0], _POOLED[0], _SHORT[0], _LONG, _CAUSAL)
+)
+
 
 def all_cases() -> list[Case]:
     """Every case of a goal, once."""
@@ -258,7 +264,9 @@ def table(record: dict) -> Table:
 
 
 def markdown(record: dict) -> str:
-    """The goals as a table for a document."""
-    lines = ["| " + " | ".join(c or "verdict" for c in COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(_cells(s)) + " |" for s in standings(record)]
+    """The goals, and what their memory is, as tables for a document."""
+    lines = documents.head(*(c or "verdict" for c in COLUMNS))
+    lines += [documents.line(*_cells(s)) for s in standings(record)]
+    if record["memory"]:
+        lines += ["", documents.memory(record)]
     return "\n".join(lines)

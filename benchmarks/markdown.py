@@ -84,13 +84,13 @@ def summary(record: dict) -> str:
     groups: dict[tuple, list[dict]] = {}
     for row in record["rows"]:
         groups.setdefault((row["family"], row["dtype"], row["direction"]), []).append(row)
-    lines = _head("family", "dtype", "direction", "cases", "geometric mean", "least", "most", "below 0.95")
+    lines = head("family", "dtype", "direction", "cases", "geometric mean", "least", "most", "below 0.95")
     for key, rows in groups.items():
         ratios = [ratio for ratio in map(_ratio, rows) if ratio is not None]
         if not ratios:
             continue
         lines.append(
-            _line(
+            line(
                 *key,
                 len(rows),
                 f"{geometric_mean(ratios):.2f}",
@@ -104,7 +104,7 @@ def summary(record: dict) -> str:
 
 def rivals(record: dict) -> str:
     """Per rival and direction: how many cases, the geometric mean of the ratios, the least and the most."""
-    lines = _head("rival", "direction", "cases", "geometric mean", "least", "most", "below 0.95")
+    lines = head("rival", "direction", "cases", "geometric mean", "least", "most", "below 0.95")
     for name, title in list(record["peers"].items())[2:]:
         for direction in dict.fromkeys(row["direction"] for row in record["rows"]):
             ratios = [
@@ -114,15 +114,15 @@ def rivals(record: dict) -> str:
             ]
             if ratios:
                 figures = [f"{x:.2f}" for x in (geometric_mean(ratios), min(ratios), max(ratios))]
-                lines.append(_line(title, direction, len(ratios), *figures, sum(r < 0.95 for r in ratios)))
+                lines.append(line(title, direction, len(ratios), *figures, sum(r < 0.95 for r in ratios)))
     return "\n".join(lines)
 
 
 def memory(record: dict) -> str:
     """Per network and way of building it: megabytes kept for backward, and at most during a training step."""
-    lines = _head("network", "nn", "MB saved for backward", "peak MB of a training step")
+    lines = head("network", "nn", "MB saved for backward", "peak MB of a training step")
     for m in record["memory"]:
-        lines.append(_line(m["network"], m["nn"], f"{m['saved'] / 1e6:.2f}", f"{m['peak'] / 1e6:.2f}"))
+        lines.append(line(m["network"], m["nn"], f"{m['saved'] / 1e6:.2f}", f"{m['peak'] / 1e6:.2f}"))
     return "\n".join(lines)
 
 
@@ -131,13 +131,13 @@ def networks(record: dict) -> str:
     how many times faster a step was. The noise is what ``torch.nn`` with reversed batches, the same sums in another
     order, makes of the losses."""
     early = f"loss difference in {EARLY} steps"
-    lines = _head("network", "nn", early, "float noise", "test accuracy", "torch.nn's", "training step")
+    lines = head("network", "nn", early, "float noise", "test accuracy", "torch.nn's", "training step")
     for network in record["training"]:
         runs = network["runs"]
         stock = runs["torch.nn"]
         for name, ratio in network["speedup"].items():
             lines.append(
-                _line(
+                line(
                     f"{network['name']}, on {network['source']}",
                     name,
                     f"{_early_difference(stock, runs[name]):.0e}",
@@ -163,20 +163,20 @@ def table(record: dict) -> str:
     for row in record["rows"]:
         key = (row["family"], row["op"], row["shape"], row["origin"], row["layout"])
         groups.setdefault(key, {})[row["dtype"], row["direction"]] = row
-    lines = _head("op", "shape", "from", "layout", *(f"{t} {d}" for t, d in columns))
+    lines = head("op", "shape", "from", "layout", *(f"{t} {d}" for t, d in columns))
     for (family, op, shape, origin, layout), rows in sorted(groups.items()):
         if family in ("linear", "attention"):
             layout = ""
         cells = (_cell(rows.get(column)) for column in columns)
-        lines.append(_line(op, shape, origin, layout.replace("_", " "), *cells))
+        lines.append(line(op, shape, origin, layout.replace("_", " "), *cells))
     return "\n".join(lines)
 
 
-def _head(*names: str) -> list[str]:
-    return [_line(*names), "|" + "---|" * len(names)]
+def head(*names: str) -> list[str]:
+    return [line(*names), "|" + "---|" * len(names)]
 
 
-def _line(*cells: object) -> str:
+def line(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 

@@ -1,6 +1,7 @@
-"""Memory: the bytes that a forward pass saves for backward, and the most that a training step holds at one time.
+"""Memory: the bytes that a forward pass saves for backward, and the most that a training step, or one op's forward and
+backward pass, holds at one time.
 
-Both are counted, not timed, and are the same at each run. Parameters and inputs that exist before the step do not count.
+Both are counted, not timed, and are the same at each run. Parameters and inputs that exist before do not count.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import training
+from benchmarks.cases import Case
 
 STEPS_BEFORE = 2
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one network's training step with one ``nn``."""
+    """Bytes of one network's training step, or of one op, with one ``nn``."""
 
     network: str
     nn: str
@@ -46,6 +48,30 @@ def measure(name: str) -> list[Memory]:
                 title,
                 saved_bytes(lambda net=net: net(inputs), list(net.parameters())),
                 peak_bytes(lambda net=net, optimizer=optimizer: loop.step(net, optimizer, inputs, targets)),
+            )
+        )
+    return found
+
+
+def measure_case(case: Case) -> list[Memory]:
+    """One op's forward and backward pass, by stock PyTorch and by fastnn."""
+    name = f"{case.workload.op} {case.workload.shape}, {case.direction}"
+    found = []
+    for who, title in (("stock", "torch.nn"), ("fastnn", "fastnn.nn")):
+        function, tensors = case.call(who)
+        wanted = [t for t in tensors if t.requires_grad]
+
+        def step(function=function, tensors=tensors, wanted=wanted):
+            output = function(*tensors)
+            return torch.autograd.grad(output, wanted, torch.ones_like(output))
+
+        step()
+        found.append(
+            Memory(
+                name,
+                title,
+                saved_bytes(lambda function=function, tensors=tensors: function(*tensors), tensors),
+                peak_bytes(step),
             )
         )
     return found

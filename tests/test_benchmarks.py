@@ -389,6 +389,20 @@ def test_memory_is_counted():
     assert memory.peak_bytes(step) == 6000
 
 
+def test_memory_of_an_op_is_counted():
+    case = cases.Case(
+        cases.conv("conv2d_relu_max_pool2d", "", (1, 3, 8, 8), (4, 3, 3, 3)),
+        "fp32",
+        "nchw",
+        "forward+backward",
+    )
+    stock, ours = memory.measure_case(case)
+    # Behind 4 planes of 6 x 6: the ReLU's output and the pooling's indices, against one byte per pooled element.
+    assert (stock.nn, stock.saved) == ("torch.nn", 4 * 4 * 36 + 4 * 8 * 9)
+    assert (ours.nn, ours.saved) == ("fastnn.nn", 4 * 9)
+    assert 0 < ours.peak < stock.peak
+
+
 def test_cases_run_under_pytest_benchmark(tmp_path):
     command = [
         sys.executable,
