@@ -80,6 +80,11 @@ def fast_rivals() -> list[str]:
     return [p.name for p in peers.select_peers(device="cuda")[1:] if not p.slow]
 
 
+def _heed_interrupts() -> None:
+    """What a shell starts in the background ignores ^C, and so would its children, which is how they are told to end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Report:
     """What each step did. It is written after every one."""
 
@@ -95,7 +100,12 @@ class Report:
         for command in commands:
             left = max(1.0, seconds - (time.monotonic() - start))
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                preexec_fn=_heed_interrupts,
             )
             try:
                 text, _ = process.communicate(timeout=left)

@@ -1,6 +1,7 @@
 """The benchmark suite on a GPU, as far as it goes without one: stand-ins take the place of the device's events and graphs."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -150,8 +151,18 @@ def test_suite_needs_only_what_a_gpu_machine_has():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_step_that_takes_too_long_is_interrupted(tmp_path):
+@pytest.mark.parametrize("heeded", [True, False], ids=["foreground", "background"])
+def test_step_that_takes_too_long_is_interrupted(tmp_path, heeded):
     report = gpu.Report(tmp_path)
+    # A shell has what it starts in the background ignore ^C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler if heeded else signal.SIG_IGN)
+    try:
+        interrupt_a_step(report)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupt_a_step(report):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('a partial result', flush=True)"
     assert not report.step("long", [[sys.executable, "-u", "-c", code]], seconds=3)
     assert report.steps["long"]["status"] == "out of time (3 s)"
