@@ -15,8 +15,8 @@ from rich.table import Table
 
 from benchmarks import markdown as documents
 from benchmarks.cases import Case, Input, Workload, conv, linear, pool, sdpa
+from benchmarks.compare import RIVAL
 
-RIVAL = "eager"
 SPEEDUP, SHARE = "speedup", "share of the limit"
 NCHW, LAST = "nchw", "channels_last"
 BOTH = (NCHW, LAST)
@@ -35,11 +35,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a result stands to a goal. `values` are those of the cases that were measured, by their ids; a wrong answer has 0."""
+    """How a result stands to a goal. `values` are those of the cases that were measured, by their ids; a wrong answer has 0.
+    Cases `by_torch` went to torch's own op: there no kernel of fastnn reached anything."""
 
     goal: Goal
     values: dict[str, float]
     unstable: frozenset[str]
+    by_torch: frozenset[str]
 
     @property
     def worst(self) -> str | None:
@@ -190,7 +192,7 @@ def standings(record: dict, goals: Iterable[Goal] = GOALS) -> list[Standing]:
     rows = {row["id"]: row for row in record["rows"]}
     found = []
     for goal in goals:
-        values, unstable = {}, set()
+        values, unstable, by_torch = {}, set(), set()
         for case in goal.cases:
             row = rows.get(case.id)
             if row is None:
@@ -204,8 +206,10 @@ def standings(record: dict, goals: Iterable[Goal] = GOALS) -> list[Standing]:
                 values[case.id] = value
                 if ratio and ratio["unstable"]:
                     unstable.add(case.id)
+                if row["torch_reason"]:
+                    by_torch.add(case.id)
         if values:
-            found.append(Standing(goal, values, frozenset(unstable)))
+            found.append(Standing(goal, values, frozenset(unstable), frozenset(by_torch)))
     return found
 
 
@@ -218,6 +222,7 @@ COLUMNS = (
     "mean",
     "least",
     "cases",
+    "by torch's own op",
     "",
     "farthest from it",
 )
@@ -244,6 +249,7 @@ def _cells(standing: Standing) -> list[str]:
         figure(mean),
         figure(values[standing.worst]) + ("~" if standing.worst in standing.unstable else ""),
         f"{sum(v >= goal.least for v in values.values())} of {len(goal.cases)}",
+        str(len(standing.by_torch) or ""),
         verdict,
         f"{op} {shape}",
     ]

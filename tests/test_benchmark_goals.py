@@ -19,9 +19,10 @@ def goal(least, measure=goals.SPEEDUP):
     return goals.Goal("a goal", least, CASES, measure)
 
 
-def row(case, median, share=None, status="ok", unstable=False):
+def row(case, median, share=None, status="ok", unstable=False, torch_reason=None):
     speedup = {} if median is None else {"eager": {"median": median, "unstable": unstable}}
-    return {"id": case.id, "status": status, "speedup": speedup, "share_of_limit": share}
+    found = {"id": case.id, "status": status, "speedup": speedup, "share_of_limit": share}
+    return {**found, "torch_reason": torch_reason}
 
 
 def standing(of, *rows):
@@ -67,6 +68,14 @@ def test_a_noisy_case_is_marked():
     noisy = standing(goal(1.0), row(one, 2.0), row(two, 1.5, unstable=True))
     assert "1.50" in goals._cells(quiet)
     assert "1.50~" in goals._cells(noisy)
+
+
+def test_what_torch_served_is_no_kernel_of_ours():
+    one, two = CASES
+    found = standing(goal(1.0), row(one, 1.0, torch_reason="torch is faster"), row(two, 2.0))
+    assert found.met is True
+    assert found.by_torch == {one.id}
+    assert goals._cells(found)[goals.COLUMNS.index("by torch's own op")] == "1"
 
 
 def test_a_run_says_which_goals_it_meets(tmp_path, capsys, quick):
