@@ -67,9 +67,11 @@ inline void unpool_planes(const ConvBackwardArgs& args, T* spread, int64_t worke
   const ConvShape& s = args.shape;
   const ConvPool& pool = *args.pool;
   const int64_t pixels = s.oh * s.ow, pooled = pool.oh * pool.ow;
-  A* memory = context.scratch<A>(workers * pixels);
+  // Whole cache lines for each worker.
+  const int64_t size = round_up(pixels, 16);
+  A* memory = context.scratch<A>(workers * size);
   context.for_each(s.k, workers, [&](int64_t k, int worker) {
-    A* y = memory + worker * pixels;
+    A* y = memory + worker * size;
     A total = 0;
     for (int64_t n = 0; n < s.n; ++n) {
       clear_plane(y, pixels);
