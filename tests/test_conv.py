@@ -184,6 +184,69 @@ def test_nan_and_infinity(special, layout, level):
             torch.testing.assert_close(pooled, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def less_precise():
+    torch.backends.mkldnn.conv.fp32_precision = "tf32"
+    yield
+    torch.backends.mkldnn.conv.fp32_precision = "none"
+
+
+def ops_of(f):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        f()
+    return [e.name for e in profile.events() if e.name.startswith("fastnn::")]
+
+
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("padding", [0, 1, (2, 0), 3])
+def test_winograd(padding, relu, layout, less_precise):
+    x, w, b = inputs((3, 65, 13, 15), (66, 65, 3, 3), layout=layout)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    op = conv.conv2d_relu if relu else conv.conv2d
+    y, want = op(*leaves, 1, padding), STOCK[op](*exact, 1, padding)
+    assert y.stride() == STOCK[op](*leaves, 1, padding).stride()
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
+    g = torch.randn_like(y)
+    if relu:
+        g = g * (want.detach().abs() > 1e-3)  # where the sign is beyond doubt
+    for ours, theirs in zip(
+        torch.autograd.grad(y, leaves, g), torch.autograd.grad(want, exact, g.double()), strict=True
+    ):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_winograd_only_where_it_is_allowed(less_precise):
+    x, w = torch.randn(1, 64, 16, 16), torch.randn(64, 64, 3, 3)
+    assert ops_of(lambda: conv.conv2d(x, w, None, 1, 1)) == ["fastnn::conv2d_winograd"]
+    assert ops_of(lambda: conv.conv2d_relu(x, w, None, 1, 1)) == ["fastnn::conv2d_winograd"]
+    refused = [
+        lambda: conv.conv2d(x, w, None, 2, 1),
+        lambda: conv.conv2d(x, w, None, 1, 2, 2),
+        lambda: conv.conv2d(x, w[:32], None, 1, 1),
+        lambda: conv.conv2d(x[:, :32], w[:, :32], None, 1, 1),
+        lambda: conv.conv2d(x[:, :, :9, :9], w, None, 1, 1),
+        lambda: conv.conv2d(x, torch.randn(64, 64, 5, 5), None, 1, 2),
+        lambda: conv.conv2d(x.double(), w.double(), None, 1, 1),
+        lambda: conv.conv2d_relu_max_pool2d(x, w, None, 1, 1),
+    ]
+    for f in refused:
+        assert "fastnn::conv2d_winograd" not in ops_of(f)
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"
+    assert "fastnn::conv2d_winograd" not in ops_of(lambda: conv.conv2d(x, w, None, 1, 1))
+
+
+def test_winograd_twice_differentiable(less_precise):
+    x, w = (t.requires_grad_() for t in inputs((1, 64, 14, 14), (64, 64, 3, 3))[:2])
+    results = []
+    for f in (conv.conv2d, TF.conv2d):
+        y = f(x, w, None, 1, 1)
+        (gx,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad((gx * gx).sum(), w)[0])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3 * results[1].abs().max().item())
+
+
 @EVERY_OP
 def test_empty(op):
     for x, w in (((0, 3, 8, 8), (4, 3, 3, 3)), ((2, 3, 8, 8), (0, 3, 3, 3))):

@@ -160,6 +160,49 @@ def test_conv(level, dtype, channels_last, case):
         assert one.tobytes() == three.tobytes()
 
 
+# Sizes that tiles of 4 x 4 outputs do not divide, several blocks of channels and outputs, images together in a task, one row
+# of tiles cut, and padding beyond the window.
+WINOGRAD = [
+    (1, 5, 9, 13, 7, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (2, 70, 7, 6, 67, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (9, 33, 6, 11, 130, 3, 3, 1, 1, 0, 2, 1, 1, 1),
+    (1, 3, 5, 600, 17, 3, 3, 1, 1, 1, 0, 1, 1, 1),
+    (3, 17, 3, 3, 16, 3, 3, 1, 1, 0, 0, 1, 1, 1),
+    (1, 130, 40, 37, 64, 3, 3, 1, 1, 3, 4, 1, 1, 1),
+]
+
+
+@pytest.mark.parametrize("case", WINOGRAD, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("level", kernels.levels())
+def test_winograd(level, channels_last, case):
+    rng = np.random.default_rng(sum(case))
+    n, c, h, w, k = case[:5]
+    output, shape = sizes_of(case)
+    x64, w64, b64 = (
+        rng.standard_normal(s).astype(np.float32).astype(np.float64) for s in ((n, c, h, w), (k, c, 3, 3), (k,))
+    )
+    x = laid_out(x64, channels_last).astype(np.float32)
+    exact = conv(case, x64, w64) + b64[:, None, None]
+    # An error of one input reaches its whole tile, so the largest sum counts for all.
+    scale = conv(case, np.abs(x64), np.abs(w64)).max() + np.abs(b64).max()
+    for weight_last in (False, True):
+        weight = laid_out(w64, weight_last).astype(np.float32)
+        for bias, relu in ((b64.astype(np.float32), True), (None, False)):
+            want = exact if bias is not None else exact - b64[:, None, None]
+            want = np.maximum(want, 0) if relu else want
+            results = []
+            for threads in (1, 3):
+                y = np.full(laid_out(exact, channels_last).shape, np.nan, np.float32)
+                kernels.conv_forward(
+                    level, threads, shape, channels_last, weight_last, x, weight, bias, relu, y, [], None, winograd=True
+                )
+                error = np.abs(back(y, channels_last) - want).max()
+                assert error <= 8 * 2**-24 * scale
+                results.append(y.tobytes())
+            assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("pool", POOLS, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])

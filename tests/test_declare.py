@@ -28,6 +28,7 @@ CALLS = {
     "linear_relu_backward": (image(5, 4), image(5, 3), image(4, 3), image(5, 4), *WANTED),
     "conv2d": (image(2, 3, 6, 7), image(4, 3, 3, 3), image(4), *CONV),
     "conv2d_relu": (image(2, 3, 6, 7), image(4, 3, 3, 3), image(4), *CONV),
+    "conv2d_winograd": (image(2, 3, 6, 7), image(4, 3, 3, 3), image(4), 1, 1, 1, 0, 1, 1, 1, True),
     "conv2d_relu_max_pool2d": (image(2, 3, 6, 7), image(4, 3, 3, 3), image(4), *CONV, *WINDOW),
     "conv2d_backward": (image(2, 4, 6, 3), image(2, 3, 6, 7), image(4, 3, 3, 3), *CONV, *WANTED),
     "conv2d_relu_backward": (

@@ -57,6 +57,9 @@ struct ConvBackwardArgs {
 };
 
 FASTNN_KERNEL(conv_forward, ConvArgs)
+// The same of float32 windows of 3 x 3 elements with strides, dilations and groups of 1 and no pooling, by a
+// quarter of the products and less exactly.
+FASTNN_KERNEL(conv_winograd, ConvArgs)
 FASTNN_KERNEL(conv_backward, ConvBackwardArgs)
 
 }  // namespace fastnn

@@ -6,6 +6,7 @@
 #include "cpu/conv_product.h"
 #include "cpu/mask_and_sum.h"
 #include "cpu/pool.h"
+#include "cpu/pool_scatter.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 
@@ -31,6 +32,17 @@ FASTNN_INLINE acc_t<T> mask_row(const T* grad, const T* output, T* masked, int64
     }
   }
   return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// The sum of whole rows of 16 numbers.
+template <class A>
+FASTNN_INLINE A sum_of(const A* x, int64_t count) {
+  Vec<A> sum[2] = {zero<A>(), zero<A>()};
+  for (int64_t i = 0; i < count; i += 16) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 16; j += Vec<A>::size) sum[j / Vec<A>::size % 2] = sum[j / Vec<A>::size % 2] + load(x + i + j);
+  }
+  return reduce_add(sum[0] + sum[1]);
 }
 
 template <class T>
@@ -70,31 +82,19 @@ inline void unpool_planes(const ConvBackwardArgs& args, T* spread, int64_t worke
   // Whole cache lines for each worker.
   const int64_t size = round_up(pixels, 16);
   A* memory = context.scratch<A>(workers * size);
+  const PoolAxis rows{s.oh, pool.oh, pool.kh, pool.sh, pool.ph, 1, false},
+      columns{s.ow, pool.ow, pool.kw, pool.sw, pool.pw, 1, false};
+  const TapPlaces places(rows, columns);
+  const auto* grad = static_cast<const T*>(args.grad);
   context.for_each(s.k, workers, [&](int64_t k, int worker) {
     A* y = memory + worker * size;
     A total = 0;
     for (int64_t n = 0; n < s.n; ++n) {
-      clear_plane(y, pixels);
-      const T* from = static_cast<const T*>(args.grad) + (n * s.k + k) * pooled;
-      const uint8_t* location = args.locations + (n * s.k + k) * pooled;
-      A sum = 0;
-      for (int64_t p = 0; p < pool.oh; ++p) {
-        A row_sum = 0;
-        for (int64_t q = 0; q < pool.ow; ++q, ++from, ++location) {
-          const int64_t place = *location;
-          if (place == kNoLocation) continue;
-          const int64_t row = p * pool.sh - pool.ph + place / pool.kw,
-                        column = q * pool.sw - pool.pw + place % pool.kw;
-          if (row < 0 || row >= s.oh || column < 0 || column >= s.ow)
-            continue;  // not written by the forward pass
-          const A x = to_acc(*from);
-          y[row * s.ow + column] += x;
-          row_sum += x;
-        }
-        sum += row_sum;
-      }
-      total += sum;
-      store_run(spread + (n * s.k + k) * pixels, y, pixels);
+      const int64_t plane = n * s.k + k;
+      clear_plane(y, size);
+      scatter_locations(rows, columns, places, grad + plane * pooled, args.locations + plane * pooled, y);
+      if (args.grad_bias != nullptr) total += sum_of(y, size);
+      store_run(spread + plane * pixels, y, pixels);
     }
     store_bias<T>(args, k, total);
   });

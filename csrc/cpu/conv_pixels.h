@@ -13,6 +13,7 @@
 #include "cpu/gemm.h"
 #include "cpu/pool.h"
 #include "cpu/simd_stride.h"
+#include "cpu/transpose.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 
@@ -104,9 +105,8 @@ struct Windows {
   }
 };
 
-// Joins the taps (y, x) that lie side by side; without `join`, each stays alone. Returns how many runs there
-// are.
-inline int64_t join_runs(const Run* taps, int64_t count, bool join, Run* runs) {
+// Joins the taps (y, x) that lie side by side; without `join`, each stays alone.
+inline void join_runs(const Run* taps, int64_t count, bool join, Run* runs) {
   int64_t made = 0;
   for (int64_t t = 0; t < count; ++t) {
     if (join && made > 0 && runs[made - 1].y == taps[t].y &&
@@ -116,41 +116,6 @@ inline int64_t join_runs(const Run* taps, int64_t count, bool join, Run* runs) {
       runs[made++] = {taps[t].y, taps[t].x, 1};
     }
   }
-  return made;
-}
-
-// Each of n matrices of `rows` x `columns`, transposed: images from one layout to the other.
-template <class T>
-inline void transpose_all(const T* from, int64_t n, int64_t rows, int64_t columns, T* to,
-                          const Context& context) {
-  constexpr int64_t kAcross = 64;
-  const int64_t blocks = ceil_div(columns, kAcross);
-  context.for_each(n * blocks, workers_for(4.0 * n * rows * columns, context), [&](int64_t task, int) {
-    const int64_t at = task / blocks * rows * columns, j0 = task % blocks * kAcross,
-                  j1 = min_of(columns, j0 + kAcross);
-    const T* source = from + at;
-    T* target = to + at;
-#if FASTNN_ISA_LEVEL >= 1
-    if constexpr (sizeof(acc_t<T>) == 4) {
-      constexpr int kStep = F::size;
-      for (int64_t i = 0; i < rows; i += kStep) {
-        const int high = static_cast<int>(min_of(kStep, rows - i));
-        for (int64_t j = j0; j < j1; j += kStep) {
-          const int wide = static_cast<int>(min_of(kStep, j1 - j));
-          F block[kStep];
-          for (int q = 0; q < high; ++q) block[q] = load(source + (i + q) * columns + j, wide);
-          for (int q = high; q < kStep; ++q) block[q] = zero<float>();
-          transpose(block);
-          for (int q = 0; q < wide; ++q) store(target + (j + q) * rows + i, block[q], high);
-        }
-      }
-      return;
-    }
-#endif
-    for (int64_t j = j0; j < j1; ++j) {
-      for (int64_t i = 0; i < rows; ++i) target[j * rows + i] = source[i * columns + j];
-    }
-  });
 }
 
 // The weight as [k][taps][padded channels], where it lies if it does so.

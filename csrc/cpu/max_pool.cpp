@@ -1,4 +1,5 @@
 #include "cpu/pool.h"
+#include "cpu/pool_scatter.h"
 #include "cpu/simd_stride.h"
 
 namespace fastnn::FASTNN_ISA_NS {
@@ -253,30 +254,12 @@ void clear(T* out, int64_t count) {
 // Adds the gradients of one plane, [outputs], to the elements that they came from. A: type of the sums; a
 // 16-bit type has none, so there an element takes at most one.
 template <class T, class A>
-void scatter_plane(const MaxPoolBackwardArgs& args, const T* grad, int64_t at, A* out) {
-  const PoolAxis &rows = args.shape.rows, &columns = args.shape.columns;
-  for (int64_t u = 0; u < rows.outputs; ++u) {
-    for (int64_t v = 0; v < columns.outputs; ++v) {
-      const int64_t o = u * columns.outputs + v;
-      int64_t place;
-      if (args.indices != nullptr) {
-        place = args.indices[at + o];
-        if (place < 0 || place >= rows.inputs * columns.inputs) continue;  // not written by the forward pass
-      } else {
-        const int64_t tap = args.locations[at + o];
-        const int64_t row = rows.start(u) + tap / columns.kernel * rows.dilation;
-        const int64_t column = columns.start(v) + tap % columns.kernel * columns.dilation;
-        if (row < 0 || row >= rows.inputs || column < 0 || column >= columns.inputs) continue;
-        place = row * columns.inputs + column;
-      }
-      if constexpr (sizeof(T) < 4 && sizeof(A) == sizeof(T)) {
-        out[place] = grad[o];
-      } else if constexpr (sizeof(A) == sizeof(T)) {
-        out[place] += grad[o];
-      } else {
-        out[place] += to_acc(grad[o]);
-      }
-    }
+void scatter_indices(const MaxPoolBackwardArgs& args, const T* grad, int64_t at, A* out) {
+  const int64_t inputs = args.shape.rows.inputs * args.shape.columns.inputs;
+  const int64_t outputs = args.shape.rows.outputs * args.shape.columns.outputs;
+  for (int64_t o = 0; o < outputs; ++o) {
+    const int64_t place = args.indices[at + o];
+    if (place >= 0 && place < inputs) add_gradient(out[place], grad[o]);
   }
 }
 
@@ -295,19 +278,26 @@ void backward_planes(const MaxPoolBackwardArgs& args, const Context& context) {
   const auto* grad = static_cast<const T*>(args.grad);
   auto* grad_input = static_cast<T*>(args.grad_input);
   const int64_t planes = s.n * s.c, tasks = workers <= 1 ? 1 : min_of(planes, 8 * workers);
+  const TapPlaces places(s.rows, s.columns);
+  const auto scatter = [&](const T* from, int64_t at, auto* out) {
+    clear(out, inputs);
+    if (args.indices != nullptr) {
+      scatter_indices(args, from, at, out);
+    } else {
+      scatter_locations(s.rows, s.columns, places, from, args.locations + at, out);
+    }
+  };
   context.for_each(tasks, workers, [&](int64_t task, int worker) {
     const int64_t begin = task * planes / tasks, end = (task + 1) * planes / tasks;
-    if (direct) clear(grad_input + begin * inputs, (end - begin) * inputs);
     for (int64_t plane = begin; plane < end; ++plane) {
       T* out = grad_input + plane * inputs;
       const T* from = grad + plane * outputs;
       if (direct) {
-        scatter_plane<T, T>(args, from, plane * outputs, out);
+        scatter(from, plane * outputs, out);
         continue;
       }
       A* sums = memory + worker * size;
-      clear(sums, inputs);
-      scatter_plane<T, A>(args, from, plane * outputs, sums);
+      scatter(from, plane * outputs, sums);
       for (int64_t i = 0; i < inputs; i += V::size) {
         const int count = static_cast<int>(min_of(V::size, inputs - i));
         store(out + i, load(sums + i, count), count);
@@ -326,12 +316,7 @@ void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
   const int64_t planes = s.n * s.c, tasks = workers <= 1 ? 1 : min_of(planes, 8 * workers);
   const auto* grad = static_cast<const T*>(args.grad);
   auto* grad_input = static_cast<T*>(args.grad_input);
-  int32_t place[256];
-  for (int64_t t = 0; t < 256; ++t) {
-    const int64_t tap = t < rows.kernel * columns.kernel ? t : 0;
-    place[t] = static_cast<int32_t>(tap / columns.kernel * rows.dilation * columns.inputs +
-                                    tap % columns.kernel * columns.dilation);
-  }
+  const TapPlaces places(rows, columns);
   context.for_each(tasks, workers, [&](int64_t task, int) {
     for (int64_t plane = task * planes / tasks; plane < (task + 1) * planes / tasks; ++plane) {
       T* out = grad_input + plane * rows.inputs * columns.inputs;
@@ -349,14 +334,13 @@ void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
         const bool inside = top >= 0 && top + (rows.kernel - 1) * rows.dilation < rows.inputs;
         if (inside) {
           for (int64_t v = v0; v < v1; ++v)
-            to[v * columns.stride + place[args.locations[at + v]]] = grad[at + v];
+            to[v * columns.stride + places.place[args.locations[at + v]]] = grad[at + v];
         }
         for (int64_t v = 0; v < columns.outputs; ++v) {
           if (inside && v == v0) v = v1;
           if (v >= columns.outputs) break;
-          const int64_t tap = args.locations[at + v];
-          const int64_t row = top + tap / columns.kernel * rows.dilation;
-          const int64_t column = columns.start(v) + tap % columns.kernel * columns.dilation;
+          const int tap = args.locations[at + v];
+          const int64_t row = top + places.row[tap], column = columns.start(v) + places.column[tap];
           if (row < 0 || row >= rows.inputs || column < 0 || column >= columns.inputs) continue;
           out[row * columns.inputs + column] = grad[at + v];
         }

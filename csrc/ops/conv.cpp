@@ -107,7 +107,8 @@ bool last(MemoryFormat format) { return format == MemoryFormat::ChannelsLast; }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
                                    const std::optional<Tensor>& bias, const ConvShape& s, bool relu,
-                                   const ConvPool* pool) {
+                                   const ConvPool* pool,
+                                   void (*kernel)(const ConvArgs&, const Context&) = conv_forward) {
   const MemoryFormat format = conv_format(input, weight), weights = weight_format(weight);
   const Sizes sizes = pool != nullptr ? Sizes{s.n, s.k, pool->oh, pool->ow} : Sizes{s.n, s.k, s.oh, s.ow};
   Tensor output = empty_like(input, sizes, format);
@@ -117,11 +118,21 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   std::optional<Tensor> b;
   if (bias.has_value()) b = dense(*bias);
   TorchContext context;
-  conv_forward({dtype_of(input, "input"), s, last(format), last(weights), x.const_data_ptr(),
-                w.const_data_ptr(), data_or_null(b), relu, output.mutable_data_ptr(), pool,
-                pool != nullptr ? static_cast<uint8_t*>(locations.mutable_data_ptr()) : nullptr},
-               context);
+  kernel({dtype_of(input, "input"), s, last(format), last(weights), x.const_data_ptr(), w.const_data_ptr(),
+          data_or_null(b), relu, output.mutable_data_ptr(), pool,
+          pool != nullptr ? static_cast<uint8_t*>(locations.mutable_data_ptr()) : nullptr},
+         context);
   return {output, locations};
+}
+
+Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS, bool relu) {
+  const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
+  FASTNN_CHECK(input.is_cpu() && input.scalar_type() == ScalarType::Float,
+               "conv2d_winograd expects float32 tensors on the CPU");
+  FASTNN_CHECK(s.kh == 3 && s.kw == 3 && s.sh == 1 && s.sw == 1 && s.dh == 1 && s.dw == 1 && s.groups == 1,
+               "conv2d_winograd expects windows of 3 x 3 elements with stride, dilation and groups of 1, got a weight ",
+               shape(weight), ", stride (", s.sh, ", ", s.sw, "), dilation (", s.dh, ", ", s.dw, "), groups ", s.groups);
+  return std::get<0>(forward(input, weight, bias, s, relu, nullptr, conv_winograd));
 }
 
 #define FASTNN_POOL_ARGS                                                                                    \
@@ -217,6 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(Tensor grad, 
 
 FASTNN_OP(conv2d, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor")
 FASTNN_OP(conv2d_relu, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor")
+FASTNN_OP(conv2d_winograd, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", bool relu) -> Tensor")
 FASTNN_OP(conv2d_relu_max_pool2d,
           "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", " FASTNN_POOL ") -> (Tensor, Tensor)")
 FASTNN_OP(conv2d_backward, "(Tensor grad, Tensor input, Tensor weight, " FASTNN_CONV ", " FASTNN_WANTED

@@ -16,11 +16,12 @@ ConvPool pool_of(const Ints& p) { return {p[0], p[1], p[2], p[3], p[4], p[5], p[
 
 void forward(const std::string& level, int threads, const Ints& shape, bool channels_last,
              bool weight_channels_last, const py::array& x, const py::array& w, const py::object& bias,
-             bool relu, py::array y, const Ints& pool, const py::object& locations) {
+             bool relu, py::array y, const Ints& pool, const py::object& locations, bool winograd) {
   constexpr void (*kernels[])(const ConvArgs&, const Context&) = {FASTNN_LEVELS(conv_forward)};
+  constexpr void (*winograds[])(const ConvArgs&, const Context&) = {FASTNN_LEVELS(conv_winograd)};
   TestContext context(threads);
   const ConvPool p = pool.empty() ? ConvPool{} : pool_of(pool);
-  kernels[level_of(level)](
+  (winograd ? winograds : kernels)[level_of(level)](
       {dtype_of(x), shape_of(shape), channels_last, weight_channels_last, x.data(), w.data(), in(bias), relu,
        y.mutable_data(), pool.empty() ? nullptr : &p, static_cast<uint8_t*>(out(locations))},
       context);
@@ -43,7 +44,9 @@ void backward(const std::string& level, int threads, const Ints& shape, bool cha
 }  // namespace
 
 void bind_conv(py::module_& m) {
-  m.def("conv_forward", &forward);
+  m.def("conv_forward", &forward, py::arg("level"), py::arg("threads"), py::arg("shape"), py::arg("channels_last"),
+        py::arg("weight_channels_last"), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("relu"), py::arg("y"),
+        py::arg("pool"), py::arg("locations"), py::arg("winograd") = false);
   m.def("conv_backward", &backward);
 }
 
