@@ -12,7 +12,21 @@ import torch
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from benchmarks import cases, compare, goals, limits, memory, modules, peers, report, runner, stored, training
+from benchmarks import (
+    cases,
+    compare,
+    goals,
+    limits,
+    memory,
+    modules,
+    peers,
+    report,
+    runner,
+    stored,
+    sweep,
+    training,
+)
+from benchmarks.nets import FAMILY as NETWORK
 from benchmarks.record import Record, environment
 
 # Seconds: all training, all ops, and one row of the ops at most. None is no limit.
@@ -107,6 +121,14 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("goals", help=text, description=text)
     command.add_argument("result", type=Path, help="a results.json, or the folder of one")
     command.add_argument("--markdown", action="store_true", help="as a table for a document")
+    text = "every size from 1 on, in turns with the next multiple of 16; exits with 1 if one is under half as fast"
+    command = commands.add_parser("sweep", help=text, description=text)
+    command.add_argument(
+        "--out", type=Path, metavar="FILE.png", help="a picture of the times (default: none)"
+    )
+    command.add_argument(
+        "--threads", type=_positive, help=f"default: torch's, here {torch.get_num_threads()}"
+    )
     text = "draw a stored result anew: the HTML page"
     command = commands.add_parser("page", help=text, description=text)
     command.add_argument("result", type=Path, help="a results.json, or the folder of one")
@@ -123,11 +145,14 @@ def main(argv: list[str] | None = None) -> int:
             return _page(args, console)
         if args.command == "goals":
             return _goals(args, console)
+        if args.command == "sweep":
+            if args.threads:
+                torch.set_num_threads(args.threads)
+            return sweep.run(console, args.out)
         if args.input and not args.module:
             raise cases.UnknownFilter("--input is for --module")
         chosen, nets = choose(args)
-        # The goals are ratios over stock.
-        wanted = args.peer or ([goals.RIVAL] if args.goals else [])
+        wanted = args.peer or ([goals.RIVAL, *goals.RUNTIMES] if args.goals else [])
         contenders = peers.select_peers(wanted, args.device)
     except (cases.UnknownFilter, modules.UnusableModule, stored.UnreadableResult) as error:
         console.print(escape(str(error)), style="bold", highlight=False, soft_wrap=True)
@@ -194,8 +219,9 @@ def choose(args) -> tuple[list[cases.Case], list[str]]:
     if args.goals:
         if args.device != "cpu":
             raise cases.UnknownFilter("--goals are the CPU kernels': leave --device out")
-        cases.refuse_unknown("family", args.family, cases.FAMILIES)
-        return cases.select(goals.all_cases(), args.family, args.dtype, args.filter, args.direction), []
+        cases.refuse_unknown("family", args.family, (*cases.FAMILIES, NETWORK))
+        every = [c for c in goals.all_cases() if not args.family or c.workload.family in args.family]
+        return cases.select(every, [], args.dtype, args.filter, args.direction), []
     cases.refuse_unknown("family", args.family, (*cases.FAMILIES, TRAINING))
     cases.refuse_unknown("dtype", args.dtype, cases.DTYPES)
     families = [f for f in args.family if f != TRAINING]
@@ -274,6 +300,8 @@ def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None)
         everywhere, selected = args.full or args.peer, not args.quick
 
         def slow(case):
+            if args.goals:
+                return case.workload.family == NETWORK
             small = cases.is_quick(case) and case.dtype == "fp32" and not case.backward
             return everywhere or (selected and (small or modules.is_whole(case)))
 

@@ -57,7 +57,8 @@ class Reference:
     def disagreement(self, got: list[torch.Tensor], allowed: float | None = None) -> str | None:
         """What is wrong with an implementation's results, or None.
 
-        The bound is the usual one, or the relative error that is `allowed` if that is more.
+        The bound is the usual one, or the relative error that is `allowed`, of this implementation or in the case, if
+        that is more.
         """
         for name, g, v in zip(self.names, got, self.values, strict=True):
             if g.shape != v.shape:
@@ -68,7 +69,7 @@ class Reference:
         for name, error, bound, value in zip(
             self.names, self._errors(got), self.bounds, self.values, strict=True
         ):
-            bound = max(bound, (allowed or 0.0) * self._size(value))
+            bound = max(bound, max(allowed or 0.0, self.case.allowed) * self._size(value))
             if not error <= bound:
                 return f"{name}: {kind} {error:.2e} against float64, at most {bound:.2e} is right"
         return None

@@ -1,7 +1,7 @@
 """What the kernels are to reach, and how stored results stand to it.
 
-A :class:`Goal` is a bound that each of its cases must reach: a ratio over stock PyTorch, or a share of the machine's
-measured limit. ``python -m benchmarks run --goals`` measures their cases, ``python -m benchmarks goals RESULT`` says which
+A :class:`Goal` is a bound that each of its cases must reach: a ratio over stock PyTorch or over runtimes for inference, or
+a share of the machine's measured limit. ``python -m benchmarks run --goals`` measures their cases, ``python -m benchmarks goals RESULT`` says which
 are met.
 """
 
@@ -16,8 +16,11 @@ from rich.table import Table
 from benchmarks import markdown as documents
 from benchmarks.cases import Case, Input, Workload, conv, linear, pool, sdpa
 from benchmarks.compare import RIVAL
+from benchmarks.nets import NetCase, net
 
-SPEEDUP, SHARE = "speedup", "share of the limit"
+# A ratio over stock, over the better one of the runtimes for inference, and a share of what the machine can do.
+SPEEDUP, OVER_RUNTIMES, SHARE = "speedup", "over the best runtime", "share of the limit"
+RUNTIMES = ("onnxruntime", "openvino")
 NCHW, LAST = "nchw", "channels_last"
 BOTH = (NCHW, LAST)
 FORWARD, TRAINING, BACKWARD = "forward", "forward+backward", "backward"
@@ -63,6 +66,10 @@ def _goal(name, least, loads, dtype, direction, layouts=(NCHW,), measure=SPEEDUP
     return Goal(name, least, cases, measure)
 
 
+def _net_goal(name, least, loads, direction, measure=SPEEDUP) -> Goal:
+    return Goal(name, least, tuple(NetCase(w, "fp32", NCHW, direction) for w in loads), measure)
+
+
 def _resnet(batch, outputs, channels, size, kernel, **options) -> Workload:
     origin = f"ResNet-50, {kernel}x{kernel} at {size}"
     shape = (outputs, channels, kernel, kernel)
@@ -96,6 +103,16 @@ _VGG = [
     for n in (1, 8)
     for k, c, s in ((64, 64, 224), (256, 256, 56), (512, 512, 28), (512, 512, 14))
     if n * s < 8 * 224
+]
+_LESS_PRECISE = [
+    conv("conv2d_winograd", f"3x3 at {s}", (n, c, s, s), (k, c, 3, 3), bias=False, padding=1)
+    for n, k, c, s in (
+        *((8, *deep) for deep in _DEEP),
+        (1, 64, 64, 224),
+        (1, 256, 256, 56),
+        (1, 512, 512, 28),
+        (1, 512, 512, 14),
+    )
 ]
 _SMALL = [
     conv("conv2d", "small CNN, conv1", (64, 3, 32, 32), (6, 3, 5, 5), stem=True),
@@ -131,6 +148,10 @@ _TINY = [
     _heads(1, 8, 8),
 ]
 
+_SMALL_CNN, _MLP, _VGG8 = net("small_cnn", 64, 3, 32, 32), net("mlp", 64, 784), net("vgg8", 16, 3, 32, 32)
+_ENCODERS = [net("encoder_layer", 8, 128, 256), net("encoder_layer", 1, 1024, 256)]
+_MLP_1 = net("mlp", 1, 784)
+
 GOALS: tuple[Goal, ...] = (
     _goal("products, 256 to 2048 cubed", 0.90, _CUBES, "fp32", FORWARD, measure=SHARE),
     _goal("products, 256 to 2048 cubed", 0.85, _CUBES, "bf16", FORWARD, measure=SHARE),
@@ -151,6 +172,7 @@ GOALS: tuple[Goal, ...] = (
     ),
     _goal("conv, batch of 8", 0.85, [*_SQUARE_8, *_POINT_8], "fp32", FORWARD, measure=SHARE),
     _goal("conv, batch of 1", 0.75, [*_SQUARE_1, *_POINT_1], "fp32", FORWARD, measure=SHARE),
+    _goal("conv 3x3, less precise", 1.5, _LESS_PRECISE, "fp32", FORWARD, BOTH),
     _goal("conv of few channels", 2.0, _SMALL, "fp32", FORWARD, BOTH),
     _goal("conv, depthwise", 2.0, _DEPTHWISE, "fp32", FORWARD, BOTH),
     _goal("conv+ReLU+pool", 1.6, _POOLED, "fp32", FORWARD),
@@ -174,6 +196,13 @@ GOALS: tuple[Goal, ...] = (
     _goal("attention", 2.5, [_LONG, _CAUSAL, _SHORT[0]], "bf16", TRAINING),
     _goal("calls on next to nothing", 1.0, _TINY, "fp32", FORWARD),
     _goal("calls on next to nothing", 1.0, _TINY[:2], "fp32", TRAINING),
+    _net_goal("MLP, one image", 1.0, [_MLP_1], FORWARD),
+    _net_goal("MLP, one image", 1.0, [_MLP_1], TRAINING),
+    _net_goal("networks", 1.0, [_SMALL_CNN, _MLP, _VGG8, *_ENCODERS], FORWARD, OVER_RUNTIMES),
+    _net_goal("small CNN", 3.0, [_SMALL_CNN], TRAINING),
+    _net_goal("VGG-8", 1.4, [_VGG8], TRAINING),
+    _net_goal("transformer encoder layer", 2.2, _ENCODERS, TRAINING),
+    _net_goal("MLP", 1.3, [_MLP], TRAINING),
 )
 
 # Whose memory is measured beside them.
@@ -200,7 +229,9 @@ def standings(record: dict, goals: Iterable[Goal] = GOALS) -> list[Standing]:
             if row["status"] != "ok":
                 values[case.id] = 0.0
                 continue
-            ratio = row["speedup"].get(RIVAL)
+            speedup = row["speedup"]
+            over = RUNTIMES if goal.measure == OVER_RUNTIMES else (RIVAL,)
+            ratio = min((speedup[r] for r in over if r in speedup), key=lambda r: r["median"], default=None)
             value = row["share_of_limit"] if goal.measure == SHARE else ratio and ratio["median"]
             if value is not None:
                 values[case.id] = value
@@ -228,6 +259,9 @@ COLUMNS = (
 )
 
 
+_OF = {SPEEDUP: "", OVER_RUNTIMES: " of the best runtime", SHARE: " of the limit"}
+
+
 def _cells(standing: Standing) -> list[str]:
     goal, values = standing.goal, standing.values
     first = goal.cases[0]
@@ -245,7 +279,7 @@ def _cells(standing: Standing) -> list[str]:
         first.dtype,
         ", ".join(layouts).replace("_", " "),
         first.direction,
-        figure(goal.least) + (" of the limit" if goal.measure == SHARE else ""),
+        figure(goal.least) + _OF[goal.measure],
         figure(mean),
         figure(values[standing.worst]) + ("~" if standing.worst in standing.unstable else ""),
         f"{sum(v >= goal.least for v in values.values())} of {len(goal.cases)}",

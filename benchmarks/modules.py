@@ -59,21 +59,25 @@ class ModuleCase(Case):
         return len(self.given)
 
     def call(self, who, *, double=False, layout=None):
-        module = self.modules[who]
-        if double:
-            module = copy.deepcopy(module).double()
-        inputs = [
-            t.detach().to(torch.float64) if double and t.is_floating_point() else t.detach().clone()
-            for t in self.given
-        ]
-        for t, spec in zip(inputs, self.workload.inputs, strict=True):
-            t.requires_grad_(self.backward and spec.grad)
-        # The parameters are the module's own: they stand among the tensors so that their gradients are taken and checked.
-        parameters = [p for p in module.parameters() if p.requires_grad] if self.backward else []
-        return (lambda *tensors: _first(module(*tensors[: len(self.given)]))), [*inputs, *parameters]
+        return call_of(self, self.modules[who], self.given, double)
 
     def least(self):
         return None
+
+
+def call_of(case: Case, module: torch.nn.Module, given: tuple[torch.Tensor, ...], double: bool):
+    """A module as :meth:`Case.call` gives a function: with its inputs, and, for the backward pass, its parameters."""
+    if double:
+        module = copy.deepcopy(module).double()
+    inputs = [
+        t.detach().to(torch.float64) if double and t.is_floating_point() else t.detach().clone()
+        for t in given
+    ]
+    for t, spec in zip(inputs, case.workload.inputs, strict=True):
+        t.requires_grad_(case.backward and spec.grad)
+    # The parameters are the module's own: they stand among the tensors so that their gradients are taken and checked.
+    parameters = [p for p in module.parameters() if p.requires_grad] if case.backward else []
+    return (lambda *tensors: _first(module(*tensors[: len(given)]))), [*inputs, *parameters]
 
 
 def _first(output) -> torch.Tensor:

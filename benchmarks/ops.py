@@ -18,6 +18,8 @@ def fastnn(op: str, options: dict) -> Callable[..., torch.Tensor]:
     """An op from ``fastnn.nn.functional``."""
     import fastnn.nn.functional
 
+    if op == "conv2d_winograd":
+        return partial(_less_precise, fastnn.nn.functional.conv2d, **options)
     return partial(getattr(fastnn.nn.functional, op), **options)
 
 
@@ -36,8 +38,19 @@ def _conv2d_relu_max_pool2d(
     return stock_functional.max_pool2d(x, kernel_size, pool_stride, pool_padding)
 
 
-# What the fused ops must equal.
+def _less_precise(conv2d, *inputs, **options):
+    """A convolution where the user allows TF32's precision, of which stock makes nothing here: it stays in float32."""
+    conv = torch.backends.mkldnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "tf32"
+    try:
+        return conv2d(*inputs, **options)
+    finally:
+        conv.fp32_precision = before
+
+
+# What ops that torch lacks must equal.
 FUSED = {
+    "conv2d_winograd": stock_functional.conv2d,
     "linear_relu": _linear_relu,
     "conv2d_relu": _conv2d_relu,
     "conv2d_relu_max_pool2d": _conv2d_relu_max_pool2d,

@@ -216,7 +216,7 @@ def _glance(record: Record):
     return figure
 
 
-MARKS = dict(zip(("conv", "pool", "linear", "attention", "module"), "os^Dv", strict=True))
+MARKS = dict(zip(("conv", "pool", "linear", "attention", "module", "network"), "os^DvP", strict=True))
 
 
 def _roofline(record: Record):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from benchmark_runs import RESULTS, run
 
 from benchmarks import __main__ as cli
-from benchmarks import goals, stored
+from benchmarks import goals, nets, peers, stored
 from benchmarks.cases import Case, linear
 
 LOADS = [linear("linear_relu", "here", (m, 3), (2, 3)) for m in (1, 2)]
@@ -53,6 +54,45 @@ def test_shares_are_of_the_limit():
     assert standing(goal(0.8, goals.SHARE), row(one, 0.1, 0.8), row(two, 0.1, 0.9)).met is True
     assert standing(goal(0.8, goals.SHARE), row(one, 9.0, 0.7), row(two, 9.0, 0.9)).met is False
     assert standing(goal(0.8, goals.SHARE), row(one, 9.0, None)) is None
+
+
+def test_runtimes_are_measured_against_the_better_one():
+    one, two = CASES
+
+    def over(case, **ratios):
+        speedup = {name: {"median": median, "unstable": False} for name, median in ratios.items()}
+        return {**row(case, None), "speedup": speedup}
+
+    of = goal(1.0, goals.OVER_RUNTIMES)
+    found = standing(of, over(one, eager=0.5, onnxruntime=1.2, openvino=1.1), over(two, onnxruntime=3.0))
+    assert found.met is True
+    assert found.values == {one.id: 1.1, two.id: 3.0}
+    assert standing(of, over(one, eager=9.0, onnxruntime=1.2, openvino=0.9)).met is False
+    assert standing(of, over(one, eager=9.0)) is None
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_networks_give_what_stock_gives(name):
+    case = next(c for c in goals.all_cases() if c.workload.op == name and c.direction == "forward+backward")
+    values = {}
+    for who in ("stock", "fastnn"):
+        function, (given, *parameters) = case.call(who)
+        assert parameters
+        out = function(given, *parameters)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        values[who] = [out, *torch.autograd.grad(out, parameters, upstream)]
+    for ours, stock in zip(values["fastnn"], values["stock"], strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-4 * stock.abs().max().item())
+
+
+def test_a_network_meets_runtimes(tmp_path, quick):
+    case = next(c for c in goals.all_cases() if c.workload.op == "mlp" and c.direction == "forward")
+    contenders = peers.select_peers([goals.RIVAL, *goals.RUNTIMES])
+    status, found, _ = run(tmp_path / "run", [case], contenders=contenders, goals=True, minutes=0.02)
+    assert status == 0
+    (row,) = found["rows"]
+    for name in goals.RUNTIMES:
+        assert name in row["speedup"] or "not installed" in row["peer_notes"][name]
 
 
 def test_a_wrong_answer_misses():

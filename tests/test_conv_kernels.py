@@ -178,9 +178,10 @@ WINOGRAD = [
 def test_winograd(level, channels_last, case):
     rng = np.random.default_rng(sum(case))
     n, c, h, w, k = case[:5]
-    output, shape = sizes_of(case)
+    _, shape = sizes_of(case)
     x64, w64, b64 = (
-        rng.standard_normal(s).astype(np.float32).astype(np.float64) for s in ((n, c, h, w), (k, c, 3, 3), (k,))
+        rng.standard_normal(s).astype(np.float32).astype(np.float64)
+        for s in ((n, c, h, w), (k, c, 3, 3), (k,))
     )
     x = laid_out(x64, channels_last).astype(np.float32)
     exact = conv(case, x64, w64) + b64[:, None, None]
@@ -195,7 +196,19 @@ def test_winograd(level, channels_last, case):
             for threads in (1, 3):
                 y = np.full(laid_out(exact, channels_last).shape, np.nan, np.float32)
                 kernels.conv_forward(
-                    level, threads, shape, channels_last, weight_last, x, weight, bias, relu, y, [], None, winograd=True
+                    level,
+                    threads,
+                    shape,
+                    channels_last,
+                    weight_last,
+                    x,
+                    weight,
+                    bias,
+                    relu,
+                    y,
+                    [],
+                    None,
+                    winograd=True,
                 )
                 error = np.abs(back(y, channels_last) - want).max()
                 assert error <= 8 * 2**-24 * scale

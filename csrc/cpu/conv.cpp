@@ -108,6 +108,9 @@ void forward(const ConvArgs& args, const Context& context) {
         context);
   }
   if (args.channels_last && by_pixels(s)) return pixels_forward<T>(args, context);
+  if (pool != nullptr && by_turned_pixels(s) && s.oh * s.ow <= kTurnedImage &&
+      s.n * s.oh * s.ow >= kTurnedPixels)
+    return turned_forward<T>(args, context);
   const int64_t workers = workers_for(2.0 * s.n * s.k * s.oh * s.ow * (channels * taps + 4), context);
   const bool in_place = planes_in_place<T>(args);
   const Axis rows{s.kh, s.sh, s.dh, s.ph, s.oh, s.h}, columns{s.kw, s.sw, s.dw, s.pw, s.ow, s.w};

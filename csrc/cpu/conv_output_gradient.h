@@ -40,7 +40,8 @@ FASTNN_INLINE A sum_of(const A* x, int64_t count) {
   Vec<A> sum[2] = {zero<A>(), zero<A>()};
   for (int64_t i = 0; i < count; i += 16) {
 #pragma GCC unroll 8
-    for (int j = 0; j < 16; j += Vec<A>::size) sum[j / Vec<A>::size % 2] = sum[j / Vec<A>::size % 2] + load(x + i + j);
+    for (int j = 0; j < 16; j += Vec<A>::size)
+      sum[j / Vec<A>::size % 2] = sum[j / Vec<A>::size % 2] + load(x + i + j);
   }
   return reduce_add(sum[0] + sum[1]);
 }

@@ -126,18 +126,12 @@ inline const T* weight_by_taps(const void* data, bool channels_last, const ConvS
   const int64_t channels = s.c / s.groups, taps = s.kh * s.kw;
   if (padded == channels && (channels_last || taps == 1 || channels == 1)) return weight;
   T* out = context.scratch<T>(s.k * taps * padded);
-  const int64_t c_step = channels_last ? 1 : taps, t_step = channels_last ? channels : 1;
   context.for_each(s.k, workers_for(4.0 * s.k * taps * padded, context), [&](int64_t k, int) {
     const T* from = weight + k * taps * channels;
     T* to = out + k * taps * padded;
+    if (!channels_last) transpose_block(from, taps, channels, taps, to, padded);
     for (int64_t t = 0; t < taps; ++t) {
-      int64_t c = 0;
-      if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-        using V = Vec<T>;
-        for (; c + V::size < channels; c += V::size)
-          store(to + t * padded + c, load_every(from + c * c_step + t * t_step, c_step));
-      }
-      for (; c < channels; ++c) to[t * padded + c] = from[c * c_step + t * t_step];
+      if (channels_last) copy_run(to + t * padded, from + t * channels, channels);
       clear_plane(to + t * padded + channels, padded - channels);
     }
   });
@@ -177,6 +171,11 @@ inline bool by_pixels(const ConvShape& s) {
 inline bool by_turned_pixels(const ConvShape& s) {
   return by_pixels(s) && s.c / s.groups * s.kh * s.kw >= 288;
 }
+
+// And of their pooled forward pass: images of up to so many outputs, of which planes would fill few vectors,
+// and as many in all as pay for the weight's transposition. 16 images of 8 x 8 and of 4 x 4 outputs: 1.25
+// and 1.7 times as fast.
+inline constexpr int64_t kTurnedImage = 1024, kTurnedPixels = 256;
 
 // A convolution, prepared once for any part of the batch.
 template <class T>
@@ -278,6 +277,25 @@ inline void pixels_forward(const ConvArgs& args, const Context& context) {
       });
     }
   }
+}
+
+// The same of images in torch's default layout, by way of channels_last copies.
+template <class T>
+inline void turned_forward(const ConvArgs& args, const Context& context) {
+  const ConvShape& s = args.shape;
+  const int64_t pixels = args.pool != nullptr ? args.pool->oh * args.pool->ow : s.oh * s.ow;
+  T* image = context.scratch<T>(s.n * s.c * s.h * s.w);
+  transpose_all(static_cast<const T*>(args.input), s.n, s.c, s.h * s.w, image, context);
+  ConvArgs turned = args;
+  turned.channels_last = true;
+  turned.input = image;
+  T* output = context.scratch<T>(s.n * s.k * pixels);
+  turned.output = output;
+  if (args.locations != nullptr) turned.locations = context.scratch<uint8_t>(s.n * s.k * pixels);
+  pixels_forward<T>(turned, context);
+  transpose_all(static_cast<const T*>(output), s.n, pixels, s.k, static_cast<T*>(args.output), context);
+  if (args.locations != nullptr)
+    transpose_all(static_cast<const uint8_t*>(turned.locations), s.n, pixels, s.k, args.locations, context);
 }
 
 // The input positions of one phase (see PhaseTaps) are windows of the output's gradient.

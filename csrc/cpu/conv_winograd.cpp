@@ -125,10 +125,10 @@ FASTNN_INLINE void tile_from_points(const float* products, int64_t plane, F bias
 // sets.
 int64_t plane_of(int64_t elements) { return round_up(elements, 32) + 16; }
 
-// The weight of `outputs` output channels from k0 on and `channels` channels from c0 on, at the points: panels
-// of B, `plane` from point to point.
-void weight_to_points(const ConvArgs& args, int64_t k0, int64_t outputs, int64_t c0, int64_t channels, float* out,
-                      int64_t plane) {
+// The weight of `outputs` output channels from k0 on and `channels` channels from c0 on, at the points:
+// panels of B, `plane` from point to point.
+void weight_to_points(const ConvArgs& args, int64_t k0, int64_t outputs, int64_t c0, int64_t channels,
+                      float* out, int64_t plane) {
   constexpr int64_t kTapsAll = kTaps * kTaps, kAtATime = F::size;
   const ConvShape& s = args.shape;
   const bool last = args.weight_channels_last;
@@ -144,8 +144,8 @@ void weight_to_points(const ConvArgs& args, int64_t k0, int64_t outputs, int64_t
       const int64_t here = min_of(kAtATime, channels - c);
       if (last) {
         for (int64_t t = 0; t < kTapsAll; ++t)
-          transpose_block(weight + (k * kTapsAll + t) * s.c + c0 + c, kTapsAll * s.c, rows, here, turned + t * tap,
-                          F::size);
+          transpose_block(weight + (k * kTapsAll + t) * s.c + c0 + c, kTapsAll * s.c, rows, here,
+                          turned + t * tap, F::size);
       } else {
         transpose_block(weight + (k * s.c + c0 + c) * kTapsAll, kTapsAll * s.c, rows, here * kTapsAll, turned,
                         F::size);
@@ -233,7 +233,8 @@ void conv_winograd(const ConvArgs& args, const Context& context) {
   // Where blocks are few or do not share out, output channels are cut too: each part brings the tiles to the
   // points anew, which costs as much as the products of 8 of its channels.
   int64_t parts = 1;
-  while (parts < k_blocks && block.count() * parts < 4 * workers && block.count() * parts % workers != 0) ++parts;
+  while (parts < k_blocks && block.count() * parts < 4 * workers && block.count() * parts % workers != 0)
+    ++parts;
   const int64_t u_plane = plane_of(kChannels * kOutputs);
   const int64_t v_row = plane_of(s.c), m_row = plane_of(kOutputs);
   const int64_t v_plane = plane_of(block.tiles() * v_row), m_plane = plane_of(block.tiles() * m_row);
@@ -294,7 +295,8 @@ void conv_winograd(const ConvArgs& args, const Context& context) {
         tile_to_points<true>(pixels, c, F::size, v + tile * v_row, v_plane);
       if (c < s.c) tile_to_points<false>(pixels, c, static_cast<int>(s.c - c), v + tile * v_row, v_plane);
     });
-    const int64_t tiles = images * ceil_div(y1 - y0, kOut) * ceil_div(x1 - x0, kOut), strips = ceil_div(tiles, kMR);
+    const int64_t tiles = images * ceil_div(y1 - y0, kOut) * ceil_div(x1 - x0, kOut),
+                  strips = ceil_div(tiles, kMR);
     for (int64_t kb = part_start(part, k_blocks, parts); kb < part_start(part + 1, k_blocks, parts); ++kb) {
       const int64_t k0 = kb * kOutputs, outputs = min_of(kOutputs, s.k - k0);
       for (int64_t c0 = 0; c0 < s.c; c0 += kChannels) {
@@ -307,12 +309,10 @@ void conv_winograd(const ConvArgs& args, const Context& context) {
             const int count = static_cast<int>(part_start(strip + 1, tiles, strips) - i);
             for (int64_t j = 0; j < outputs; j += kNR<float>) {
               float* sums = m + point * m_plane + i * m_row + j;
-              gemm_tile_rows<float>(count, static_cast<int>(min_of(kNR<float>, outputs - j)),
-                                    TileRows<float>{v + point * v_plane + i * v_row + c0, v_row},
-                                    static_cast<const float*>(u + point * u_plane + j * channels), channels,
-                                    c0 > 0 ? static_cast<const float*>(sums) : nullptr, m_row,
-                                    static_cast<const Epilogue<float>*>(nullptr), sums, static_cast<float*>(nullptr),
-                                    int64_t{0});
+              gemm_tile<float>(count, static_cast<int>(min_of(kNR<float>, outputs - j)),
+                               {v + point * v_plane + i * v_row + c0, v_row},
+                               u + point * u_plane + j * channels, channels,
+                               {c0 > 0 ? sums : nullptr, sums, m_row, nullptr, nullptr, 0});
             }
           }
         }

@@ -24,9 +24,6 @@ struct GemmArgs {
   bool relu = false;
 };
 
-// Products that a register adds up before the sum joins a total: the error of a sum grows with its longest
-// chain.
-inline constexpr int64_t kTileChain = 96;
 // A block of B, about kDepth products deep, stays in the second-level cache while all rows of A pass by:
 // 512 x 256 floats, or a third of that on machines of 256 or 512 KiB.
 inline constexpr int64_t kDepth = 512, kMostDepth = kDepth + kDepth / 2;
@@ -43,54 +40,23 @@ struct TileRows {
   int64_t row;
 };
 
-// A tile of MR rows and NV vectors of a packed panel.
-template <class T, int MR, int NV>
-FASTNN_INLINE void gemm_tile(const TileRows<T>& a, const typename Gemm<T>::Elem* b, int64_t elems,
-                             const acc_t<T>* partial, int64_t partial_row, const Epilogue<T>* last,
-                             acc_t<T>* sums, T* c, int64_t c_row, int n) {
-  Tile<T, MR, NV> tile;
-  tile.clear();
-  if (elems <= kTileChain + kTileChain / 2) {
-    tile.template multiply<true>(elems, a.data, a.row, 1, b, kNR<T>);
-  } else {
-    using V = typename Tile<T, MR, NV>::V;
-    acc_t<T> total[MR][NV * V::size];
-    for (int64_t p = 0; p < elems; p += kTileChain) {
-      if (p > 0) {
-#pragma GCC unroll 16
-        for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-          for (int j = 0; j < NV; ++j) {
-            auto* t = total[i] + j * V::size;
-            store(t, p > kTileChain ? load(t) + tile.sum[i][j] : tile.sum[i][j]);
-          }
-        }
-        tile.clear();
-      }
-      tile.template multiply<true>(min_of(kTileChain, elems - p), a.data + p, a.row, 1, b + p * kNR<T>,
-                                   kNR<T>);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) tile.sum[i][j] = load(total[i] + j * V::size) + tile.sum[i][j];
-    }
-  }
-  if (last != nullptr) {
-    finish<T>(tile, partial, partial_row, *last, c, c_row, n);
-  } else {
-    finish<acc_t<T>>(tile, partial, partial_row, {}, sums, partial_row, n);
-  }
-}
+// Where one tile of C goes: its sums so far, or null, and then either sums again, or with the last of its
+// depth (`last`) C itself.
+template <class T>
+struct TileResult {
+  const acc_t<T>* partial;
+  acc_t<T>* sums;
+  int64_t sums_row;
+  const Epilogue<T>* last;
+  T* c;
+  int64_t c_row;
+};
 
-// gemm_tile for a number of rows known at run time only; with half a panel's columns, half the work.
-template <class T, int MR = kMR, class... Args>
-inline void gemm_tile_rows(int count, int n, Args... args) {
-  if (count == MR) {
-    return n > kNR<T> / 2 ? gemm_tile<T, MR, kNV>(args..., n) : gemm_tile<T, MR, kNV / 2>(args..., n);
-  }
-  if constexpr (MR > 1) gemm_tile_rows<T, MR - 1>(count, n, args...);
-}
+// One tile: `count` rows of A, up to kMR, by the first n columns of a packed panel, `elems` deep. Compiled
+// once a level, in gemm_tiles.cpp.
+template <class T>
+void gemm_tile(int count, int n, const TileRows<T>& a, const typename Gemm<T>::Elem* b, int64_t elems,
+               const TileResult<T>& to);
 
 // Whether rows of A can be read where they lie. Strides of whole half pages would put them all into a few
 // cache sets.
@@ -218,11 +184,10 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
           const int64_t j = p * kWidth;
           const Epilogue<T> last{bias != nullptr ? bias + j0 + j : nullptr, to.relu};
           A* s = sums != nullptr ? sums + i * sums_row + j : nullptr;
-          gemm_tile_rows<T>(count, static_cast<int>(min_of(kWidth, columns - j)), from,
-                            static_cast<const Elem*>(block + p * panel_size), here,
-                            d > 0 || to.begun ? static_cast<const A*>(s) : nullptr, sums_row,
-                            d == depths - 1 && to.done ? &last : nullptr, s,
-                            to.c + (i0 + i) * to.c_m + j0 + j, to.c_m);
+          gemm_tile<T>(
+              count, static_cast<int>(min_of(kWidth, columns - j)), from, block + p * panel_size, here,
+              {d > 0 || to.begun ? s : nullptr, s, sums_row, d == depths - 1 && to.done ? &last : nullptr,
+               to.c + (i0 + i) * to.c_m + j0 + j, to.c_m});
         }
       }
     }

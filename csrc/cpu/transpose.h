@@ -11,7 +11,7 @@ template <class T>
 inline void transpose_block(const T* from, int64_t from_row, int64_t rows, int64_t columns, T* to,
                             int64_t to_row) {
 #if FASTNN_ISA_LEVEL >= 1
-  if constexpr (sizeof(acc_t<T>) == 4) {
+  if constexpr (sizeof(T) > 1 && sizeof(T) < 8) {
     constexpr int kStep = F::size;
     for (int64_t i = 0; i < rows; i += kStep) {
       const int high = static_cast<int>(min_of(kStep, rows - i));

@@ -130,8 +130,10 @@ Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, 
   FASTNN_CHECK(input.is_cpu() && input.scalar_type() == ScalarType::Float,
                "conv2d_winograd expects float32 tensors on the CPU");
   FASTNN_CHECK(s.kh == 3 && s.kw == 3 && s.sh == 1 && s.sw == 1 && s.dh == 1 && s.dw == 1 && s.groups == 1,
-               "conv2d_winograd expects windows of 3 x 3 elements with stride, dilation and groups of 1, got a weight ",
-               shape(weight), ", stride (", s.sh, ", ", s.sw, "), dilation (", s.dh, ", ", s.dw, "), groups ", s.groups);
+               "conv2d_winograd expects windows of 3 x 3 elements with stride, dilation and groups of 1, got "
+               "a weight ",
+               shape(weight), ", stride (", s.sh, ", ", s.sw, "), dilation (", s.dh, ", ", s.dw, "), groups ",
+               s.groups);
   return std::get<0>(forward(input, weight, bias, s, relu, nullptr, conv_winograd));
 }
 
@@ -228,7 +230,8 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(Tensor grad, 
 
 FASTNN_OP(conv2d, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor")
 FASTNN_OP(conv2d_relu, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor")
-FASTNN_OP(conv2d_winograd, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", bool relu) -> Tensor")
+FASTNN_OP(conv2d_winograd,
+          "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", bool relu) -> Tensor")
 FASTNN_OP(conv2d_relu_max_pool2d,
           "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", " FASTNN_POOL ") -> (Tensor, Tensor)")
 FASTNN_OP(conv2d_backward, "(Tensor grad, Tensor input, Tensor weight, " FASTNN_CONV ", " FASTNN_WANTED

@@ -44,9 +44,10 @@ void backward(const std::string& level, int threads, const Ints& shape, bool cha
 }  // namespace
 
 void bind_conv(py::module_& m) {
-  m.def("conv_forward", &forward, py::arg("level"), py::arg("threads"), py::arg("shape"), py::arg("channels_last"),
-        py::arg("weight_channels_last"), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("relu"), py::arg("y"),
-        py::arg("pool"), py::arg("locations"), py::arg("winograd") = false);
+  m.def("conv_forward", &forward, py::arg("level"), py::arg("threads"), py::arg("shape"),
+        py::arg("channels_last"), py::arg("weight_channels_last"), py::arg("x"), py::arg("w"),
+        py::arg("bias"), py::arg("relu"), py::arg("y"), py::arg("pool"), py::arg("locations"),
+        py::arg("winograd") = false);
   m.def("conv_backward", &backward);
 }
 

@@ -476,8 +476,9 @@ _FEW_PRODUCTS_POOLED = 640
 # A single image of windows deeper than this was ahead up to so many products per output channel: 3 x 3 windows of 512
 # channels at 7 x 7 pixels 1.25, at 14 x 14 0.92, at 28 x 28 0.81; of 64 channels at 224 x 224 1.10.
 _DEEP, _DEEP_WORK = 1024, 700_000
-# The same behind which a pooling stands, without gradients: 256 channels at 56 x 56 pixels 0.94, 512 at 28 x 28 0.80.
-_DEEP_POOLED, _DEEP_WORK_POOLED = 2000, 2_000_000
+# The same behind which a pooling stands, without gradients: 256 channels at 56 x 56 pixels 0.94, 512 at 28 x 28 0.80; and
+# more products than the last in batches: 512 channels at 14 x 14 pixels 0.93 to 1.0, at 4 x 4 0.88 to 0.98.
+_DEEP_POOLED, _DEEP_WORK_POOLED, _DEEPEST_POOLED = 2000, 2_000_000, 4000
 # On channels_last, channels and outputs from which pixels are rows of a matrix product, and pixels of all outputs up to
 # which that was ahead: 196 pixels 1.02 to 1.4, 49 pixels 1.25, 784 pixels 0.94; with gradients 784 pixels 1.0 to 1.5.
 _CHANNELS_BY_PIXELS = 24
@@ -534,6 +535,8 @@ def _slower_pooled(input, weight, bias, *rest):
         return "torch is faster with gradients of so many channels"
     if products > _DEEP_POOLED and products * input.shape[2] * input.shape[3] > _DEEP_WORK_POOLED:
         return "torch is faster on large images of so many channels"
+    if products > _DEEPEST_POOLED and input.shape[0] > 1:
+        return "torch is faster on batches of so many channels"
     return None
 
 
@@ -627,7 +630,11 @@ def _winograd_grad(ctx, grad):
     wanted = list(ctx.needs_input_grad[:3])
     padding = tuple(2 - p for p in options[2:4])
     input_grad = None
-    if wanted[0] and min(padding) >= 0 and _is_worth_winograd(grad, weight.shape[0], weight.shape[1], *padding):
+    if (
+        wanted[0]
+        and min(padding) >= 0
+        and _is_worth_winograd(grad, weight.shape[0], weight.shape[1], *padding)
+    ):
         turned = weight.flip(2, 3).transpose(0, 1)
         grad = grad.contiguous(memory_format=_memory_format(input, weight))
         input_grad = _conv2d_winograd(grad, turned, None, 1, 1, *padding, 1, 1, 1, False)
