@@ -498,13 +498,11 @@ def _slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilat
         if kernel_h == kernel_w == stride_h == stride_w == 1 and padding_h == padding_w == 0:
             return None  # a matrix product
         if per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS:
-            n, _, height, width = input.shape
-            pixels = (
-                n
-                * _outputs(height, kernel_h, stride_h, padding_h, dilation_h)
-                * _outputs(width, kernel_w, stride_w, padding_w, dilation_w)
+            n, _, height, width = _output_shape(
+                input, weight, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
             )
-            if pixels <= (_FEW_PIXELS_WITH_GRADIENTS if _wants_gradients(input, weight) else _FEW_PIXELS):
+            few = _FEW_PIXELS_WITH_GRADIENTS if _wants_gradients(input, weight) else _FEW_PIXELS
+            if n * height * width <= few:
                 return None
         return "torch is faster on channels_last"
     if products <= _FEW_PRODUCTS or _is_emulated(input):
@@ -527,6 +525,16 @@ def _wants_gradients(input, weight):
 def _slower_pooled(input, weight, bias, *rest):
     """In torch's default layout what the fusion saves outweighs the rest, until gradients of many channels do."""
     if _is_channels_last(input):
+        outputs, per_group, kernel_h, kernel_w = weight.shape
+        # 256 channels to 64 at 56 x 56 pixels 0.85 to 1.04, 64 to 256 1.02 to 1.43.
+        if (
+            kernel_h == kernel_w == 1
+            and per_group > outputs >= _CHANNELS_BY_PIXELS
+            and not _is_emulated(input)
+        ):
+            n, _, height, width = input.shape
+            if n * height * width > _FEW_PIXELS_WITH_GRADIENTS:
+                return "torch is faster on channels_last"
         return _slower(input, weight, bias, *rest[:7])
     products = weight.shape[1] * weight.shape[2] * weight.shape[3]
     if _is_emulated(input):
