@@ -40,7 +40,7 @@ test: build build-tests
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_triton_interpreted.py
 	FASTNN_KERNELS=build-sanitize ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  $(PY) -m pytest tests/test_*_kernels.py
+	  $(PY) -m pytest -n $(JOBS) tests/test_*_kernels.py
 	$(MAKE) test-wheel
 
 # The wheel: its name and contents, and a smoke test outside of the source tree; PYTHONS="python3.10 python3.12" tries it

@@ -334,7 +334,13 @@ class OpenVINO(_Exported):
     def compile(self, module, data):
         import openvino
 
-        model = openvino.convert_model(module, example_input=tuple(data))
+        # Traced op by op: torch's one op for a whole encoder layer is unknown to the converter.
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            model = openvino.convert_model(module, example_input=tuple(data))
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
         model.reshape({i: list(t.shape) for i, t in enumerate(data)})
         settings = {
             "PERFORMANCE_HINT": "LATENCY",

@@ -221,6 +221,8 @@ def test_winograd_only_where_it_is_allowed(less_precise):
     x, w = torch.randn(1, 64, 16, 16), torch.randn(64, 64, 3, 3)
     assert ops_of(lambda: conv.conv2d(x, w, None, 1, 1)) == ["fastnn::conv2d_winograd"]
     assert ops_of(lambda: conv.conv2d_relu(x, w, None, 1, 1)) == ["fastnn::conv2d_winograd"]
+    pooled = ops_of(lambda: conv.conv2d_relu_max_pool2d(x, w, None, 1, 1))
+    assert pooled == ["fastnn::conv2d_winograd", "fastnn::max_pool2d"]
     refused = [
         lambda: conv.conv2d(x, w, None, 2, 1),
         lambda: conv.conv2d(x, w, None, 1, 2, 2),
@@ -229,12 +231,22 @@ def test_winograd_only_where_it_is_allowed(less_precise):
         lambda: conv.conv2d(x[:, :, :9, :9], w, None, 1, 1),
         lambda: conv.conv2d(x, torch.randn(64, 64, 5, 5), None, 1, 2),
         lambda: conv.conv2d(x.double(), w.double(), None, 1, 1),
-        lambda: conv.conv2d_relu_max_pool2d(x, w, None, 1, 1),
+        lambda: conv.conv2d_relu_max_pool2d(x, w.clone().requires_grad_(), None, 1, 1),
     ]
     for f in refused:
         assert "fastnn::conv2d_winograd" not in ops_of(f)
     torch.backends.mkldnn.conv.fp32_precision = "ieee"
     assert "fastnn::conv2d_winograd" not in ops_of(lambda: conv.conv2d(x, w, None, 1, 1))
+
+
+@BOTH_LAYOUTS
+def test_winograd_pooled(layout, less_precise):
+    x, w, b = inputs((2, 64, 21, 15), (70, 64, 3, 3), layout=layout)
+    for options in ({}, {"kernel_size": 3, "pool_stride": 2, "pool_padding": 1}):
+        y = conv.conv2d_relu_max_pool2d(x, w, b, 1, 1, **options)
+        want = stock_pooled(x.double(), w.double(), b.double(), 1, 1, **options)
+        assert y.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
 
 
 def test_winograd_twice_differentiable(less_precise):

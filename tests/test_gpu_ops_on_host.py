@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_as_good
 
-from fastnn.ops import conv, pool
+from fastnn.ops import _conv_on_gpus, _conv_shapes, conv, pool
 
 FOLDER = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
 LIBRARY = FOLDER / "libops_on_host.so"
@@ -30,7 +30,7 @@ def ops():
 
 @pytest.fixture
 def in_place_of_a_gpu(ops, monkeypatch):
-    monkeypatch.setattr(conv, "_gpu_ops", ops)
+    monkeypatch.setattr(_conv_on_gpus, "_ops", ops)
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     yield
@@ -43,7 +43,7 @@ def random(*shape, seed, layout=torch.contiguous_format):
 
 
 # Gradients of input, weight and bias, from what `fastnn.ops.conv` takes apart for each op.
-backward = conv._backward_candidates(lambda *args: args)["kernel"]
+backward = _conv_on_gpus.backward_candidates(lambda *args: args)["kernel"]
 
 # n, c, h, w, k, kernel, options: stride, padding, dilation, groups.
 CONVS = [
@@ -74,10 +74,10 @@ def test_conv(in_place_of_a_gpu, image, kernel, options, dtype, weight_layout, l
             y = torch.relu(y) if relu else y
             return F.max_pool2d(y, 2) if pooled else y
 
-        window = conv._WINDOW_ON_GPUS if pooled else ()
-        made = conv._on_gpus(relu, pooled)(*given, *options, *window)
+        window = _conv_on_gpus.WINDOW if pooled else ()
+        made = _conv_on_gpus.kernel(relu, pooled)(*given, *options, *window)
         y = made[0] if pooled else made
-        fake = (conv._fake_pooled if pooled else conv._fake)(*given, *options, *window)
+        fake = (conv._fake_pooled if pooled else _conv_shapes.fake)(*given, *options, *window)
         like = fake[0] if pooled else fake
         assert y.stride() == like.stride()
         exact = [t.double().requires_grad_() for t in given]
@@ -106,7 +106,7 @@ def test_reduced_precision(in_place_of_a_gpu):
     exact = F.conv2d(x.double(), w.double())
 
     def error():
-        return (conv._on_gpus(False)(x, w, None, 1, 1, 0, 0, 1, 1, 1) - exact).abs().max()
+        return (_conv_on_gpus.kernel(False)(x, w, None, 1, 1, 0, 0, 1, 1, 1) - exact).abs().max()
 
     full = error()
     torch.backends.cudnn.conv.fp32_precision = "tf32"
@@ -122,14 +122,14 @@ def test_gradients_behind_relu_and_pooling(in_place_of_a_gpu, layout):
     )
     x = x.contiguous(memory_format=FORMATS[layout])
     options = (1, 1, 1, 1, 1, 1, 1)
-    for window in ((), conv._WINDOW_ON_GPUS, (3, 3, 2, 2, 1, 1), (2, 3, 1, 2, 0, 1)):
+    for window in ((), _conv_on_gpus.WINDOW, (3, 3, 2, 2, 1, 1), (2, 3, 1, 2, 0, 1)):
         leaves = [t.clone().requires_grad_() for t in (x, w, b)]
         y = torch.relu(F.conv2d(*leaves, padding=1))
         y = F.max_pool2d(y, window[:2], window[2:4], window[4:]) if window else y
         upstream = random(*y.shape, seed=9).mul(2).round()
         want = torch.autograd.grad(y, leaves, upstream)
         given = [t.float() for t in (x, w, b)]
-        made = conv._on_gpus(True, bool(window))(*given, *options, *window)
+        made = _conv_on_gpus.kernel(True, bool(window))(*given, *options, *window)
         out, locations = made if window else (made, None)
         assert torch.equal(out.double(), y)
         assert out.is_contiguous(memory_format=FORMATS[layout])
@@ -138,7 +138,7 @@ def test_gradients_behind_relu_and_pooling(in_place_of_a_gpu, layout):
         for mine, theirs in zip(ours, want, strict=True):
             assert torch.equal(mine.double(), theirs)
         if window:
-            behind, places = conv._pass_behind_torch(True)(*given, *options, *window)
+            behind, places = _conv_on_gpus.pass_behind_torch(True)(*given, *options, *window)
             assert torch.equal(behind, out)
             assert torch.equal(places, locations)
 
@@ -177,7 +177,7 @@ def test_storage_that_is_not_aligned(in_place_of_a_gpu, ops, groups, dtype):
         lambda x, w, g: (x[:, :, ::2], w, g[:, :, ::2]),
     ):
         a, b, c = make(x, w, g)
-        y, want = (conv._on_gpus(False)(*t, None, *options) for t in ((a, b), (a.clone(), b)))
+        y, want = (_conv_on_gpus.kernel(False)(*t, None, *options) for t in ((a, b), (a.clone(), b)))
         torch.testing.assert_close(y, want)
         args = (None, None, options, (), (True, True, True))
         for ours, theirs in zip(
@@ -198,7 +198,7 @@ def test_refused(in_place_of_a_gpu, ops):
         ((x[:, :3], w, None), "channels"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            conv._on_gpus(False)(*args, *options)
+            _conv_on_gpus.kernel(False)(*args, *options)
     with pytest.raises(RuntimeError, match="gradient of the output's shape"):
         backward(torch.zeros(1, 8, 5, 5), x, w, None, None, options, (), (True, True, True))
 

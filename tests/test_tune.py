@@ -14,7 +14,7 @@ from test_gpu_ops_on_host import LIBRARY
 
 import fastnn
 from fastnn import _tune
-from fastnn.ops import _choice, _declare, attention, conv
+from fastnn.ops import _choice, _conv_on_gpus, _declare, attention
 
 KEY = "a GPU, compute capability 9.0"
 
@@ -134,7 +134,7 @@ def clock(monkeypatch):
     if not LIBRARY.exists():
         pytest.skip(f"no {LIBRARY}: run `make build-tests`")
     torch.ops.load_library(str(LIBRARY))
-    monkeypatch.setattr(conv, "_gpu_ops", torch.ops.fastnn_on_host)
+    monkeypatch.setattr(_conv_on_gpus, "_ops", torch.ops.fastnn_on_host)
     monkeypatch.setattr(_tune, "_is_on_gpu", lambda t: isinstance(t, torch.Tensor))
     monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
     times = {}
@@ -230,7 +230,7 @@ def test_every_candidate_of_conv_is_right(clock):
     x = torch.randn(2, 8, 9, 8).contiguous(memory_format=torch.channels_last)
     w, b = torch.randn(16, 8, 3, 3), torch.randn(16)
     options = (1, 1, 1, 1, 1, 1, 1)
-    for name, pool in (("conv2d", ()), ("conv2d_relu", ()), ("conv2d_relu_max_pool2d", conv._WINDOW_ON_GPUS)):
+    for name, pool in (("conv2d", ()), ("conv2d_relu", ()), ("conv2d_relu_max_pool2d", _conv_on_gpus.WINDOW)):
         op = _declare.OPS[name]
         want = op.stock(x, w, b, *options, *pool)
         fake = op.fake(x, w, b, *options, *pool)

@@ -26,6 +26,8 @@ constexpr int64_t kChannels = 64, kOutputs = 64;
 // one block is brought there once, and then few tiles, which stay in the second-level cache too, are 1.25
 // times as fast.
 constexpr int64_t kTiles = 128, kFewTiles = 16;
+// Bytes that the tiles of a task may take at the points, beside 24 tiles.
+constexpr int64_t kTileBytes = int64_t{12} << 20;
 
 // Six inputs in a line at the points.
 FASTNN_INLINE void inputs_at_points(const F (&d)[kIn], F (&t)[kIn]) {
@@ -227,7 +229,10 @@ void conv_winograd(const ConvArgs& args, const Context& context) {
   if (s.n == 0 || s.k == 0 || s.oh == 0 || s.ow == 0) return;
   const int64_t k_blocks = ceil_div(s.k, kOutputs), c_blocks = ceil_div(s.c, kChannels);
   const bool one_weight = k_blocks == 1 && c_blocks == 1;
-  const Block block(s, one_weight ? kFewTiles : kTiles);
+  // Rows of A, and of the sums.
+  const int64_t v_row = plane_of(s.c), m_row = plane_of(kOutputs);
+  const int64_t held = kTileBytes / (kPoints * v_row * static_cast<int64_t>(sizeof(float)));
+  const Block block(s, one_weight ? kFewTiles : max_of(2 * kMR, min_of(kTiles, held)));
   const int64_t tiles_all = s.n * ceil_div(s.oh, kOut) * ceil_div(s.ow, kOut);
   const int64_t workers = workers_for(2.0 * kPoints * tiles_all * (s.c + 8) * s.k, context);
   // Where blocks are few or do not share out, output channels are cut too: each part brings the tiles to the
@@ -236,7 +241,6 @@ void conv_winograd(const ConvArgs& args, const Context& context) {
   while (parts < k_blocks && block.count() * parts < 4 * workers && block.count() * parts % workers != 0)
     ++parts;
   const int64_t u_plane = plane_of(kChannels * kOutputs);
-  const int64_t v_row = plane_of(s.c), m_row = plane_of(kOutputs);
   const int64_t v_plane = plane_of(block.tiles() * v_row), m_plane = plane_of(block.tiles() * m_row);
   float* u_memory = context.scratch<float>(workers * kPoints * u_plane);
   float* v_memory = context.scratch<float>(workers * kPoints * v_plane);
@@ -309,7 +313,8 @@ void conv_winograd(const ConvArgs& args, const Context& context) {
             const int count = static_cast<int>(part_start(strip + 1, tiles, strips) - i);
             for (int64_t j = 0; j < outputs; j += kNR<float>) {
               float* sums = m + point * m_plane + i * m_row + j;
-              gemm_tile<float>(count, static_cast<int>(min_of(kNR<float>, outputs - j)),
+              // Whole vectors, so that no sum is left as it was found.
+              gemm_tile<float>(count, static_cast<int>(min_of(kNR<float>, round_up(outputs - j, F::size))),
                                {v + point * v_plane + i * v_row + c0, v_row},
                                u + point * u_plane + j * channels, channels,
                                {c0 > 0 ? sums : nullptr, sums, m_row, nullptr, nullptr, 0});

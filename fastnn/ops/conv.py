@@ -1,4 +1,7 @@
-"""Convolutions: ``conv1d``, ``conv2d``, and the latter fused with the ReLU and the max-pooling behind it."""
+"""Convolutions: ``conv1d``, ``conv2d``, and the latter fused with the ReLU and the max-pooling behind it.
+
+`options` are the seven numbers of a convolution, as :mod:`fastnn.ops._conv_shapes` has them.
+"""
 
 from __future__ import annotations
 
@@ -8,82 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from fastnn import _library
+from fastnn.ops import _conv_on_gpus as on_gpus
+from fastnn.ops import _conv_shapes as shapes
 from fastnn.ops._declare import Cost, declare, tensor_bytes
+from fastnn.ops.pool import max_pool2d
 
 __all__ = ["conv1d", "conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"]
-
-# The ops take their options as single numbers (a list costs a call some microseconds). Below, `options` are the seven of
-# the convolution: stride, padding and dilation, each height before width, and groups; `pool` the six of the pooling:
-# window, stride and padding.
-
-# Windows of the fused pooling hold fewer elements than this: one byte tells where the maximum stood.
-_NO_LOCATION = 255
-
-
-def _outputs(size, kernel, stride, padding, dilation=1):
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _output_shape(input, weight, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
-    return (
-        input.shape[0],
-        weight.shape[0],
-        _outputs(input.shape[2], weight.shape[2], stride_h, padding_h, dilation_h),
-        _outputs(input.shape[3], weight.shape[3], stride_w, padding_w, dilation_w),
-    )
-
-
-def _pooled_shape(shape, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w):
-    n, k, h, w = shape
-    return n, k, _outputs(h, kernel_h, stride_h, padding_h), _outputs(w, kernel_w, stride_w, padding_w)
-
-
-def _unsupported(
-    input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
-):
-    if input.dim() != 4 or weight.dim() != 4:
-        return "not an image batch of 4 dimensions"
-    n, channels, height, width = input.shape
-    outputs, per_group, kernel_h, kernel_w = weight.shape
-    if stride_h < 1 or stride_w < 1 or padding_h < 0 or padding_w < 0 or dilation_h < 1 or dilation_w < 1:
-        return "stride, padding or dilation out of range"
-    if groups < 1 or channels != per_group * groups or outputs % groups:
-        return "channels do not fit"
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs):
-        return "a bias that is not one number per output channel"
-    if n == 0 or channels == 0 or height == 0 or width == 0 or outputs == 0 or kernel_h == 0 or kernel_w == 0:
-        return "an empty input or weight"
-    if (
-        height + 2 * padding_h < dilation_h * (kernel_h - 1) + 1
-        or width + 2 * padding_w < dilation_w * (kernel_w - 1) + 1
-    ):
-        return "a kernel larger than the padded input"
-    return None
-
-
-def _memory_format(input, weight):
-    for t in (input, weight):
-        if torch._prims_common.suggest_memory_format(t) is torch.channels_last:
-            return torch.channels_last
-    return torch.contiguous_format
-
-
-def _fake(input, weight, bias, *options):
-    shape = _output_shape(input, weight, *options)
-    return input.new_empty(shape).to(memory_format=_memory_format(input, weight))
-
-
-def _products(input, weight, *options):
-    n, k, h, w = _output_shape(input, weight, *options)
-    return 2.0 * n * k * h * w * (weight.numel() // max(k, 1))
-
-
-def _cost(input, weight, bias, *options):
-    n, k, h, w = _output_shape(input, weight, *options)
-    return Cost(
-        _products(input, weight, *options),
-        tensor_bytes(input, weight, bias) + n * k * h * w * input.element_size(),
-    )
 
 
 def _to_inputs(ctx, grads):
@@ -128,106 +61,6 @@ def _pooled_grad(ctx, grad, _):
     return _to_inputs(ctx, conv2d_relu_max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.options, *wanted))
 
 
-# ---- on GPUs: CUDA kernels of channels_last images; tensors in torch's default layout are copied to it and back ----
-
-_gpu_ops = torch.ops.fastnn
-
-# More elements, or rows of the products, than this are beyond the kernels' 32-bit counts.
-_MOST_ON_GPUS = 1 << 30
-# The window that is pooled in the epilogue; behind it stands the pooling kernel for any other.
-_WINDOW_ON_GPUS = (2, 2, 2, 2, 0, 0)
-
-
-def _unsupported_on_gpus(input, weight, bias, *rest):
-    if input.dtype is torch.float64:
-        return "no CUDA kernel for torch.float64"
-    n, c, h, w = input.shape
-    k, _, kernel_h, kernel_w = weight.shape
-    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups = rest[:7]
-    _, _, out_h, out_w = _output_shape(input, weight, *rest[:7])
-    extents = (
-        h + w + stride_h + stride_w + padding_h + padding_w + dilation_h * kernel_h + dilation_w * kernel_w
-    )
-    counts = (
-        4 * extents,
-        h * w * c,
-        out_h * out_w * k,
-        weight.numel(),
-        n * out_h * out_w,
-        n * (h + stride_h) * (w + stride_w),
-    )
-    if max(counts) >= _MOST_ON_GPUS or stride_h * stride_w * groups > 65535:
-        return "too many elements for the CUDA kernel"
-    return None
-
-
-def _allows_tf32():
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
-# The tiles of the products, in elements; "kernel" has them chosen by the shape.
-_TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2}
-
-
-def _on_gpus(relu, pooled=False, tile="kernel"):
-    def forward(input, weight, bias, *rest):
-        fused = pooled and rest[7:] == _WINDOW_ON_GPUS
-        options = (*rest[:7], relu, fused, _allows_tf32(), _TILES[tile])
-        made = _gpu_ops._conv2d_on_gpu(input, weight, bias, *options)
-        if fused:
-            return made
-        return _pooled(made[0], rest[7:]) if pooled else made[0]
-
-    return forward
-
-
-def _pooled(y, window):
-    """The ReLU's output pooled, and where in each window the maximum stands, if it is not 0."""
-    values, locations = _gpu_ops.max_pool2d_with_locations(y, *window, 1, 1, False)
-    return values, locations.masked_fill_(values <= 0, _NO_LOCATION)
-
-
-def _pass_behind_torch(pooled):
-    """torch's convolution, with everything behind it in one pass."""
-
-    def forward(input, weight, bias, *rest):
-        layout = _memory_format(input, weight)
-        y = _stock(input, weight, None, *rest[:7]).contiguous(memory_format=torch.channels_last)
-        if pooled and rest[7:] == _WINDOW_ON_GPUS:
-            made = _gpu_ops._bias_relu_max_pool2d_on_gpu(y, bias)
-            return tuple(t.contiguous(memory_format=layout) for t in made)
-        _gpu_ops._bias_relu_on_gpu_(y, bias)
-        y = y.contiguous(memory_format=layout)
-        return _pooled(y, rest[7:]) if pooled else y
-
-    return forward
-
-
-def _candidates(relu, pooled=False):
-    made = {name: _on_gpus(relu, pooled, name) for name in _TILES}
-    return {**made, "torch, then one pass": _pass_behind_torch(pooled)} if relu else made
-
-
-def _backward_candidates(split):
-    """`split` takes the arguments apart: three tensors, output, locations, the options of the convolution and of the pooling, and
-    which gradients are wanted."""
-
-    def with_tile(tile):
-        def backward(*args):
-            grad, input, weight, output, locations, options, window, wanted = split(*args)
-            if window and window != _WINDOW_ON_GPUS:
-                size = _output_shape(input, weight, *options)[2:]
-                grad = _gpu_ops.max_pool2d_backward(grad, locations, *size, *window, 1, 1, False)
-                locations = None
-            return _gpu_ops._conv2d_backward_on_gpu(
-                grad, input, weight, output, locations, *options, *wanted, _allows_tf32(), _TILES[tile]
-            )
-
-        return backward
-
-    return {name: with_tile(name) for name in _TILES}
-
-
 # ---- the backward ops ----
 
 
@@ -238,7 +71,7 @@ def _fake_backward(grad, input, weight, *rest):
         return like.new_empty(like.shape).to(memory_format=memory_format) if wanted else like.new_empty(0)
 
     return (
-        made(input_grad, input, _memory_format(input, weight)),
+        made(input_grad, input, shapes.memory_format_of(input, weight)),
         made(weight_grad, weight, torch._prims_common.suggest_memory_format(weight)),
         weight.new_empty(weight.shape[0] if bias_grad else 0),
     )
@@ -265,7 +98,7 @@ def _cost_backward(grad, input, weight, *rest):
     *options, input_grad, weight_grad, bias_grad = rest
     products = int(input_grad) + int(weight_grad)
     return Cost(
-        _products(input, weight, *options) * products + grad.numel() * int(bias_grad),
+        shapes.products_of(input, weight, *options) * products + grad.numel() * int(bias_grad),
         tensor_bytes(grad)
         + (tensor_bytes(weight, input) if input_grad else 0)
         + (tensor_bytes(input, weight) if weight_grad else 0),
@@ -273,8 +106,8 @@ def _cost_backward(grad, input, weight, *rest):
 
 
 def _fits_backward(grad, input, weight, *rest):
-    reason = _unsupported(input, weight, None, *rest[:7])
-    if reason is None and grad.shape != _output_shape(input, weight, *rest[:7]):
+    reason = shapes.unsupported(input, weight, None, *rest[:7])
+    if reason is None and grad.shape != shapes.output_shape(input, weight, *rest[:7]):
         return "the gradient's shape is not the output's"
     return reason
 
@@ -322,11 +155,9 @@ conv2d_backward = declare(
     unsupported=_fits_backward,
     fake=_fake_backward,
     cost=_cost_backward,
-    unsupported_on_gpus=lambda grad, input, weight, *rest: _unsupported_on_gpus(
-        input, weight, None, *rest[:7]
-    ),
+    unsupported_on_gpus=lambda grad, input, weight, *rest: on_gpus.why_not(input, weight, None, *rest[:7]),
     on_gpus="cuda",
-    candidates=_backward_candidates(
+    candidates=on_gpus.backward_candidates(
         lambda grad, input, weight, *rest: (grad, input, weight, None, None, rest[:7], (), rest[7:])
     ),
     keep=_keep_backward,
@@ -364,11 +195,11 @@ conv2d_relu_backward = declare(
     ),
     fake=lambda grad, input, weight, output, *rest: _fake_backward(grad, input, weight, *rest),
     cost=lambda grad, input, weight, output, *rest: _cost_backward(grad, input, weight, *rest),
-    unsupported_on_gpus=lambda grad, input, weight, output, *rest: _unsupported_on_gpus(
+    unsupported_on_gpus=lambda grad, input, weight, output, *rest: on_gpus.why_not(
         input, weight, None, *rest[:7]
     ),
     on_gpus="cuda",
-    candidates=_backward_candidates(
+    candidates=on_gpus.backward_candidates(
         lambda grad, input, weight, output, *rest: (grad, input, weight, output, None, rest[:7], (), rest[7:])
     ),
     keep=_keep_relu_backward,
@@ -382,7 +213,7 @@ def _positions(locations, shape, kernel_h, kernel_w, stride_h, stride_w, padding
     columns = torch.arange(locations.shape[3], device=locations.device) * stride_w - padding_w
     place = locations.long()
     position = (rows + place // kernel_w) * shape[3] + columns + place % kernel_w
-    there = locations != _NO_LOCATION
+    there = locations != shapes.NO_LOCATION
     return torch.where(there, position, 0).flatten(2), there
 
 
@@ -404,7 +235,7 @@ def _split(args):
 
 def _stock_pooled_backward(grad, input, weight, locations, *rest):
     options, pool, wanted = _split(rest)
-    shape = _output_shape(input, weight, *options)
+    shape = shapes.output_shape(input, weight, *options)
     return _stock_backward(_spread(grad, locations, shape, *pool), input, weight, *options, *wanted)
 
 
@@ -413,7 +244,7 @@ def _fits_pooled_backward(grad, input, weight, locations, *rest):
     reason = _unsupported_pooled(input, weight, None, *options, *pool)
     if reason is not None:
         return reason
-    shape = _pooled_shape(_output_shape(input, weight, *options), *pool)
+    shape = shapes.pooled_shape(shapes.output_shape(input, weight, *options), *pool)
     if grad.shape != shape or locations.shape != shape or locations.dtype is not torch.uint8:
         return "the gradient's or the locations' shape or dtype is not the output's"
     return None
@@ -436,7 +267,7 @@ def _keep_pooled_backward(ctx, inputs, output):
 
 def _pooled_second(ctx, *grad_grads):
     grad, input, weight, locations = ctx.saved_tensors
-    spread = _spread(grad, locations, _output_shape(input, weight, *ctx.options), *ctx.pool)
+    spread = _spread(grad, locations, shapes.output_shape(input, weight, *ctx.options), *ctx.pool)
     kept = _Kept((spread, input, weight), ctx.options, ctx.wanted, ctx.needs_input_grad)
     to_grad, to_input, to_weight = _second(kept, *grad_grads)
     if to_grad is not None:
@@ -450,11 +281,11 @@ conv2d_relu_max_pool2d_backward = declare(
     unsupported=_fits_pooled_backward,
     fake=_fake_pooled_backward,
     cost=_cost_pooled_backward,
-    unsupported_on_gpus=lambda grad, input, weight, locations, *rest: _unsupported_on_gpus(
+    unsupported_on_gpus=lambda grad, input, weight, locations, *rest: on_gpus.why_not(
         input, weight, None, *rest[:13]
     ),
     on_gpus="cuda",
-    candidates=_backward_candidates(
+    candidates=on_gpus.backward_candidates(
         lambda grad, input, weight, locations, *rest: (
             (grad, input, weight, None, locations, rest[:7], rest[7:13], rest[13:])
         )
@@ -498,7 +329,7 @@ def _slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilat
         if kernel_h == kernel_w == stride_h == stride_w == 1 and padding_h == padding_w == 0:
             return None  # a matrix product
         if per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS:
-            n, _, height, width = _output_shape(
+            n, _, height, width = shapes.output_shape(
                 input, weight, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
             )
             few = _FEW_PIXELS_WITH_GRADIENTS if _wants_gradients(input, weight) else _FEW_PIXELS
@@ -563,20 +394,16 @@ def _is_emulated(input):
 # ---- the forward ops ----
 
 
-def _stock(input, weight, bias, *options):
-    return F.conv2d(input, weight, bias, options[:2], options[2:4], options[4:6], options[6])
-
-
 _conv2d = declare(
     "conv2d",
-    stock=_stock,
-    unsupported=_unsupported,
-    unsupported_on_gpus=_unsupported_on_gpus,
+    stock=shapes.stock_conv2d,
+    unsupported=shapes.unsupported,
+    unsupported_on_gpus=on_gpus.why_not,
     on_gpus="cuda",
-    candidates=_candidates(relu=False),
+    candidates=on_gpus.candidates(relu=False),
     slower=_slower,
-    fake=_fake,
-    cost=_cost,
+    fake=shapes.fake,
+    cost=shapes.cost,
     keep=_keep_conv,
     backward=_conv_grad,
     autocast=True,
@@ -584,14 +411,14 @@ _conv2d = declare(
 
 _conv2d_relu = declare(
     "conv2d_relu",
-    stock=lambda *args: torch.relu(_stock(*args)),
-    unsupported=_unsupported,
-    unsupported_on_gpus=_unsupported_on_gpus,
+    stock=lambda *args: torch.relu(shapes.stock_conv2d(*args)),
+    unsupported=shapes.unsupported,
+    unsupported_on_gpus=on_gpus.why_not,
     on_gpus="cuda",
-    candidates=_candidates(relu=True),
+    candidates=on_gpus.candidates(relu=True),
     slower=_slower,
-    fake=_fake,
-    cost=_cost,
+    fake=shapes.fake,
+    cost=shapes.cost,
     keep=_keep_conv_relu,
     backward=_conv_relu_grad,
     autocast=True,
@@ -605,12 +432,12 @@ _CHANNELS_BY_WINOGRAD, _TILES_BY_WINOGRAD = 64, 16
 
 
 def _stock_winograd(input, weight, bias, *rest):
-    out = _stock(input, weight, bias, *rest[:7])
+    out = shapes.stock_conv2d(input, weight, bias, *rest[:7])
     return torch.relu(out) if rest[7] else out
 
 
 def _unsupported_winograd(input, weight, bias, *rest):
-    reason = _unsupported(input, weight, bias, *rest[:7])
+    reason = shapes.unsupported(input, weight, bias, *rest[:7])
     if reason is not None:
         return reason
     if input.dtype is not torch.float32:
@@ -644,7 +471,7 @@ def _winograd_grad(ctx, grad):
         and _is_worth_winograd(grad, weight.shape[0], weight.shape[1], *padding)
     ):
         turned = weight.flip(2, 3).transpose(0, 1)
-        grad = grad.contiguous(memory_format=_memory_format(input, weight))
+        grad = grad.contiguous(memory_format=shapes.memory_format_of(input, weight))
         input_grad = _conv2d_winograd(grad, turned, None, 1, 1, *padding, 1, 1, 1, False)
         wanted[0] = False
     grads = conv2d_backward(grad, input, weight, *options, *wanted) if any(wanted) else (None, None, None)
@@ -655,8 +482,8 @@ _conv2d_winograd = declare(
     "conv2d_winograd",
     stock=_stock_winograd,
     unsupported=_unsupported_winograd,
-    fake=lambda input, weight, bias, *rest: _fake(input, weight, bias, *rest[:7]),
-    cost=lambda input, weight, bias, *rest: _cost(input, weight, bias, *rest[:7]),
+    fake=lambda input, weight, bias, *rest: shapes.fake(input, weight, bias, *rest[:7]),
+    cost=lambda input, weight, bias, *rest: shapes.cost(input, weight, bias, *rest[:7]),
     keep=_keep_winograd,
     backward=_winograd_grad,
 )
@@ -688,15 +515,15 @@ def _takes_winograd(input, weight, stride, padding, dilation, groups):
 
 def _unsupported_pooled(input, weight, bias, *rest):
     options, pool = rest[:7], rest[7:]
-    reason = _unsupported(input, weight, bias, *options)
+    reason = shapes.unsupported(input, weight, bias, *options)
     if reason is not None:
         return reason
     kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w = pool
     if kernel_h < 1 or kernel_w < 1 or stride_h < 1 or stride_w < 1 or padding_h < 0 or padding_w < 0:
         return "the pooling's window, stride or padding out of range"
-    if kernel_h * kernel_w >= _NO_LOCATION:
-        return f"a pooling window of {_NO_LOCATION} elements or more"
-    _, _, h, w = _output_shape(input, weight, *options)
+    if kernel_h * kernel_w >= shapes.NO_LOCATION:
+        return f"a pooling window of {shapes.NO_LOCATION} elements or more"
+    _, _, h, w = shapes.output_shape(input, weight, *options)
     if 2 * padding_h > kernel_h or 2 * padding_w > kernel_w:
         return "the pooling's padding over half the window"
     if h + 2 * padding_h < kernel_h or w + 2 * padding_w < kernel_w:
@@ -706,13 +533,13 @@ def _unsupported_pooled(input, weight, bias, *rest):
 
 def _stock_pooled(input, weight, bias, *rest):
     """The three ops of torch; their indices stand in for the locations, which only the kernels' backward reads."""
-    hidden = torch.relu(_stock(input, weight, bias, *rest[:7]))
+    hidden = torch.relu(shapes.stock_conv2d(input, weight, bias, *rest[:7]))
     return F.max_pool2d(hidden, rest[7:9], rest[9:11], rest[11:13], return_indices=True)
 
 
 def _fake_pooled(input, weight, bias, *rest):
-    shape = _pooled_shape(_output_shape(input, weight, *rest[:7]), *rest[7:])
-    memory_format = _memory_format(input, weight)
+    shape = shapes.pooled_shape(shapes.output_shape(input, weight, *rest[:7]), *rest[7:])
+    memory_format = shapes.memory_format_of(input, weight)
     return (
         input.new_empty(shape).to(memory_format=memory_format),
         input.new_empty(shape, dtype=torch.uint8).to(memory_format=memory_format),
@@ -720,9 +547,9 @@ def _fake_pooled(input, weight, bias, *rest):
 
 
 def _cost_pooled(input, weight, bias, *rest):
-    n, k, h, w = _pooled_shape(_output_shape(input, weight, *rest[:7]), *rest[7:])
+    n, k, h, w = shapes.pooled_shape(shapes.output_shape(input, weight, *rest[:7]), *rest[7:])
     return Cost(
-        _products(input, weight, *rest[:7]),
+        shapes.products_of(input, weight, *rest[:7]),
         tensor_bytes(input, weight, bias) + n * k * h * w * (input.element_size() + 1),
     )
 
@@ -731,9 +558,9 @@ _conv2d_relu_max_pool2d = declare(
     "conv2d_relu_max_pool2d",
     stock=_stock_pooled,
     unsupported=_unsupported_pooled,
-    unsupported_on_gpus=_unsupported_on_gpus,
+    unsupported_on_gpus=on_gpus.why_not,
     on_gpus="cuda",
-    candidates=_candidates(relu=True, pooled=True),
+    candidates=on_gpus.candidates(relu=True, pooled=True),
     slower=_slower_pooled,
     fake=_fake_pooled,
     cost=_cost_pooled,
@@ -793,12 +620,17 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
         else:
             pad = None
         if pad is not None:
-            if not pool and _takes_winograd(images, weight, step, pad, reach, groups):
-                out = _conv2d_winograd(images, weight, bias, *step, *pad, *reach, groups, op is _conv2d_relu)
+            # With gradients, a pooling apart from its convolution would keep what stands between.
+            if not (pool and _wants_gradients(images, weight)) and _takes_winograd(
+                images, weight, step, pad, reach, groups
+            ):
+                out = _conv2d_winograd(images, weight, bias, *step, *pad, *reach, groups, op is not _conv2d)
+                if pool:
+                    out = max_pool2d(out, pool[:2], pool[2:4], pool[4:])
             else:
                 out = op(images, weight, bias, *step, *pad, *reach, groups, *pool)
-            if pool:
-                out = out[0]
+                if pool:
+                    out = out[0]
             return out if dims == 4 else out.squeeze(0)
     return stock(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
 
@@ -842,7 +674,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     Where ``torch.backends.mkldnn.conv.fp32_precision`` (or ``torch.backends.fp32_precision``) is ``"tf32"`` or ``"bf16"``,
     float32 images of 64 channels or more under 3 x 3 windows with strides of 1 are convolved by Winograd's F(4 x 4, 3 x 3),
     with a quarter of the products. It stays in float32; its error is some four times that of a sum in order, and an
-    infinity or NaN reaches up to 5 pixels farther. Not under ``torch.compile``, nor with a pooling behind it.
+    infinity or NaN reaches up to 5 pixels farther. Not under ``torch.compile``, nor with both gradients and a pooling behind
+    it.
     """
     return _call(_conv2d, _unchanged, input, weight, bias, stride, padding, dilation, groups)
 

@@ -1,0 +1,104 @@
+"""Convolutions on GPUs: CUDA kernels of channels_last images. Tensors in torch's default layout are copied to it and back."""
+
+from __future__ import annotations
+
+import torch
+
+from fastnn.ops._conv_shapes import NO_LOCATION, memory_format_of, output_shape, stock_conv2d
+
+_ops = torch.ops.fastnn
+
+# More elements, or rows of the products, than this are beyond the kernels' 32-bit counts.
+MOST = 1 << 30
+# The window that is pooled in the epilogue; behind it stands the pooling kernel for any other.
+WINDOW = (2, 2, 2, 2, 0, 0)
+
+
+def why_not(input, weight, bias, *rest):
+    if input.dtype is torch.float64:
+        return "no CUDA kernel for torch.float64"
+    n, c, h, w = input.shape
+    k, _, kernel_h, kernel_w = weight.shape
+    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups = rest[:7]
+    _, _, out_h, out_w = output_shape(input, weight, *rest[:7])
+    extents = (
+        h + w + stride_h + stride_w + padding_h + padding_w + dilation_h * kernel_h + dilation_w * kernel_w
+    )
+    counts = (
+        4 * extents,
+        h * w * c,
+        out_h * out_w * k,
+        weight.numel(),
+        n * out_h * out_w,
+        n * (h + stride_h) * (w + stride_w),
+    )
+    if max(counts) >= MOST or stride_h * stride_w * groups > 65535:
+        return "too many elements for the CUDA kernel"
+    return None
+
+
+def allows_tf32():
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+# The tiles of the products, in elements; "kernel" has them chosen by the shape.
+TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2}
+
+
+def kernel(relu, pooled=False, tile="kernel"):
+    def forward(input, weight, bias, *rest):
+        fused = pooled and rest[7:] == WINDOW
+        options = (*rest[:7], relu, fused, allows_tf32(), TILES[tile])
+        made = _ops._conv2d_on_gpu(input, weight, bias, *options)
+        if fused:
+            return made
+        return pooled_apart(made[0], rest[7:]) if pooled else made[0]
+
+    return forward
+
+
+def pooled_apart(y, window):
+    """The ReLU's output pooled, and where in each window the maximum stands, if it is not 0."""
+    values, locations = _ops.max_pool2d_with_locations(y, *window, 1, 1, False)
+    return values, locations.masked_fill_(values <= 0, NO_LOCATION)
+
+
+def pass_behind_torch(pooled):
+    """torch's convolution, with everything behind it in one pass."""
+
+    def forward(input, weight, bias, *rest):
+        layout = memory_format_of(input, weight)
+        y = stock_conv2d(input, weight, None, *rest[:7]).contiguous(memory_format=torch.channels_last)
+        if pooled and rest[7:] == WINDOW:
+            made = _ops._bias_relu_max_pool2d_on_gpu(y, bias)
+            return tuple(t.contiguous(memory_format=layout) for t in made)
+        _ops._bias_relu_on_gpu_(y, bias)
+        y = y.contiguous(memory_format=layout)
+        return pooled_apart(y, rest[7:]) if pooled else y
+
+    return forward
+
+
+def candidates(relu, pooled=False):
+    made = {name: kernel(relu, pooled, name) for name in TILES}
+    return {**made, "torch, then one pass": pass_behind_torch(pooled)} if relu else made
+
+
+def backward_candidates(split):
+    """`split` takes the arguments apart: three tensors, output, locations, the options of the convolution and of the pooling, and
+    which gradients are wanted."""
+
+    def with_tile(tile):
+        def backward(*args):
+            grad, input, weight, output, locations, options, window, wanted = split(*args)
+            if window and window != WINDOW:
+                size = output_shape(input, weight, *options)[2:]
+                grad = _ops.max_pool2d_backward(grad, locations, *size, *window, 1, 1, False)
+                locations = None
+            return _ops._conv2d_backward_on_gpu(
+                grad, input, weight, output, locations, *options, *wanted, allows_tf32(), TILES[tile]
+            )
+
+        return backward
+
+    return {name: with_tile(name) for name in TILES}

@@ -1,0 +1,86 @@
+"""What every form of a convolution says of its arguments: the shape of the result, what the kernels cover, and the work.
+
+The ops take their options as single numbers (a list costs a call some microseconds): `options` are the seven of the
+convolution, stride, padding and dilation, each height before width, and groups; the pooling has six, window, stride and
+padding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastnn.ops._declare import Cost, tensor_bytes
+
+# Windows of the fused pooling hold fewer elements than this: one byte tells where the maximum stood.
+NO_LOCATION = 255
+
+
+def output_size(size, kernel, stride, padding, dilation=1):
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def output_shape(input, weight, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
+    return (
+        input.shape[0],
+        weight.shape[0],
+        output_size(input.shape[2], weight.shape[2], stride_h, padding_h, dilation_h),
+        output_size(input.shape[3], weight.shape[3], stride_w, padding_w, dilation_w),
+    )
+
+
+def pooled_shape(shape, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w):
+    n, k, h, w = shape
+    return n, k, output_size(h, kernel_h, stride_h, padding_h), output_size(w, kernel_w, stride_w, padding_w)
+
+
+def unsupported(
+    input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
+):
+    if input.dim() != 4 or weight.dim() != 4:
+        return "not an image batch of 4 dimensions"
+    n, channels, height, width = input.shape
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    if stride_h < 1 or stride_w < 1 or padding_h < 0 or padding_w < 0 or dilation_h < 1 or dilation_w < 1:
+        return "stride, padding or dilation out of range"
+    if groups < 1 or channels != per_group * groups or outputs % groups:
+        return "channels do not fit"
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs):
+        return "a bias that is not one number per output channel"
+    if n == 0 or channels == 0 or height == 0 or width == 0 or outputs == 0 or kernel_h == 0 or kernel_w == 0:
+        return "an empty input or weight"
+    if (
+        height + 2 * padding_h < dilation_h * (kernel_h - 1) + 1
+        or width + 2 * padding_w < dilation_w * (kernel_w - 1) + 1
+    ):
+        return "a kernel larger than the padded input"
+    return None
+
+
+def memory_format_of(input, weight):
+    for t in (input, weight):
+        if torch._prims_common.suggest_memory_format(t) is torch.channels_last:
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def fake(input, weight, bias, *options):
+    shape = output_shape(input, weight, *options)
+    return input.new_empty(shape).to(memory_format=memory_format_of(input, weight))
+
+
+def products_of(input, weight, *options):
+    n, k, h, w = output_shape(input, weight, *options)
+    return 2.0 * n * k * h * w * (weight.numel() // max(k, 1))
+
+
+def cost(input, weight, bias, *options):
+    n, k, h, w = output_shape(input, weight, *options)
+    return Cost(
+        products_of(input, weight, *options),
+        tensor_bytes(input, weight, bias) + n * k * h * w * input.element_size(),
+    )
+
+
+def stock_conv2d(input, weight, bias, *options):
+    return F.conv2d(input, weight, bias, options[:2], options[2:4], options[4:6], options[6])
