@@ -185,7 +185,8 @@ def test_winograd(level, channels_last, case):
     )
     x = laid_out(x64, channels_last).astype(np.float32)
     exact = conv(case, x64, w64) + b64[:, None, None]
-    # An error of one input reaches its whole tile, so the largest sum counts for all.
+    # An error of one input reaches its whole tile, so the largest sum counts for all. By the transforms' norms rounding errors
+    # can grow 83-fold; where no multiplication is fused with an addition, 9 were seen.
     scale = conv(case, np.abs(x64), np.abs(w64)).max() + np.abs(b64).max()
     for weight_last in (False, True):
         weight = laid_out(w64, weight_last).astype(np.float32)
@@ -211,7 +212,7 @@ def test_winograd(level, channels_last, case):
                     winograd=True,
                 )
                 error = np.abs(back(y, channels_last) - want).max()
-                assert error <= 8 * 2**-24 * scale
+                assert error <= 16 * 2**-24 * scale
                 results.append(y.tobytes())
             assert results[0] == results[1]
 
