@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cpu/conv.h"
+#include "cpu/conv_output_gradient.h"
 #include "cpu/conv_planes.h"
 #include "cpu/gemm.h"
 #include "cpu/pool.h"
@@ -443,24 +444,37 @@ inline void pixels_weight_gradient(const ConvBackwardArgs& args, const T* grad, 
   });
 }
 
-// The gradients of images in torch's default layout, by way of channels_last copies. grad: of the
-// convolution's output.
+// The gradients of images in torch's default layout, by way of channels_last copies.
 template <class T>
-inline void turned_gradients(const ConvBackwardArgs& args, const T* grad, const Context& context) {
+inline void turned_gradients(const ConvBackwardArgs& args, const Context& context) {
   const ConvShape& s = args.shape;
-  T* turned_grad = context.scratch<T>(s.n * s.k * s.oh * s.ow);
-  transpose_all(grad, s.n, s.k, s.oh * s.ow, turned_grad, context);
   ConvBackwardArgs turned = args;
   turned.channels_last = true;
+  const auto turn = [&](const auto* from, int64_t channels, int64_t pixels) {
+    auto* to =
+        context.scratch<std::remove_cv_t<std::remove_pointer_t<decltype(from)>>>(s.n * channels * pixels);
+    transpose_all(from, s.n, channels, pixels, to, context);
+    return to;
+  };
+  const T* grad;
+  if (args.pool != nullptr) {
+    // Before it is spread: the pooling's gradient and locations are smaller.
+    const int64_t pooled = args.pool->oh * args.pool->ow;
+    turned.grad = turn(static_cast<const T*>(args.grad), s.k, pooled);
+    turned.locations = turn(args.locations, s.k, pooled);
+    grad = output_gradient<T>(turned, context);
+  } else {
+    grad = turn(output_gradient<T>(args, context), s.k, s.oh * s.ow);
+  }
   T* image = context.scratch<T>(s.n * s.c * s.h * s.w);
   if (args.grad_weight != nullptr) {
     transpose_all(static_cast<const T*>(args.input), s.n, s.c, s.h * s.w, image, context);
     turned.input = image;
-    pixels_weight_gradient<T>(turned, turned_grad, context);
+    pixels_weight_gradient<T>(turned, grad, context);
   }
   if (args.grad_input != nullptr) {
     turned.grad_input = image;
-    pixels_input_gradient<T>(turned, turned_grad, context);
+    pixels_input_gradient<T>(turned, grad, context);
     transpose_all(static_cast<const T*>(image), s.n, s.h * s.w, s.c, static_cast<T*>(args.grad_input),
                   context);
   }
