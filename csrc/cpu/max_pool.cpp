@@ -104,10 +104,13 @@ struct MaxPool {
   }
 
   // Windows [low, high) of row u, all inside the input along the columns, of one channel: a vector of windows
-  // at a time.
-  void run(const T* plane, int64_t u, int64_t low, int64_t high, int64_t at, const int64_t* tap_index) const {
+  // at a time. kPlaces: whether it is asked where the maxima stand. kColumns: the kernel's columns, or 0
+  // where they are no constant.
+  template <bool kPlaces, int kColumns>
+  void run_of(const T* plane, int64_t u, int64_t low, int64_t high, int64_t at,
+              const int64_t* tap_index) const {
     const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), stride = columns.stride;
-    const int64_t top = rows.start(u);
+    const int64_t top = rows.start(u), width = kColumns > 0 ? kColumns : columns.kernel;
     for (int64_t v = low; v < high; v += V::size) {
       const int count = static_cast<int>(min_of(V::size, high - v));
       // Whole vectors may read one element further than the last tap: not at the end of the plane.
@@ -116,12 +119,17 @@ struct MaxPool {
       V best = splat(static_cast<A>(-__builtin_huge_val())), tap = splat(static_cast<A>(r0 * columns.kernel));
       for (int64_t r = r0; r < r1; ++r) {
         const T* from = plane + (top + r * rows.dilation) * row_step + v * stride - columns.padding;
-        for (int64_t c = 0; c < columns.kernel; ++c) {
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < width; ++c) {
           const T* p = from + c * columns.dilation;
           const V x = whole ? load_every(p, stride) : load_every(p, stride, count);
-          const auto more = (x > best) | is_nan(x);
-          best = select(more, x, best);
-          tap = select(more, splat(static_cast<A>(r * columns.kernel + c)), tap);
+          if constexpr (kPlaces) {
+            const auto more = (x > best) | is_nan(x);
+            best = select(more, x, best);
+            tap = select(more, splat(static_cast<A>(r * columns.kernel + c)), tap);
+          } else {
+            best = max_nan(x, best);
+          }
         }
       }
       store_at(at + v, best, tap, count);
@@ -132,6 +140,15 @@ struct MaxPool {
         for (int i = 0; i < count; ++i)
           args.indices[at + v + i] = base + i * stride + tap_index[static_cast<int64_t>(lane[i])];
       }
+    }
+  }
+
+  template <int kColumns>
+  void run(const T* plane, int64_t u, int64_t low, int64_t high, int64_t at, const int64_t* tap_index) const {
+    if (args.indices != nullptr || args.locations != nullptr) {
+      run_of<true, kColumns>(plane, u, low, high, at, tap_index);
+    } else {
+      run_of<false, kColumns>(plane, u, low, high, at, tap_index);
     }
   }
 
@@ -227,7 +244,13 @@ struct MaxPool {
           const int64_t at = line * columns.outputs;
           if (vectors) {
             for (int64_t v = 0; v < low; ++v) one(from, u, v, at + v);
-            run(from, u, low, high, at, tap_index);
+            if (columns.kernel == 2) {
+              run<2>(from, u, low, high, at, tap_index);
+            } else if (columns.kernel == 3) {
+              run<3>(from, u, low, high, at, tap_index);
+            } else {
+              run<0>(from, u, low, high, at, tap_index);
+            }
             for (int64_t v = high; v < columns.outputs; ++v) one(from, u, v, at + v);
           } else {
             for (int64_t v = 0; v < columns.outputs; ++v) {
