@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -247,6 +249,21 @@ def test_winograd_pooled(layout, less_precise):
         want = stock_pooled(x.double(), w.double(), b.double(), 1, 1, **options)
         assert y.is_contiguous(memory_format=layout)
         torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", [conv.conv2d, conv.conv2d_relu], ids=lambda op: op.__name__)
+def test_weight_gradient_of_a_first_layer_is_torchs(op, monkeypatch):
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    x, w, b = inputs((2, 3, 9, 9), (32, 3, 3, 3))
+    native = f"fastnn::{op.__name__}_backward"
+    for with_input in (False, True):
+        leaves = [t.requires_grad_() for t in ((x, w, b) if with_input else (w, b))]
+        y, want = op(x, w, b).sum(), STOCK[op](x, w, b).sum()
+        ours = torch.autograd.grad(y, leaves, retain_graph=True)
+        names = ops_of(partial(torch.autograd.grad, y, leaves))
+        assert (native in names) is with_input
+        for a, stock in zip(ours, torch.autograd.grad(want, leaves), strict=True):
+            torch.testing.assert_close(a, stock, rtol=1e-4, atol=1e-4)
 
 
 def test_winograd_twice_differentiable(less_precise):
