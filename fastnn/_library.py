@@ -8,7 +8,7 @@ import torch
 
 from fastnn import _settings
 
-ISA_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISA_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 _path = Path(__file__).with_name("_C.so")
 
@@ -27,6 +27,11 @@ def _load() -> None:
 def detected_isa() -> str:
     """The highest instruction-set level that this machine runs."""
     return ISA_LEVELS[torch.ops.fastnn._detected_isa()]
+
+
+def in_tile_registers(dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` run in the processor's tile registers, as torch's do."""
+    return _level == "amx" and dtype is torch.bfloat16
 
 
 def current_isa() -> str:

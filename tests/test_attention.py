@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnn import _library
+from fastnn.ops import _declare
 from fastnn.ops.attention import scaled_dot_product_attention as sdpa
 
 
@@ -59,6 +60,8 @@ def test_lengths_and_widths(dtype, level, native):
         (130, 65, 64, 64),
         (197, 300, 8, 5),
         (1, 257, 64, 64),
+        (4, 257, 80, 72),
+        (70, 600, 48, 40),
     ):
         tensors = inputs((2, 3, queries, width), (2, 3, keys, width), (2, 3, keys, value_width), dtype=dtype)
         compare(*tensors)
@@ -175,6 +178,16 @@ def test_empty():
         assert [g.shape for g in torch.autograd.grad(sdpa(*leaves).sum(), leaves)] == [
             t.shape for t in leaves
         ]
+
+
+def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(_library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    for keys in (500, 1000):
+        leaves = inputs((1, 2, 70, 64), (1, 2, keys, 64), (1, 2, keys, 64), dtype=torch.bfloat16)
+        sdpa(*leaves)
+        sdpa(*(t.requires_grad_() for t in leaves))
+    assert [reason is None for _, reason in native] == [True, True, True, False]
 
 
 def test_dropout_goes_to_torch():

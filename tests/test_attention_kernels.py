@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from kernel_module import DTYPES, EPS, kernels
 
-# batch, heads of queries and of keys, queries, keys, width, value width: tails of blocks and tiles, shared heads, one query.
+# batch, heads of queries and of keys, queries, keys, width, value width: tails of blocks and tiles, shared heads, a few queries,
+# several blocks of keys.
 SHAPES = [
     (1, 2, 1, 1, 1, 1, 1),
     (2, 2, 2, 3, 7, 17, 5),
@@ -14,6 +15,8 @@ SHAPES = [
     (1, 1, 1, 130, 65, 16, 16),
     (1, 3, 3, 1, 257, 8, 70),
     (1, 9, 9, 20, 31, 12, 12),
+    (1, 2, 1, 4, 150, 80, 72),
+    (1, 1, 1, 70, 600, 48, 40),
 ]
 
 

@@ -334,6 +334,34 @@ def test_where_torch_is_faster_it_runs(monkeypatch, native):
     assert [reason and reason[:15] for _, reason in native] == expected
 
 
+def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(conv._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    last, first = torch.channels_last, torch.contiguous_format
+    cases = [  # image, weight, layout, groups, and what is native: a convolution, one with a pooling, that with gradients
+        ((2, 32, 9, 9), (32, 32, 3, 3), last, 1, (True, True, True)),
+        ((8, 32, 11, 11), (32, 32, 3, 3), last, 1, (False, False, False)),
+        ((8, 256, 11, 11), (32, 256, 3, 3), last, 1, (False, False, True)),
+        ((2, 3, 9, 9), (8, 3, 3, 3), last, 1, (False, True, True)),
+        ((2, 32, 16, 16), (32, 32, 3, 3), first, 1, (False, True, True)),
+        ((2, 32, 9, 9), (32, 32, 3, 3), first, 1, (False, False, False)),
+        ((2, 32, 9, 9), (32, 32, 1, 1), first, 1, (True, True, True)),
+        ((2, 32, 6, 6), (32, 32, 3, 3), first, 1, (True, True, True)),
+        ((2, 6, 9, 9), (32, 6, 3, 3), first, 1, (False, True, False)),
+        ((2, 3, 9, 9), (8, 3, 3, 3), first, 1, (True, True, True)),
+        ((2, 32, 9, 9), (32, 1, 3, 3), first, 32, (True, True, True)),
+        ((2, 32, 9, 9), (32, 8, 3, 3), first, 4, (False, True, False)),
+    ]
+    for image, weight, layout, groups, wanted in cases:
+        tensors = inputs(image, weight, dtype=torch.bfloat16, layout=layout)
+        conv.conv2d(*tensors, groups=groups)
+        conv.conv2d_relu_max_pool2d(*tensors, groups=groups)
+        conv.conv2d_relu_max_pool2d(*(t.requires_grad_() for t in tensors), groups=groups)
+        seen = [reason for name, reason in native if name.startswith("conv")]
+        assert tuple(reason is None for reason in seen) == wanted, (image, weight, layout)
+        native.clear()
+
+
 OPTIONS = [((1, 1), (0, 1), (1, 1), 1), ((2, 1), (1, 1), (1, 2), 2)]
 
 

@@ -253,6 +253,25 @@ def test_where_torch_is_faster_it_runs(monkeypatch, native):
     torch.testing.assert_close(linear_relu(*many), STOCK[linear_relu](*many))
 
 
+def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(module._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    few, many = inputs(80, 300, 300, torch.bfloat16), inputs(300, 300, 300, torch.bfloat16)
+    wide = inputs(400, 300, 1100, torch.bfloat16)
+    for op, tensors in ((linear, few), (linear, many), (linear_relu, many), (linear_relu, wide)):
+        op(*tensors)
+        op(*(t.clone().requires_grad_() for t in tensors))
+    reasons = [reason for reason in native if reason is None or "bf16" in reason]
+    assert [reason is None for reason in reasons] == [True, True, False, False, True, False, False, False]
+
+
+def test_more_than_is_packed_at_a_time_in_bf16():
+    """Packed operands of more than 16 MiB, and as much of sums between depths."""
+    x, w, b = inputs(2100, 2100, 4200, torch.bfloat16)
+    y = torch.ops.fastnn.linear(x, w, b)
+    assert_as_good(y, F.linear(x, w, b), F.linear(x.double(), w.double(), b.double()))
+
+
 def test_integers_and_flop_count(native):
     x, w, _ = inputs(6, 5, 7)
     assert torch.equal(linear(x.long(), w.long()), F.linear(x.long(), w.long()))

@@ -7,7 +7,8 @@ import pytest
 from kernel_module import DTYPES, bound, kernels
 
 # Rows, output features, input features: tails of every tile, several depths, more rows than the skinny kernels take, than
-# have sums of their own, than are packed at a time.
+# have sums of their own, than are packed at a time; for tile registers more columns than leave rows in place, and depths of
+# either operand packed.
 LINEAR = [
     (1, 1, 1),
     (1, 10, 84),
@@ -21,6 +22,9 @@ LINEAR = [
     (13, 65, 600),
     (1100, 35, 800),
     (8300, 40, 35),
+    (300, 270, 40),
+    (20, 40, 3200),
+    (40, 20, 3200),
 ]
 
 

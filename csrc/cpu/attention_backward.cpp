@@ -56,7 +56,8 @@ struct Backward {
            query_block * (width + value_width);
   }
 
-  void chunk(int64_t b, int64_t k, int64_t chunk, A* memory, A* query_memory, A* grad_query) const {
+  void chunk(int64_t b, int64_t k, int64_t chunk, A* memory, A* query_memory, A* grad_query,
+             TileRegisters<A>& registers) const {
     const int64_t first_block = chunk * blocks_per_chunk,
                   blocks = min_of(blocks_per_chunk, key_blocks - first_block);
     const int64_t share = s.heads / s.key_heads;
@@ -79,7 +80,7 @@ struct Backward {
       A* to = grad_query + (chunks > 1 ? (chunk * s.batch + b) * s.heads + h : 0) * s.queries * s.width;
       for (int64_t first = 0; first < s.queries; first += query_block) {
         queries(b, h, first, min_of(query_block, s.queries - first), first_block, blocks, panels, sums,
-                query_memory, to + (chunks > 1 ? first * s.width : 0));
+                query_memory, to + (chunks > 1 ? first * s.width : 0), registers);
       }
     }
     for (int64_t j = 0; j < blocks; ++j) {
@@ -101,7 +102,7 @@ struct Backward {
   }
 
   void queries(int64_t b, int64_t h, int64_t first, int64_t count, int64_t first_block, int64_t blocks,
-               const A* panels, A* sums, A* memory, A* grad_query) const {
+               const A* panels, A* sums, A* memory, A* grad_query, TileRegisters<A>& registers) const {
     A* q = memory;                        // queries, rows
     A* dy = q + query_rows * width_row;   // gradient of the output, rows
     A* dq = dy + query_rows * value_row;  // gradient of the queries
@@ -142,9 +143,9 @@ struct Backward {
       const A* key_rows = values + key_block * value_width;
       A* dk = sums + j * key_sums_size();
       A* dv = dk + (key_block + kMR) * width_row;
-      block_product<A, true, Into::replace>(count, n, s.width, q, width_row, 1, keys, s.width * kWide, p,
-                                            score_row);
-      block_product<A, true, Into::replace>(count, n, s.value_width, dy, value_row, 1, values,
+      block_product<A, true, Into::replace>(registers, count, n, s.width, q, width_row, 1, keys,
+                                            s.width * kWide, p, score_row);
+      block_product<A, true, Into::replace>(registers, count, n, s.value_width, dy, value_row, 1, values,
                                             s.value_width * kWide, ds, score_row);
       for (int64_t i = 0; i < count; ++i) {
         A* x = p + i * score_row;
@@ -161,16 +162,16 @@ struct Backward {
         }
       }
       // Rows of the transposed products are keys: those past the last are 0, and their sums are not read.
-      block_product<A, false, Into::add>(n, s.value_width, count, p, 1, score_row, dy_panels, count * kWide,
-                                         dv, value_row);
-      block_product<A, false, Into::add>(n, s.width, count, ds, 1, score_row, q_panels, count * kWide, dk,
-                                         width_row);
+      block_product<A, false, Into::add>(registers, n, s.value_width, count, p, 1, score_row, dy_panels,
+                                         count * kWide, dv, value_row);
+      block_product<A, false, Into::add>(registers, n, s.width, count, ds, 1, score_row, q_panels,
+                                         count * kWide, dk, width_row);
       if (started) {
-        block_product<A, true, Into::add>(count, s.width, n, ds, score_row, 1, key_rows, n * kWide, dq,
-                                          width_row);
+        block_product<A, true, Into::add>(registers, count, s.width, n, ds, score_row, 1, key_rows, n * kWide,
+                                          dq, width_row);
       } else {
-        block_product<A, true, Into::replace>(count, s.width, n, ds, score_row, 1, key_rows, n * kWide, dq,
-                                              width_row);
+        block_product<A, true, Into::replace>(registers, count, s.width, n, ds, score_row, 1, key_rows,
+                                              n * kWide, dq, width_row);
         started = true;
       }
     }
@@ -197,8 +198,9 @@ struct Backward {
     A* partial = chunks > 1 ? context.scratch<A>(chunks * s.batch * s.heads * s.queries * s.width) : nullptr;
     context.for_each(heads * chunks, workers, [&](int64_t task, int worker) {
       const int64_t head = task / chunks;
+      TileRegisters<A> registers(context);
       chunk(head / s.key_heads, head % s.key_heads, task % chunks, memory + worker * chunk_size(),
-            query_memory + worker * query_size(), partial);
+            query_memory + worker * query_size(), partial, registers);
     });
     if (chunks == 1) return;
     const int64_t rows = s.batch * s.heads * s.queries;

@@ -11,6 +11,8 @@ struct Context {
   int threads = 1;
   // Work below this is not worth waking another thread for: about 5 us of products, as long as the wake.
   double cost_per_worker = 256 * 1024;
+  // Whether products of bf16 go through the processor's tile registers.
+  bool tile_registers = false;
   // Calls task(closure, worker) once for each worker in [0, workers), possibly at the same time, and returns
   // when all are done.
   void (*run)(void* self, int workers, void (*task)(void* closure, int worker), void* closure) = nullptr;

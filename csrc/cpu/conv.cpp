@@ -108,6 +108,7 @@ void forward(const ConvArgs& args, const Context& context) {
         context);
   }
   if (args.channels_last && by_pixels(s)) return pixels_forward<T>(args, context);
+  if (in_registers<T>(context) && by_pixels(s)) return turned_forward<T>(args, context);
   if (pool != nullptr && by_turned_pixels(s) && s.oh * s.ow <= kTurnedImage &&
       s.n * s.oh * s.ow >= kTurnedPixels)
     return turned_forward<T>(args, context);

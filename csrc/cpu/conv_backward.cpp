@@ -204,7 +204,8 @@ void backward(const ConvBackwardArgs& args, const Context& context) {
          args.grad_input, args.grad_weight, args.grad_bias},
         context);
   }
-  if (!args.channels_last && by_turned_pixels(s)) return turned_gradients<T>(args, context);
+  if (!args.channels_last && (by_turned_pixels(s) || (in_registers<T>(context) && by_pixels(s))))
+    return turned_gradients<T>(args, context);
   const T* grad = output_gradient<T>(args, context);
   if (s.c == 0) return;
   if (args.grad_input != nullptr && s.h > 0 && s.w > 0) {

@@ -143,8 +143,8 @@ inline const T* weight_by_taps(const void* data, bool channels_last, const ConvS
 template <class T>
 using Gathered = std::conditional_t<Gemm<T>::kPerElem == 1, acc_t<T>, T>;
 
-// The product of the windows with a packed B: m windows by n columns, `elems` deep. `tiles` holds kTileElems
-// for each worker.
+// The product of the windows with a packed B: m windows by n columns, `elems` deep. `tiles` holds
+// kTileElems for each worker.
 template <class T, class PackOf>
 inline void windows_product(const Windows<T>& windows, int64_t m, int64_t n, int64_t elems,
                             const Result<T>& to, const PackOf& pack, int64_t workers,
@@ -153,10 +153,12 @@ inline void windows_product(const Windows<T>& windows, int64_t m, int64_t n, int
   gemm_blocks<T>(
       m, n, elems, false, to,
       [&](int worker, int64_t i, int rows, int64_t e0, int64_t count) {
-        auto* tile = tiles + worker * kTileElems;
-        windows.gather(i, rows, e0 * kPer, count * kPer, reinterpret_cast<Gathered<T>*>(tile),
-                       kTileRow * kPer);
-        return TileRows<T>{tile, kTileRow};
+        auto* tile = tiles + worker * kTileElems<T>;
+        for (int64_t r = 0; r < rows; r += Windows<T>::kAtATime) {
+          windows.gather(i + r, min_of(Windows<T>::kAtATime, rows - r), e0 * kPer, count * kPer,
+                         reinterpret_cast<Gathered<T>*>(tile + r * kTileRow<T>), kTileRow<T> * kPer);
+        }
+        return TileRows<T>{tile, kTileRow<T>};
       },
       pack, workers, space, context);
 }
@@ -208,7 +210,7 @@ class PixelsForward {
     for (int64_t t = 0; t < taps_; ++t) places[t] = {t / s_.kw * s_.dh, t % s_.kw * s_.dw, 1};
     join_runs(places, taps_, s_.c == padded_, runs_);
     weight_ = weight_by_taps<T>(args.weight, args.weight_channels_last, s_, padded_, context);
-    tiles_ = context.scratch<Elem>(workers_ * kTileElems);
+    tiles_ = context.scratch<Elem>(workers_ * kTileElems<T>);
   }
 
   // Rows [row, row + rows) of the outputs of `images` images from n on, to `out`.
@@ -313,7 +315,7 @@ inline void pixels_input_gradient(const ConvBackwardArgs& args, const T* grad, c
   auto* runs = context.scratch<Run>(taps);
   auto* used = context.scratch<int64_t>(taps);
   const T* weight = weight_by_taps<T>(args.weight, args.weight_channels_last, s, channels, context);
-  Elem* tiles = context.scratch<Elem>(workers * kTileElems);
+  Elem* tiles = context.scratch<Elem>(workers * kTileElems<T>);
   Workspace<T> space;
   // The pixels of a phase are not a constant step apart in the image, so they are copied there.
   const bool phases = s.sh * s.sw > 1;

@@ -4,7 +4,7 @@
 // of few rows read B where it lies, once.
 #pragma once
 
-#include "cpu/gemm_tile.h"
+#include "cpu/tile_registers.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 
@@ -22,6 +22,8 @@ struct GemmArgs {
   int64_t c_m;
   const T* bias = nullptr;
   bool relu = false;
+  // Whether C[m, n] is at c[n * c_m + m] and the bias that of m: tile registers take either operand as rows.
+  bool turned = false;
 };
 
 // A block of B, about kDepth products deep, stays in the second-level cache while all rows of A pass by:
@@ -30,6 +32,10 @@ inline constexpr int64_t kDepth = 512, kMostDepth = kDepth + kDepth / 2;
 inline constexpr int64_t kBlockBytes = int64_t{FASTNN_ISA_LEVEL >= 2 ? 512 : 160} << 10;
 // Up to this many rows a block is one panel, which is still in the first cache levels when it is used.
 inline constexpr int64_t kPanelMost = 120;
+// In tile registers: 12 panels of B so deep are 1.5 MiB, three quarters of the second-level cache.
+inline constexpr int64_t kRegisterDepth = 1024, kMostRegisterDepth = kRegisterDepth + kRegisterDepth / 2;
+inline constexpr int64_t kInPlaceMost = 8;
+inline constexpr int64_t kRegisterBlockBytes = int64_t{3} << 19;
 // Bounds of what is held at a time: packed A, its depth, and rows of sums that are not of C's own type.
 inline constexpr int64_t kPackedBytes = int64_t{16} << 20, kPackedDepth = 8192, kSplitRows = 1024;
 
@@ -61,8 +67,12 @@ void gemm_tile(int count, int n, const TileRows<T>& a, const typename Gemm<T>::E
 // Whether rows of A can be read where they lie. Strides of whole half pages would put them all into a few
 // cache sets.
 template <class T>
-inline bool rows_in_place(const GemmArgs<T>& g) {
-  return sizeof(T) == sizeof(acc_t<T>) && g.a_k == 1 && g.a_m * static_cast<int64_t>(sizeof(T)) % 2048 != 0;
+inline bool rows_in_place(const GemmArgs<T>& g, bool registers) {
+  const bool few_sets = g.a_m * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
+  // Tile registers take pairs of bf16 as they lie, but for a last, odd one; for many columns a copy that is
+  // nearer pays.
+  if (registers) return g.a_k == 1 && g.k % 2 == 0 && g.a_m % 2 == 0 && g.n <= kInPlaceMost * kNR<T>;
+  return sizeof(T) == sizeof(acc_t<T>) && g.a_k == 1 && !few_sets;
 }
 
 // `rows` x `columns` in as many parts as `workers` share out well: parts of rows, and blocks of `wide`
@@ -89,7 +99,10 @@ inline int64_t part_start(int64_t i, int64_t count, int64_t parts) {
 
 // What rows of A take where they are gathered: an odd number of cache lines each, so rows do not share cache
 // sets.
-inline constexpr int64_t kTileRow = kMostDepth + 16, kTileElems = kMR * kTileRow;
+template <class T>
+inline constexpr int64_t kTileRow = (kByRegisters<T> ? kMostRegisterDepth + 192 : kMostDepth) + 16;
+template <class T>
+inline constexpr int64_t kTileElems = TileRegisters<T>::kRows * kTileRow<T>;
 // Up to so many columns, a few blocks, rows that cannot be read where they lie are packed again for each
 // block, a tile at a time; for more, once and beforehand.
 inline constexpr int64_t kTilesMost = 512;
@@ -102,6 +115,8 @@ struct Result {
   int64_t c_m;
   const T* bias = nullptr;
   bool relu = false;
+  // Whether the element of row i and column j is at c[j * c_m + i], and its bias at i.
+  bool turned = false;
   bool begun = false, done = true;
   // Sums between depths, if not C itself; sums_m from row to row.
   acc_t<T>* sums = nullptr;
@@ -125,6 +140,10 @@ struct Workspace {
   Held<acc_t<T>> sums, bias;
 };
 
+template <class T, class RowsOf, class PackOf>
+inline void registers_blocks(int64_t m, int64_t n, int64_t elems, const Result<T>& to, const RowsOf& a,
+                             const PackOf& b, int64_t workers, Workspace<T>& space, const Context& context);
+
 // C of m x n, whose operands are handed over piece by piece, `elems` packed elements deep:
 //   a(worker, i, rows, e0, elems)            rows [i, i + rows), elements [e0, e0 + elems)
 //   b(e0, elems, j0, columns, out, panel)    packs columns [j0, j0 + columns) into panels `panel` apart
@@ -136,6 +155,9 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
   using A = acc_t<T>;
   using Elem = typename Gemm<T>::Elem;
   if (m == 0 || n == 0) return;
+  if constexpr (kByRegisters<T>) {
+    if (in_registers<T>(context)) return registers_blocks(m, n, elems, to, a, b, workers, space, context);
+  }
   constexpr int kWidth = kNR<T>;
   // Sums between depths: kept in C itself where it is as precise.
   constexpr bool kInPlace = sizeof(T) == sizeof(A);
@@ -194,6 +216,12 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
   });
 }
 
+}  // namespace fastnn::FASTNN_ISA_NS
+
+#include "cpu/gemm_registers.h"
+
+namespace fastnn::FASTNN_ISA_NS {
+
 // The same where A is packed first, as much of it as kPackedBytes hold:
 //   pack_rows(i, rows, e0, elems, out, row)
 template <class T, class PackRows, class PackOf>
@@ -243,37 +271,42 @@ template <class T>
 inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
   using Elem = typename Gemm<T>::Elem;
   constexpr int kPer = Gemm<T>::kPerElem;
-  const int64_t workers = workers_for(2.0 * g.m * g.n * (g.k + 8), context), elems = packed_k<T>(g.k);
+  const bool registers = in_registers<T>(context);
+  const int64_t workers = registers ? registers_workers(g.m, g.n, g.k, context)
+                                    : workers_for(2.0 * g.m * g.n * (g.k + 8), context),
+                elems = packed_k<T>(g.k);
   const auto pack = [&](int64_t e0, int64_t count, int64_t j0, int64_t columns, Elem* out, int64_t panel) {
     const int64_t k0 = e0 * kPer;
     pack_b_block<T>(g.b + k0 * g.b_k + j0 * g.b_n, g.b_k, g.b_n, min_of(count * kPer, g.k - k0), columns, out,
                     panel);
   };
   const bool narrow = g.m <= kPanelMost;
-  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    if (rows_in_place(g)) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>) || kByRegisters<T>) {
+    if (rows_in_place(g, registers)) {
       Workspace<T> space;
       return gemm_blocks<T>(
-          g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu},
-          [&](int, int64_t i, int, int64_t e0, int64_t) { return TileRows<T>{g.a + i * g.a_m + e0, g.a_m}; },
+          g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu, g.turned},
+          [&](int, int64_t i, int, int64_t e0, int64_t) {
+            return TileRows<T>{reinterpret_cast<const Elem*>(g.a + i * g.a_m + e0 * kPer), g.a_m / kPer};
+          },
           pack, workers, space, context);
     }
   }
-  if (g.a_k == 1 && !narrow && g.n <= kTilesMost) {
-    auto* tiles = context.scratch<Elem>(workers * kTileElems);
+  if (g.a_k == 1 && (registers || (!narrow && g.n <= kTilesMost))) {
+    auto* tiles = context.scratch<Elem>(workers * kTileElems<T>);
     Workspace<T> space;
     return gemm_blocks<T>(
-        g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu},
+        g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu, g.turned},
         [&](int worker, int64_t i, int rows, int64_t e0, int64_t count) {
-          auto* tile = tiles + worker * kTileElems;
+          auto* tile = tiles + worker * kTileElems<T>;
           pack_a<T>(g.a + i * g.a_m + e0 * kPer, g.a_m, 1, rows, min_of(count * kPer, g.k - e0 * kPer), tile,
-                    kTileRow);
-          return TileRows<T>{tile, kTileRow};
+                    kTileRow<T>);
+          return TileRows<T>{tile, kTileRow<T>};
         },
         pack, workers, space, context);
   }
   packed_rows<T>(
-      g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu},
+      g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu, g.turned},
       [&](int64_t i, int64_t rows, int64_t e0, int64_t count, Elem* out, int64_t row) {
         pack_a<T>(g.a + i * g.a_m + e0 * kPer * g.a_k, g.a_m, g.a_k, rows,
                   min_of(count * kPer, g.k - e0 * kPer), out, row);
@@ -463,9 +496,27 @@ inline void gemm_few_rows(const GemmArgs<T>& g, const Context& context) {
   });
 }
 
+// In tile registers, where rows are as many as pay for it. Of two operands whose rows are dense the smaller
+// is packed, and the other read where it lies.
+template <class T>
+inline bool gemm_registers(const GemmArgs<T>& g, const Context& context) {
+  constexpr int64_t kFew = 4;
+  if (g.k == 0 || g.m <= kFew || g.n <= kFew) return false;
+  if (g.a_k == 1 && g.b_k == 1 && g.m < g.n) {
+    gemm_packed(GemmArgs<T>{g.n, g.m, g.k, g.b, g.b_n, 1, g.a, 1, g.a_m, g.c, g.c_m, g.bias, g.relu, true},
+                context);
+  } else {
+    gemm_packed(g, context);
+  }
+  return true;
+}
+
 template <class T>
 inline void gemm(const GemmArgs<T>& g, const Context& context) {
   if (g.m == 0 || g.n == 0) return;
+  if constexpr (kByRegisters<T>) {
+    if (in_registers<T>(context) && gemm_registers(g, context)) return;
+  }
   if (g.b_k == 1 && g.a_k == 1 && g.k > 0 && (g.m <= kDotMost || g.n <= kDotMostColumns))
     return gemm_dot(g, context);
   if (g.b_n == 1 && g.m <= kMR) return gemm_few_rows(g, context);

@@ -58,6 +58,40 @@ void tile_of_rows(int count, int n, const TileRows<T>& a, const typename Gemm<T>
   if constexpr (MR > 1) tile_of_rows<T, MR - 1>(count, n, a, b, elems, to);
 }
 
+#if FASTNN_ISA_LEVEL >= 3
+
+// Sums of up to 32 rows by `columns`, plus a bias for each row, to columns of C, each of `rows` numbers: a
+// whole cache line at a time, since the next column is far away.
+void finish_turned(int rows, int64_t columns, const float* sums, int64_t sums_row, const float* partial,
+                   int64_t partial_row, const Epilogue<bf16>& last, bf16* c, int64_t c_row) {
+  constexpr int kSide = F::size, kHalves = TileRegisters<bf16>::kRows / kSide;
+  for (int64_t j = 0; j < columns; j += kSide) {
+    const int wide = static_cast<int>(min_of(kSide, columns - j));
+    alignas(64) bf16 turned[kSide][kHalves * kSide];
+    for (int half = 0; half < kHalves && half * kSide < rows; ++half) {
+      const int i = half * kSide, high = rows - i < kSide ? rows - i : kSide;
+      const F bias = last.bias != nullptr ? load(last.bias + i, high) : zero<float>();
+      F block[kSide];
+#pragma GCC unroll 16
+      for (int r = 0; r < kSide; ++r) block[r] = load(sums + (i + r) * sums_row + j);
+      if (partial != nullptr) {
+        for (int r = 0; r < high; ++r) block[r] = block[r] + load(partial + (i + r) * partial_row + j, wide);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < kSide; ++r) {
+        const F x = block[r] + bias;
+        store(turned[r] + i, last.relu ? relu(x) : x);
+      }
+    }
+    const __mmask32 mask = _bzhi_u32(0xffffffffu, static_cast<uint32_t>(rows));
+    for (int r = 0; r < wide; ++r)
+      _mm512_mask_storeu_epi16(c + (j + r) * c_row, mask, _mm512_load_si512(turned[r]));
+  }
+}
+
+#endif
+
 }  // namespace
 
 template <class T>
@@ -65,6 +99,52 @@ void gemm_tile(int count, int n, const TileRows<T>& a, const typename Gemm<T>::E
                const TileResult<T>& to) {
   tile_of_rows<T>(count, n, a, b, elems, to);
 }
+
+#if FASTNN_ISA_LEVEL >= 3
+
+template <>
+void gemm_strip<bf16>(TileRegisters<bf16>& registers, int count, int64_t columns, const TileRows<bf16>& a,
+                      const bf16x2* b, int64_t panel, int64_t elems, const TileResult<bf16>& to,
+                      bool turned) {
+  // 24 KiB of A and 18 KiB of sums stay in the first-level cache while B passes by.
+  constexpr int64_t kDeep = 192, kPanels = 4, kWidth = kNR<bf16>, kRow = kPanels * kWidth + 16;
+  alignas(64) float sums[TileRegisters<bf16>::kRows * kRow];
+  for (int64_t j0 = 0; j0 < columns; j0 += kPanels * kWidth) {
+    const int64_t end = min_of(columns, j0 + kPanels * kWidth);
+    int64_t e = 0;
+    do {
+      const int64_t here = min_of(kDeep, elems - e);
+      for (int64_t j = j0; j < end; j += kWidth) {
+        float* s = sums + j - j0;
+        registers.multiply(count, end - j > kWidth / 2 ? 2 : 1, a.data + e, a.row,
+                           b + j / kWidth * panel + e * kWidth, here, e > 0 ? s : nullptr, kRow, s, kRow);
+      }
+      e += kDeep;
+    } while (e < elems);
+    if (turned && to.last != nullptr) {
+      finish_turned(count, end - j0, sums, kRow, to.partial != nullptr ? to.partial + j0 : nullptr,
+                    to.sums_row, *to.last, to.c + j0 * to.c_row, to.c_row);
+      continue;
+    }
+    for (int i = 0; i < count; ++i) {
+      for (int64_t j = j0; j < end; j += kWidth) {
+        Tile<bf16, 1> tile;
+#pragma GCC unroll 4
+        for (int v = 0; v < kNV; ++v) tile.sum[0][v] = load(sums + i * kRow + j - j0 + v * F::size);
+        const int n = static_cast<int>(min_of(kWidth, end - j));
+        const float* partial = to.partial != nullptr ? to.partial + i * to.sums_row + j : nullptr;
+        if (to.last != nullptr) {
+          const Epilogue<bf16> last{to.last->bias != nullptr ? to.last->bias + j : nullptr, to.last->relu};
+          finish<bf16>(tile, partial, 0, last, to.c + i * to.c_row + j, 0, n);
+        } else {
+          finish<float>(tile, partial, 0, {}, to.sums + i * to.sums_row + j, 0, n);
+        }
+      }
+    }
+  }
+}
+
+#endif
 
 #define FASTNN_TILES(T)                                                                   \
   template void gemm_tile<T>(int, int, const TileRows<T>&, const Gemm<T>::Elem*, int64_t, \

@@ -2,8 +2,23 @@
 
 #include <atomic>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastnn {
 namespace {
+
+// Linux saves the tile registers of a process only from when it asks for them: arch_prctl(2).
+bool tile_registers_allowed() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -16,8 +31,8 @@ Isa detect() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))) {
     return Isa::avx2;
   }
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return Isa::avx512_bf16;
-  return Isa::avx512;
+  if (!(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))) return Isa::avx512;
+  return __builtin_cpu_supports("amx-bf16") && tile_registers_allowed() ? Isa::amx : Isa::avx512_bf16;
 #else
   return Isa::portable;
 #endif
@@ -40,7 +55,7 @@ bool is_intel() {
 }
 
 const char* isa_name(Isa level) {
-  constexpr const char* names[kIsaLevels] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  constexpr const char* names[kIsaLevels] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
   return names[static_cast<int>(level)];
 }
 

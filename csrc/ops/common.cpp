@@ -185,6 +185,7 @@ struct Kept {
 
 TorchContext::TorchContext() {
   threads = static_cast<int>(torch::stable::get_num_threads());
+  tile_registers = current_isa() == Isa::amx;
   self = this;
   run = [](void*, int workers, void (*task)(void*, int), void* closure) {
     torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {

@@ -7,10 +7,9 @@ PYBIND11_MODULE(fastnn_kernels, m) {
   m.def("levels", [] {
     py::list names;
     for (int level = 0; level < fastnn::kIsaLevels; ++level) {
-      // The BF16 instructions of the highest level are modelled in this build: AVX-512 is enough to run it.
-      const bool runs =
-          level <= static_cast<int>(fastnn::detected_isa()) ||
-          (level == static_cast<int>(Isa::avx512_bf16) && fastnn::detected_isa() == Isa::avx512);
+      // The BF16 and tile instructions of the highest levels are modelled in this build: AVX-512 is enough.
+      const bool runs = level <= static_cast<int>(fastnn::detected_isa()) ||
+                        static_cast<int>(fastnn::detected_isa()) >= static_cast<int>(Isa::avx512);
       if (runs) names.append(fastnn::isa_name(static_cast<Isa>(level)));
     }
     return names;

@@ -20,9 +20,9 @@
 
 // The definitions of a kernel by level, for an array that level_of() indexes.
 #if defined(__x86_64__)
-#define FASTNN_LEVELS(name) portable::name, avx2::name, avx512::name, avx512_bf16::name
+#define FASTNN_LEVELS(name) portable::name, avx2::name, avx512::name, avx512_bf16::name, avx512_bf16::name
 #else
-#define FASTNN_LEVELS(name) portable::name, portable::name, portable::name, portable::name
+#define FASTNN_LEVELS(name) portable::name, portable::name, portable::name, portable::name, portable::name
 #endif
 
 #include "cuda/stream.h"
@@ -112,6 +112,7 @@ void Kernel<Args>::operator()(const std::string& level, int threads, const Args&
     return;
   }
   TestContext context(threads);
+  context.tile_registers = level == isa_name(Isa::amx);
   levels[level_of(level)](args, context);
 }
 

@@ -337,7 +337,49 @@ _CHANNELS_BY_PIXELS = 24
 _FEW_PIXELS, _FEW_PIXELS_WITH_GRADIENTS = 256, 900
 
 
+# In tile registers, where torch has them too. On channels_last pixels of all outputs up to which the kernels were ahead (49
+# to 392 pixels 0.97 to 2.9, 784 pixels and more 0.4 to 0.97), and, with gradients, of windows so deep (1.19).
+_FEW_PIXELS_IN_REGISTERS, _FEW_PIXELS_DEEP, _DEEP_IN_REGISTERS = 400, 1024, 2000
+# In torch's default layout: pixels from which a pooled image pays for the transposition of its weight (256 pixels 1.65, 196
+# pixels 0.95 to 1.07), and pixels of an image up to which it does without a pooling (16 pixels 1.5 to 1.8, 64 pixels 0.86).
+_TURNED_PIXELS, _TINY_IMAGE = 200, 16
+
+
+def _slower_in_registers(input, weight, pooled, *options):
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    taps, gradients = kernel_h * kernel_w, _wants_gradients(input, weight)
+    by_pixels = per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS and options[-1] == 1
+    n, _, height, width = shapes.output_shape(input, weight, *options)
+    pixels = n * height * width
+    if _is_channels_last(input):
+        deep = gradients and pixels <= _FEW_PIXELS_DEEP and per_group * taps >= _DEEP_IN_REGISTERS
+        few = (
+            pooled
+            and per_group * taps <= _FEW_PRODUCTS_CHANNELS_LAST
+            and outputs <= _FEW_OUTPUTS_CHANNELS_LAST
+        )
+        if few or (by_pixels and (deep or pixels <= _FEW_PIXELS_IN_REGISTERS)):
+            return None
+        return "torch is faster on channels_last in bf16"
+    if per_group == 1 and options[-1] > 1:
+        return None  # depthwise: 1.9 to 3.5
+    if by_pixels:
+        if taps == 1 or (pooled and pixels >= _TURNED_PIXELS) or height * width <= _TINY_IMAGE:
+            return None
+        return "torch is faster on so many channels in bf16"
+    # Few channels: 3 of them 0.92 to 1.8, pooled 1.2 to 5.0; 6 of them 0.4, pooled 1.2, with gradients 0.7.
+    if pooled and (per_group <= 3 or not gradients):
+        return None
+    if per_group <= 3 and (not gradients or per_group * taps <= _FEW_PRODUCTS_CHANNELS_LAST):
+        return None
+    return "torch is faster on so many channels in bf16"
+
+
 def _slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
+    if _library.in_tile_registers(input.dtype):
+        return _slower_in_registers(
+            input, weight, False, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
+        )
     outputs, per_group, kernel_h, kernel_w = weight.shape
     products = per_group * kernel_h * kernel_w
     if products <= _FEW_PRODUCTS_CHANNELS_LAST and outputs <= _FEW_OUTPUTS_CHANNELS_LAST and groups == 1:
@@ -376,6 +418,8 @@ def _wants_gradients(input, weight):
 
 def _slower_pooled(input, weight, bias, *rest):
     """In torch's default layout what the fusion saves outweighs the rest, until gradients of many channels do."""
+    if _library.in_tile_registers(input.dtype):
+        return _slower_in_registers(input, weight, True, *rest[:7])
     if _is_channels_last(input):
         outputs, per_group, kernel_h, kernel_w = weight.shape
         # 256 channels to 64 at 56 x 56 pixels 0.85 to 1.04, 64 to 256 1.02 to 1.43.
@@ -407,9 +451,13 @@ def _is_channels_last(input):
     return channels > 1 and height * width > 1
 
 
+_BF16_IN_HARDWARE = _library.detected_isa() in ("avx512_bf16", "amx")
+
+
 def _is_emulated(input):
-    """16-bit numbers on a machine without instructions for them: there torch has no fast path."""
-    return input.element_size() == 2 and _library.current_isa() != "avx512_bf16"
+    """16-bit numbers that torch has no fast path for: float16 everywhere (its convolutions' gradients take 40 to 280 times as
+    long as the kernels'), bf16 on a processor without instructions for it."""
+    return input.element_size() == 2 and not (_BF16_IN_HARDWARE and input.dtype is torch.bfloat16)
 
 
 # ---- the forward ops ----
