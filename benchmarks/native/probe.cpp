@@ -23,6 +23,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -98,6 +102,32 @@ PEAK(fp32_sse, "sse2", __m128, _mm_setzero_ps(), __m128 a = _mm_set1_ps(0.5f), S
 PEAK(fp64_sse, "sse2", __m128d, _mm_setzero_pd(), __m128d a = _mm_set1_pd(0.5), STEP)
 #undef STEP
 
+// Four tile registers of sums, 16 x 16 each, and two operands.
+#define TILE_PEAK(NAME, INSTRUCTION)                                                                         \
+  __attribute__((noinline)) void NAME() {                                                                    \
+    alignas(64) uint8_t shapes[64] = {1};                                                                    \
+    for (int tile = 0; tile < 6; ++tile) shapes[16 + 2 * tile] = 64, shapes[48 + tile] = 16;                 \
+    asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");                                                   \
+    for (int s = 0; s < kSteps; ++s)                                                                         \
+      asm volatile(INSTRUCTION " %tmm5, %tmm4, %tmm0\n\t" INSTRUCTION " %tmm5, %tmm4, %tmm1\n\t" INSTRUCTION \
+                               " %tmm5, %tmm4, %tmm2\n\t" INSTRUCTION " %tmm5, %tmm4, %tmm3");               \
+    asm volatile("tilerelease");                                                                             \
+  }
+TILE_PEAK(bf16_amx, "tdpbf16ps")
+TILE_PEAK(int8_amx, "tdpbssd")
+#undef TILE_PEAK
+constexpr int kTiles = 4, kTileSums = 16 * 16;
+
+// Linux lets a process use the tile registers once it has asked: arch_prctl(2).
+bool tile_registers_allowed() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 #else
 
 template <typename T>
@@ -135,6 +165,13 @@ Peak find_peak(const std::string& type) {
     return avx512 ? peak(fp64_avx512, 8, "AVX-512 FMA")
            : avx2 ? peak(fp64_avx2, 4, "AVX2 FMA")
                   : peak(fp64_sse, 2, "SSE2");
+  const auto tiles = [](void (*run)(), int depth, const char* name) {
+    return Peak{run, 2.0 * depth * kTileSums * kTiles * kSteps, name};
+  };
+  if (type == "bf16" && __builtin_cpu_supports("amx-bf16") && tile_registers_allowed())
+    return tiles(bf16_amx, 32, "AMX BF16 tile product");
+  if (type == "int8" && __builtin_cpu_supports("amx-int8") && tile_registers_allowed())
+    return tiles(int8_amx, 64, "AMX INT8 tile product");
   if (type == "bf16")
     return avx512 && __builtin_cpu_supports("avx512bf16") ? peak(bf16_avx512, 32, "AVX-512 BF16 dot product")
                                                           : Peak{};

@@ -16,7 +16,6 @@ struct TileRegisters {
   static constexpr int kRows = kMR;  // most rows of one product
   static constexpr bool in_use = false;
   explicit TileRegisters(const Context&) {}
-  static int rows_of(const Context&) { return kMR; }
 };
 
 #if FASTNN_ISA_LEVEL >= 3
@@ -122,8 +121,6 @@ struct TileRegisters<bf16> {
   ~TileRegisters() {
     if (rows_ > 0) tiles_release();
   }
-
-  static int rows_of(const Context& context) { return context.tile_registers ? kRows : kMR; }
 
   // Sums of `rows` rows, up to kRows, by 16 * columns columns, `elems` deep: added to those at `from`, or
   // from 0 on where that is null, and stored at `to`; both have kNR columns, `row` from one row to the next.
