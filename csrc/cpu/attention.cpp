@@ -5,12 +5,10 @@
 #include <math.h>
 
 #include "cpu/attention_block.h"
+#include "cpu/attention_few.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 namespace {
-
-// Queries of a head up to which keys and values are read where they lie.
-constexpr int64_t kFewQueries = 4;
 
 template <class T>
 struct Forward {
@@ -59,12 +57,11 @@ struct Forward {
     }
   }
 
-  int64_t scratch_size() const {  // of Elem and of A
-    return (round_up(query_block, kMR)) * query_row;
-  }
-  // Rows of a block, and of its numbers per row whole vectors.
+  // Rows of a block, and its numbers per row in whole vectors.
   int64_t block_rows() const { return round_up(query_block, kMR); }
   int64_t row_numbers() const { return round_up(block_rows(), 16); }
+  // Scratch, of Elem and of A.
+  int64_t scratch_size() const { return block_rows() * query_row; }
   int64_t sums_size() const {
     return block_rows() * (score_row + output_row + (kNarrow ? weight_row : 0)) + 4 * row_numbers();
   }
@@ -155,132 +152,9 @@ struct Forward {
     }
   }
 
-  // A few queries, as in generation: packing keys and values would take longer than reading them once, in
-  // the type of sums, where they lie.
-  int64_t few_row() const { return round_up(s.keys, V::size); }
-  int64_t few_width() const { return round_up(s.width, V::size); }
-  int64_t few_size() const {
-    return s.queries * (few_row() + few_width() + round_up(s.value_width, V::size));
-  }
-
-  void few(int64_t b, int64_t h, A* memory) const {
-    // Rows that are multiplied at a time, and that stay in the first-level cache for all queries.
-    constexpr int64_t kRows = 4, kBlock = 64;
-    // Keys that no query sees are not read.
-    const int64_t row = few_row(), width = few_width(), wide = round_up(s.value_width, V::size),
-                  keys = args.causal ? min_of(s.keys, s.queries) : s.keys,
-                  key_head = h / (s.heads / s.key_heads);
-    A* scores = memory;
-    A* query = scores + s.queries * row;
-    A* output = query + s.queries * width;
-    const auto left = [](int64_t n) { return static_cast<int>(min_of(V::size, n)); };
-    for (int64_t i = 0; i < s.queries; ++i) {
-      const T* from = head_of<T>(args.query, args.query_strides, b, h, i);
-      for (int64_t d = 0; d < s.width; d += V::size)
-        store(query + i * width + d, load(from + d, left(s.width - d)));
-      for (int64_t d = 0; d < wide; d += V::size) store(output + i * wide + d, zero<A>());
-    }
-    for (int64_t first = 0; first < keys; first += kBlock) {
-      const int64_t end = min_of(keys, first + kBlock);
-      for (int64_t i = 0; i < s.queries; ++i) {
-        for (int64_t key = first; key < end; key += kRows) {
-          const T* rows[kRows];
-          V sums[kRows];
-#pragma GCC unroll 4
-          for (int64_t r = 0; r < kRows; ++r) {
-            rows[r] = head_of<T>(args.key, args.key_strides, b, key_head, min_of(key + r, end - 1));
-            sums[r] = zero<A>();
-          }
-          int64_t d = 0;
-          for (; d + V::size <= s.width; d += V::size) {
-            const V x = load(query + i * width + d);
-#pragma GCC unroll 4
-            for (int64_t r = 0; r < kRows; ++r) sums[r] = fma(x, load(rows[r] + d), sums[r]);
-          }
-          if (d < s.width) {
-            const V x = load(query + i * width + d);
-            for (int64_t r = 0; r < kRows; ++r)
-              sums[r] = fma(x, load(rows[r] + d, left(s.width - d)), sums[r]);
-          }
-#pragma GCC unroll 4
-          for (int64_t r = 0; r < kRows; ++r) {
-            if (key + r < end) scores[i * row + key + r] = reduce_add(sums[r]);
-          }
-        }
-      }
-    }
-    auto* logsumexp = static_cast<A*>(args.logsumexp) + (b * s.heads + h) * s.queries;
-    const A kMinus = -__builtin_huge_val();
-    for (int64_t i = 0; i < s.queries; ++i) {
-      A* x = scores + i * row;
-      const A most =
-          mask_scores<T>(x, args.mask, args.causal, static_cast<A>(args.scale), b, h, i, 0, keys, row);
-      const V minus = splat(most == kMinus ? A(0) : most);
-      A total = 0;
-      for (int64_t first = 0; first < row; first += kBlock) {
-        V sum = zero<A>();
-        for (int64_t k = first; k < min_of(row, first + kBlock); k += V::size) {
-          const V p = exp_negative(load(x + k) - minus);
-          sum = sum + p;
-          store(x + k, p);
-        }
-        total += reduce_add(sum);
-      }
-      const bool none = total == A(0);
-      const V over = splat(none ? A(0) : A(1) / total);
-      for (int64_t k = 0; k < row; k += V::size) store(x + k, load(x + k) * over);
-      logsumexp[i] = none ? kMinus : most + static_cast<A>(log(static_cast<double>(total)));
-    }
-    for (int64_t first = 0; first < keys; first += kBlock) {
-      const int64_t end = min_of(keys, first + kBlock);
-      const T* values = head_of<T>(args.value, args.value_strides, b, key_head);
-      for (int64_t i = 0; i < s.queries; ++i) {
-        for (int64_t d = 0; d < s.value_width; d += kRows * V::size) {
-          V sums[kRows];
-#pragma GCC unroll 4
-          for (int64_t v = 0; v < kRows; ++v) sums[v] = zero<A>();
-          if (d + kRows * V::size <= s.value_width) {
-            for (int64_t key = first; key < end; ++key) {
-              const V p = splat(scores[i * row + key]);
-#pragma GCC unroll 4
-              for (int64_t v = 0; v < kRows; ++v)
-                sums[v] = fma(p, load(values + key * args.value_strides.row + d + v * V::size), sums[v]);
-            }
-          } else {
-            for (int64_t key = first; key < end; ++key) {
-              const V p = splat(scores[i * row + key]);
-              for (int64_t v = 0; v < kRows && d + v * V::size < s.value_width; ++v) {
-                const int64_t at = d + v * V::size;
-                sums[v] = fma(p, load(values + key * args.value_strides.row + at, left(s.value_width - at)),
-                              sums[v]);
-              }
-            }
-          }
-          for (int64_t v = 0; v < kRows && d + v * V::size < wide; ++v) {
-            A* to = output + i * wide + d + v * V::size;
-            store(to, load(to) + sums[v]);
-          }
-        }
-      }
-    }
-    for (int64_t i = 0; i < s.queries; ++i) {
-      T* out = head_of<T>(args.output, args.output_strides, b, h, i);
-      for (int64_t d = 0; d < s.value_width; d += V::size)
-        store(out + d, load(output + i * wide + d), left(s.value_width - d));
-    }
-  }
-
   void operator()(const Context& context) const {
     if (s.batch == 0 || s.heads == 0 || s.queries == 0) return;
-    if (s.queries <= kFewQueries) {
-      const int64_t workers = workers_for(
-          4.0 * s.batch * s.heads * (s.queries + 1) * s.keys * (s.width + s.value_width), context);
-      A* memory = context.scratch<A>(workers * few_size());
-      context.for_each(s.batch * s.heads, workers, [&](int64_t task, int worker) {
-        few(task / s.heads, task % s.heads, memory + worker * few_size());
-      });
-      return;
-    }
+    if (s.queries <= kFewQueries) return FewQueries<T>{args}(context);
     const int64_t share = s.heads / s.key_heads, heads = s.batch * s.key_heads,
                   blocks = ceil_div(s.queries, query_block);
     const double work = 2.0 * s.batch * s.heads * s.queries * s.keys * (s.width + s.value_width + 8);

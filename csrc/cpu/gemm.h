@@ -34,6 +34,7 @@ inline constexpr int64_t kBlockBytes = int64_t{FASTNN_ISA_LEVEL >= 2 ? 512 : 160
 inline constexpr int64_t kPanelMost = 120;
 // In tile registers: 12 panels of B so deep are 1.5 MiB, three quarters of the second-level cache.
 inline constexpr int64_t kRegisterDepth = 1024, kMostRegisterDepth = kRegisterDepth + kRegisterDepth / 2;
+// Panels up to which rows are read in place: more read a line too often.
 inline constexpr int64_t kInPlaceMost = 8;
 inline constexpr int64_t kRegisterBlockBytes = int64_t{3} << 19;
 // Bounds of what is held at a time: packed A, its depth, and rows of sums that are not of C's own type.
