@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnn import _library
-from fastnn.ops import _declare
 from fastnn.ops.attention import scaled_dot_product_attention as sdpa
 
 
@@ -178,16 +177,6 @@ def test_empty():
         assert [g.shape for g in torch.autograd.grad(sdpa(*leaves).sum(), leaves)] == [
             t.shape for t in leaves
         ]
-
-
-def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
-    monkeypatch.setattr(_library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
-    for keys in (500, 1000):
-        leaves = inputs((1, 2, 70, 64), (1, 2, keys, 64), (1, 2, keys, 64), dtype=torch.bfloat16)
-        sdpa(*leaves)
-        sdpa(*(t.requires_grad_() for t in leaves))
-    assert [reason is None for _, reason in native] == [True, True, True, False]
 
 
 def test_dropout_goes_to_torch():

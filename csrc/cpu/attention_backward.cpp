@@ -6,18 +6,23 @@
 namespace fastnn::FASTNN_ISA_NS {
 namespace {
 
-// All products are of the type of sums, to which 16-bit tensors are converted on the way into blocks.
-template <class T>
+// Products are of type P: that of sums, to which 16-bit tensors are converted on the way into blocks, or, in
+// tile registers, T itself, to which weights and the scores' gradients are rounded.
+template <class T, class P>
 struct Backward {
   using A = acc_t<T>;
   using V = Vec<A>;
+  using Elem = typename Gemm<P>::Elem;  // as large as A
   static constexpr int kWide = kNR<A>;
+  static constexpr bool kNarrow = sizeof(P) < sizeof(A);
 
   const AttentionBackwardArgs& args;
   const AttentionShape& s;
   int64_t query_block, key_block, key_blocks, query_rows;
   int64_t width, value_width;  // rounded up to panels
   int64_t width_row, value_row, score_row;
+  int64_t width_elems, value_elems, key_elems, query_elems;  // packed
+  int64_t q_row, dy_row, narrow_row, turned_row;             // of rows that are multiplied
   int64_t chunks, blocks_per_chunk;
 
   explicit Backward(const AttentionBackwardArgs& a) : args(a), s(a.shape) {
@@ -30,6 +35,14 @@ struct Backward {
     width_row = width + 16;
     value_row = value_width + 16;
     score_row = key_block + 16;
+    width_elems = packed_k<P>(s.width);
+    value_elems = packed_k<P>(s.value_width);
+    key_elems = packed_k<P>(key_block);
+    query_elems = packed_k<P>(query_block);
+    q_row = kNarrow ? round_up(width_elems, 16) + 16 : width_row;
+    dy_row = kNarrow ? round_up(value_elems, 16) + 16 : value_row;
+    narrow_row = kNarrow ? round_up(key_elems, 16) + 16 : 0;
+    turned_row = kNarrow ? round_up(query_elems, 16) + 16 : 0;
     // Parts of the keys that are done apart, where there are few heads: as many as the shape asks for.
     const int64_t heads = max_of(1, s.batch * s.key_heads);
     chunks = max_of(1, min_of(key_blocks, ceil_div(8, heads)));
@@ -46,18 +59,18 @@ struct Backward {
   }
 
   // What the keys of a chunk need, block by block: K^T, V^T and K in panels; and the sums of their gradients.
-  int64_t panels_size() const { return key_block * (2 * width + value_width); }
+  int64_t panels_size() const { return key_block * (width_elems + value_elems) + key_elems * width; }
   int64_t key_sums_size() const { return (key_block + kMR) * (width_row + value_row); }
   int64_t chunk_size() const {
     return blocks_per_chunk * (panels_size() + key_sums_size()) + key_block * max_of(width_row, value_row);
   }
   int64_t query_size() const {
-    return query_rows * (2 * width_row + 2 * value_row + 2 * score_row + 2) +
-           query_block * (width + value_width);
+    return query_rows * (q_row + dy_row + width_row + 2 * score_row + narrow_row) + round_up(query_rows, 16) +
+           query_elems * (width + value_width) + 2 * key_block * turned_row;
   }
 
   void chunk(int64_t b, int64_t k, int64_t chunk, A* memory, A* query_memory, A* grad_query,
-             TileRegisters<A>& registers) const {
+             TileRegisters<P>& registers) const {
     const int64_t first_block = chunk * blocks_per_chunk,
                   blocks = min_of(blocks_per_chunk, key_blocks - first_block);
     const int64_t share = s.heads / s.key_heads;
@@ -66,14 +79,22 @@ struct Backward {
     A* copy = sums + blocks_per_chunk * key_sums_size();
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t first = (first_block + j) * key_block, n = min_of(key_block, s.keys - first);
-      A* to = panels + j * panels_size();
-      copy_rows(head_of<T>(args.key, args.key_strides, b, k, first), args.key_strides.row, n, s.width, copy,
-                width_row);
-      pack_panels<A>(copy, 1, width_row, s.width, n, to);
-      pack_panels<A>(copy, width_row, 1, n, s.width, to + key_block * (width + value_width));
-      copy_rows(head_of<T>(args.value, args.value_strides, b, k, first), args.value_strides.row, n,
-                s.value_width, copy, value_row);
-      pack_panels<A>(copy, 1, value_row, s.value_width, n, to + key_block * width);
+      auto* to = reinterpret_cast<Elem*>(panels + j * panels_size());
+      Elem* to_values = to + key_block * width_elems;
+      Elem* to_rows = to_values + key_block * value_elems;
+      const T* key = head_of<T>(args.key, args.key_strides, b, k, first);
+      const T* value = head_of<T>(args.value, args.value_strides, b, k, first);
+      if constexpr (kNarrow) {
+        pack_panels<P>(key, 1, args.key_strides.row, s.width, n, to);
+        pack_panels<P>(key, args.key_strides.row, 1, n, s.width, to_rows);
+        pack_panels<P>(value, 1, args.value_strides.row, s.value_width, n, to_values);
+      } else {
+        copy_rows(key, args.key_strides.row, n, s.width, copy, width_row);
+        pack_panels<P>(copy, 1, width_row, s.width, n, to);
+        pack_panels<P>(copy, width_row, 1, n, s.width, to_rows);
+        copy_rows(value, args.value_strides.row, n, s.value_width, copy, value_row);
+        pack_panels<P>(copy, 1, value_row, s.value_width, n, to_values);
+      }
     }
     __builtin_memset(sums, 0, static_cast<size_t>(blocks_per_chunk * key_sums_size()) * sizeof(A));
     for (int64_t h = k * share; h < (k + 1) * share; ++h) {
@@ -101,34 +122,60 @@ struct Backward {
     }
   }
 
+  // `count` rows of n scores as rows of keys, rounded; zeros follow the last query.
+  void turn(const A* from, int64_t count, int64_t n, P* to) const {
+    constexpr int kSide = V::size;
+    constexpr int64_t kPer = Gemm<P>::kPerElem;
+    for (int64_t i = 0; i < count; i += kSide) {
+      for (int64_t c = 0; c < n; c += kSide) {
+        V block[kSide];
+#pragma GCC unroll 16
+        for (int q = 0; q < kSide; ++q)
+          block[q] = i + q < count ? load(from + (i + q) * score_row + c) : zero<A>();
+        transpose(block);
+#pragma GCC unroll 16
+        for (int q = 0; q < kSide; ++q) store(to + (c + q) * turned_row * kPer + i, block[q]);
+      }
+    }
+  }
+
   void queries(int64_t b, int64_t h, int64_t first, int64_t count, int64_t first_block, int64_t blocks,
-               const A* panels, A* sums, A* memory, A* grad_query, TileRegisters<A>& registers) const {
-    A* q = memory;                        // queries, rows
-    A* dy = q + query_rows * width_row;   // gradient of the output, rows
-    A* dq = dy + query_rows * value_row;  // gradient of the queries
-    A* y = dq + query_rows * width_row;   // output, rows
-    A* p = y + query_rows * value_row;    // weights
-    A* ds = p + query_rows * score_row;   // gradient of the scores
+               const A* panels, A* sums, A* memory, A* grad_query, TileRegisters<P>& registers) const {
+    auto* q = reinterpret_cast<Elem*>(memory);  // queries, rows
+    Elem* dy = q + query_rows * q_row;          // gradient of the output, rows
+    Elem* ds_rows = dy + query_rows * dy_row;   // gradient of the scores, rounded: rows of queries,
+    Elem* p_turned = ds_rows + query_rows * narrow_row;
+    Elem* ds_turned = p_turned + key_block * turned_row;  // and, as the weights, of keys
+    Elem* q_panels = ds_turned + key_block * turned_row;
+    Elem* dy_panels = q_panels + query_elems * width;
+    auto* dq = reinterpret_cast<A*>(dy_panels + query_elems * value_width);  // gradient of the queries
+    A* p = dq + query_rows * width_row;                                      // weights
+    A* ds = p + query_rows * score_row;                                      // gradient of the scores
     A* delta = ds + query_rows * score_row;
-    A* q_panels = delta + 2 * query_rows;
-    A* dy_panels = q_panels + query_block * width;
-    copy_rows(head_of<T>(args.query, args.query_strides, b, h, first), args.query_strides.row, count, s.width,
-              q, width_row);
-    copy_rows(head_of<T>(args.grad, args.grad_strides, b, h, first), args.grad_strides.row, count,
-              s.value_width, dy, value_row);
-    clear_rest(q, width_row, count, query_rows);
-    clear_rest(dy, value_row, count, query_rows);
-    copy_rows(head_of<T>(args.output, args.output_strides, b, h, first), args.output_strides.row, count,
-              s.value_width, y, value_row);
-    pack_panels<A>(q, width_row, 1, count, s.width, q_panels);
-    pack_panels<A>(dy, value_row, 1, count, s.value_width, dy_panels);
+    const T* query = head_of<T>(args.query, args.query_strides, b, h, first);
+    const T* grad = head_of<T>(args.grad, args.grad_strides, b, h, first);
+    const T* output = head_of<T>(args.output, args.output_strides, b, h, first);
+    if constexpr (kNarrow) {
+      pack_a<P>(query, args.query_strides.row, 1, count, s.width, q, q_row);
+      pack_a<P>(grad, args.grad_strides.row, 1, count, s.value_width, dy, dy_row);
+      pack_panels<P>(query, args.query_strides.row, 1, count, s.width, q_panels);
+      pack_panels<P>(grad, args.grad_strides.row, 1, count, s.value_width, dy_panels);
+    } else {
+      copy_rows(query, args.query_strides.row, count, s.width, q, q_row);
+      copy_rows(grad, args.grad_strides.row, count, s.value_width, dy, dy_row);
+      clear_rest(q, q_row, count, query_rows);
+      clear_rest(dy, dy_row, count, query_rows);
+      pack_panels<P>(q, q_row, 1, count, s.width, q_panels);
+      pack_panels<P>(dy, dy_row, 1, count, s.value_width, dy_panels);
+    }
     const A* logsumexp = static_cast<const A*>(args.logsumexp) + (b * s.heads + h) * s.queries + first;
     const A kMinus = -__builtin_huge_val();
     for (int64_t i = 0; i < count; ++i) {
       V sum = zero<A>();
       for (int64_t d = 0; d < s.value_width; d += V::size) {
         const int n = static_cast<int>(min_of(V::size, s.value_width - d));
-        sum = fma(load(dy + i * value_row + d, n), load(y + i * value_row + d, n), sum);
+        sum = fma(load(grad + i * args.grad_strides.row + d, n),
+                  load(output + i * args.output_strides.row + d, n), sum);
       }
       delta[i] = reduce_add(sum);
     }
@@ -138,15 +185,20 @@ struct Backward {
       const int64_t key = (first_block + j) * key_block, n = min_of(key_block, s.keys - key),
                     padded = round_up(n, kWide);
       if (all_later(args.causal, first, count, key)) break;
-      const A* keys = panels + j * panels_size();
-      const A* values = keys + key_block * width;
-      const A* key_rows = values + key_block * value_width;
+      const auto* keys = reinterpret_cast<const Elem*>(panels + j * panels_size());
+      const Elem* values = keys + key_block * width_elems;
+      const Elem* key_rows = values + key_block * value_elems;
       A* dk = sums + j * key_sums_size();
       A* dv = dk + (key_block + kMR) * width_row;
-      block_product<A, true, Into::replace>(registers, count, n, s.width, q, width_row, 1, keys,
-                                            s.width * kWide, p, score_row);
-      block_product<A, true, Into::replace>(registers, count, n, s.value_width, dy, value_row, 1, values,
-                                            s.value_width * kWide, ds, score_row);
+      block_product<P, true, Into::replace>(registers, count, n, width_elems, q, q_row, 1, keys,
+                                            width_elems * kWide, p, score_row);
+      block_product<P, true, Into::replace>(registers, count, n, value_elems, dy, dy_row, 1, values,
+                                            value_elems * kWide, ds, score_row);
+      if constexpr (kNarrow) {
+        // Half a panel that the registers left as it was.
+        for (int64_t i = 0; padded - n >= V::size && i < count; ++i)
+          store(ds + i * score_row + padded - V::size, zero<A>());
+      }
       for (int64_t i = 0; i < count; ++i) {
         A* x = p + i * score_row;
         A* g = ds + i * score_row;
@@ -157,21 +209,37 @@ struct Backward {
           // The score never exceeds the logsumexp but by rounding.
           const V t = load(x + c) - minus;
           const V w = none ? zero<A>() : exp_negative(select(t > zero<A>(), zero<A>(), t));
+          const V gradient = w * (load(g + c) - mean) * by;
           store(x + c, w);
-          store(g + c, w * (load(g + c) - mean) * by);
+          store(g + c, gradient);
+          if constexpr (kNarrow) store(reinterpret_cast<P*>(ds_rows + i * narrow_row) + c, gradient);
         }
       }
+      const int64_t here = packed_k<P>(n), queries = packed_k<P>(count);
       // Rows of the transposed products are keys: those past the last are 0, and their sums are not read.
-      block_product<A, false, Into::add>(registers, n, s.value_width, count, p, 1, score_row, dy_panels,
-                                         count * kWide, dv, value_row);
-      block_product<A, false, Into::add>(registers, n, s.width, count, ds, 1, score_row, q_panels,
-                                         count * kWide, dk, width_row);
-      if (started) {
-        block_product<A, true, Into::add>(registers, count, s.width, n, ds, score_row, 1, key_rows, n * kWide,
-                                          dq, width_row);
+      const Elem* ds_left;
+      int64_t ds_row;
+      if constexpr (kNarrow) {
+        turn(p, count, n, reinterpret_cast<P*>(p_turned));
+        turn(ds, count, n, reinterpret_cast<P*>(ds_turned));
+        block_product<P, true, Into::add>(registers, n, s.value_width, queries, p_turned, turned_row, 1,
+                                          dy_panels, queries * kWide, dv, value_row);
+        block_product<P, true, Into::add>(registers, n, s.width, queries, ds_turned, turned_row, 1, q_panels,
+                                          queries * kWide, dk, width_row);
+        ds_left = ds_rows, ds_row = narrow_row;
       } else {
-        block_product<A, true, Into::replace>(registers, count, s.width, n, ds, score_row, 1, key_rows,
-                                              n * kWide, dq, width_row);
+        block_product<P, false, Into::add>(registers, n, s.value_width, queries, p, 1, score_row, dy_panels,
+                                           queries * kWide, dv, value_row);
+        block_product<P, false, Into::add>(registers, n, s.width, queries, ds, 1, score_row, q_panels,
+                                           queries * kWide, dk, width_row);
+        ds_left = ds, ds_row = score_row;
+      }
+      if (started) {
+        block_product<P, true, Into::add>(registers, count, s.width, here, ds_left, ds_row, 1, key_rows,
+                                          here * kWide, dq, width_row);
+      } else {
+        block_product<P, true, Into::replace>(registers, count, s.width, here, ds_left, ds_row, 1, key_rows,
+                                              here * kWide, dq, width_row);
         started = true;
       }
     }
@@ -198,7 +266,7 @@ struct Backward {
     A* partial = chunks > 1 ? context.scratch<A>(chunks * s.batch * s.heads * s.queries * s.width) : nullptr;
     context.for_each(heads * chunks, workers, [&](int64_t task, int worker) {
       const int64_t head = task / chunks;
-      TileRegisters<A> registers(context);
+      TileRegisters<P> registers(context);
       chunk(head / s.key_heads, head % s.key_heads, task % chunks, memory + worker * chunk_size(),
             query_memory + worker * query_size(), partial, registers);
     });
@@ -242,7 +310,12 @@ struct Backward {
 }  // namespace
 
 void attention_backward(const AttentionBackwardArgs& args, const Context& context) {
-  dispatch(args.dtype, [&]<class T>() { Backward<T>{args}(context); });
+  dispatch(args.dtype, [&]<class T>() {
+    if constexpr (kByRegisters<T>) {
+      if (in_registers<T>(context)) return Backward<T, T>{args}(context);
+    }
+    Backward<T, acc_t<T>>{args}(context);
+  });
 }
 
 }  // namespace fastnn::FASTNN_ISA_NS

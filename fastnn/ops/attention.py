@@ -7,7 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastnn import _library
 from fastnn.ops._declare import Cost, declare, tensor_bytes
 
 __all__ = ["scaled_dot_product_attention"]
@@ -156,24 +155,10 @@ attention_backward = declare(
     candidates={"kernel": _triton_backward},
 )
 
-# In tile registers, which torch's gradients use and the kernel's do not: keys times width from which torch was ahead with
-# gradients (64 Ki 0.9 to 0.98, 256 Ki 0.62; 32 Ki 1.2).
-_LARGE_IN_REGISTERS = 60_000
-
-
-def _slower(query, key, value, mask, is_causal, scale):
-    if not _library.in_tile_registers(query.dtype) or key.shape[-2] * key.shape[-1] < _LARGE_IN_REGISTERS:
-        return None
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return "torch is faster with gradients of so many keys in bf16"
-    return None
-
-
 _attention = declare(
     "attention",
     stock=_stock,
     unsupported=_unsupported_on_gpus,
-    slower=_slower,
     fake=_fake,
     cost=_cost,
     keep=_keep,
