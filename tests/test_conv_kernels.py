@@ -214,7 +214,9 @@ def test_winograd(level, channels_last, case):
     exact = conv(case, x64, w64) + b64[:, None, None]
     assert np.abs(by_winograd(case, x64, w64) - conv(case, x64, w64)).max() < 1e-10
     # At most twice the error of the algorithm itself, step by step in float32, beside a rounding of the largest sum.
-    own_error = np.abs(by_winograd(case, x64.astype(np.float32), w64.astype(np.float32)) - conv(case, x64, w64))
+    own_error = np.abs(
+        by_winograd(case, x64.astype(np.float32), w64.astype(np.float32)) - conv(case, x64, w64)
+    )
     most = 2 * own_error.max() + 2**-24 * (np.abs(exact).max() + np.abs(b64).max())
     for weight_last in (False, True):
         weight = laid_out(w64, weight_last).astype(np.float32)
