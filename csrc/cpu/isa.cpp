@@ -11,7 +11,7 @@ namespace fastnn {
 namespace {
 
 // Linux saves the tile registers of a process only from when it asks for them: arch_prctl(2).
-bool tile_registers_allowed() {
+[[maybe_unused]] bool tile_registers_allowed() {
 #if defined(__linux__) && defined(__x86_64__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
