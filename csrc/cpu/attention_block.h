@@ -13,7 +13,7 @@ namespace fastnn::FASTNN_ISA_NS {
 inline constexpr int64_t kQueryBlock = 8 * kMR;
 inline constexpr int64_t kKeyBlock = 128;
 // With tile registers, whose products take less time than the exponentials: 64 x 256 floats and their weights
-// in bf16, 96 KiB. Over 1024 queries and keys 1.2 times as fast as 96 x 128.
+// in bf16, 96 KiB. Over 1024 queries and keys 1.0 to 1.2 times as fast as 96 x 128.
 inline constexpr int64_t kRegisterQueryBlock = 64, kRegisterKeyBlock = 256;
 
 // What becomes of a block's product: it replaces C, is added to it, or to C times a factor per row.

@@ -1,5 +1,5 @@
 // How gemm.h's products are cut for tile registers (tile_registers.h). These multiply about fifteen times as
-// fast as vectors do, so what is packed twice, or passes through memory between depths, costs as much as the
+// fast as vectors do, so what is packed twice, or passes through memory between depths, shows beside the
 // products: B is packed once for all workers, and sums stay in the first-level cache for up to 3072 products.
 #pragma once
 
