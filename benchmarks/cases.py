@@ -142,6 +142,8 @@ def _least(load: Workload) -> tuple[Input, ...]:
     inputs = load.inputs
     if load.family == "attention":
         return tuple(replace(i, shape=(1, 1, 1, 1)) for i in inputs)
+    if load.family == "norm":
+        return tuple(replace(i, shape=(1,) * len(i.shape)) for i in inputs)
     if load.family == "linear":
         smallest = [(1,) * len(inputs[0].shape), (1, 1), (1,)]
     elif load.family == "conv":
@@ -210,6 +212,13 @@ def sdpa(origin, q, mask=None, quick=False, **options) -> Workload:
     return Workload("attention", "scaled_dot_product_attention", origin, inputs, options, quick)
 
 
+def norm(origin, x, **options) -> Workload:
+    """A residual connection and the normalization after it."""
+    scale = x[-1:]
+    inputs = (Input(x), Input(x), Input(scale, "weight"), Input(scale, "bias"))
+    return Workload("norm", "add_layer_norm", origin, inputs, **options)
+
+
 # `stem`: the first layer of a network, whose input needs no gradient. The small CNN, the MLP and the text transformer
 # are those of examples/.
 WORKLOADS: tuple[Workload, ...] = (
@@ -262,6 +271,8 @@ WORKLOADS: tuple[Workload, ...] = (
     sdpa("BERT-base, batch of 8", (8, 12, 128, 64), Input((8, 1, 1, 128), "padding")),
     sdpa("BERT-base, relative bias", (1, 12, 512, 64), Input((1, 12, 512, 512), "additive", grad=False)),
     sdpa("GPT-2", (1, 12, 1024, 64), is_causal=True),
+    norm("BERT-base, batch of 8", (8, 128, 768), quick=True),
+    norm("text transformer", (32, 64, 128)),
 )
 
 FAMILIES = tuple(dict.fromkeys(w.family for w in WORKLOADS))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
 from benchmarks import markdown as documents
-from benchmarks.cases import Case, Input, Workload, conv, linear, pool, sdpa
+from benchmarks.cases import Case, Input, Workload, conv, linear, norm, pool, sdpa
 from benchmarks.compare import RIVAL
 from benchmarks.nets import NetCase, net
 
@@ -140,6 +140,7 @@ _LONG, _LONG_WIDE = _heads(12, 1024, 64), _heads(8, 2048, 128)
 _CAUSAL = _heads(12, 1024, 64, is_causal=True)
 _SHORT = [_heads(12, 197, 64), _heads(12, 128, 64), _heads(2, 32, 16, batch=64)]
 _PADDED = sdpa("BERT-base, batch of 8", (8, 12, 128, 64), Input((8, 1, 1, 128), "padding"))
+_NORMS = [norm("BERT-base, batch of 8", (8, 128, 768)), norm("encoder layer", (8, 128, 256))]
 _TINY = [
     _linear(1, 784, 128),
     _linear(1, 128, 10, "linear"),
@@ -151,6 +152,18 @@ _TINY = [
 _SMALL_CNN, _MLP, _VGG8 = net("small_cnn", 64, 3, 32, 32), net("mlp", 64, 784), net("vgg8", 16, 3, 32, 32)
 _ENCODERS = [net("encoder_layer", 8, 128, 256), net("encoder_layer", 1, 1024, 256)]
 _MLP_1 = net("mlp", 1, 784)
+_FROZEN = [
+    net("small_cnn", 64, 3, 32, 32, frozen=True),
+    net("mlp", 64, 784, frozen=True),
+    net("vgg8", 16, 3, 32, 32, frozen=True),
+    net("encoder_layer", 8, 128, 256, frozen=True),
+    net("encoder_layer", 1, 1024, 256, frozen=True),
+]
+_PACKED = [_linear(m, 1024, 1024, "linear_relu_packed") for m in (1, 8, 16, 32, 256, 1024)] + [
+    _linear(64, 784, 128, "linear_relu_packed"),
+    _linear(512, 1024, 4096, "linear_relu_packed"),
+]
+_PACKED_CONV = [replace(w, op="conv2d_packed") for w in (*_SQUARE_1, *_POINT_1)]
 
 GOALS: tuple[Goal, ...] = (
     _goal("products, 256 to 2048 cubed", 0.90, _CUBES, "fp32", FORWARD, measure=SHARE),
@@ -159,6 +172,8 @@ GOALS: tuple[Goal, ...] = (
     _goal("linear+ReLU, 1 to 16 rows", 1.0, _FEW_ROWS, "fp32", FORWARD),
     _goal("linear+ReLU", 1.0, [*_FEW_ROWS, *_MANY_ROWS[:3]], "bf16", FORWARD),
     _goal("linear+ReLU, 1024 to 4096 features", 1.3, _MANY_ROWS[3:], "bf16", FORWARD),
+    _goal("linear+ReLU, weight packed", 1.0, _PACKED, "fp32", FORWARD),
+    _goal("linear+ReLU, weight packed", 1.0, _PACKED, "bf16", FORWARD),
     _goal("linear+ReLU", 2.2, _TRAINED, "fp32", TRAINING),
     _goal("linear+ReLU", 1.15, _TRAINED, "bf16", TRAINING),
     _goal("conv 3x3, batch of 8", 0.97, _SQUARE_8, "fp32", FORWARD, (LAST,)),
@@ -174,6 +189,8 @@ GOALS: tuple[Goal, ...] = (
     _goal("conv, batch of 1", 0.75, [*_SQUARE_1, *_POINT_1], "fp32", FORWARD, measure=SHARE),
     _goal("conv 3x3, less precise", 1.5, _LESS_PRECISE, "fp32", FORWARD, BOTH),
     _goal("conv of few channels", 2.0, _SMALL, "fp32", FORWARD, BOTH),
+    _goal("conv, weight packed", 1.0, _PACKED_CONV, "fp32", FORWARD, (LAST,)),
+    _goal("conv, weight packed", 1.0, _PACKED_CONV, "bf16", FORWARD, (LAST,)),
     _goal("conv, depthwise", 2.0, _DEPTHWISE, "fp32", FORWARD, BOTH),
     _goal("conv+ReLU+pool", 1.6, _POOLED, "fp32", FORWARD),
     _goal("conv+ReLU+pool", 1.1, _POOLED, "fp32", FORWARD, (LAST,)),
@@ -194,11 +211,16 @@ GOALS: tuple[Goal, ...] = (
     _goal("attention, short or masked", 1.8, [*_SHORT, _PADDED], "fp32", FORWARD),
     _goal("attention", 2.0, [_LONG, _CAUSAL, _SHORT[0]], "fp32", TRAINING),
     _goal("attention", 2.5, [_LONG, _CAUSAL, _SHORT[0]], "bf16", TRAINING),
+    _goal("residual and layer norm", 1.0, _NORMS, "fp32", FORWARD),
+    _goal("residual and layer norm", 1.0, _NORMS, "fp32", TRAINING),
+    _goal("residual and layer norm", 1.0, _NORMS, "bf16", FORWARD),
+    _goal("residual and layer norm", 1.0, _NORMS, "bf16", TRAINING),
     _goal("calls on next to nothing", 1.0, _TINY, "fp32", FORWARD),
     _goal("calls on next to nothing", 1.0, _TINY[:2], "fp32", TRAINING),
     _net_goal("MLP, one image", 1.0, [_MLP_1], FORWARD),
     _net_goal("MLP, one image", 1.0, [_MLP_1], TRAINING),
     _net_goal("networks", 1.0, [_SMALL_CNN, _MLP, _VGG8, *_ENCODERS], FORWARD, OVER_RUNTIMES),
+    _net_goal("networks, frozen", 1.0, _FROZEN, FORWARD, OVER_RUNTIMES),
     _net_goal("small CNN", 3.0, [_SMALL_CNN], TRAINING),
     _net_goal("VGG-8", 1.4, [_VGG8], TRAINING),
     _net_goal("transformer encoder layer", 2.2, _ENCODERS, TRAINING),

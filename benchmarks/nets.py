@@ -1,4 +1,4 @@
-"""Whole networks of the tutorials: stock against converted, and against the runtimes for inference.
+"""Whole networks of the tutorials: stock against converted or frozen, and against the runtimes for inference.
 
 A training step is measured without its optimizer: forward and backward, to the gradients of all parameters.
 """
@@ -53,14 +53,19 @@ NETS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+_FROZEN = "_frozen"
+
+
 @cache
-def _pair(name: str) -> dict[str, nn.Module]:
+def _pair(op: str) -> dict[str, nn.Module]:
     """Stock's module and fastnn's, with equal parameters."""
     import fastnn
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        stock = NETS[name][0]().eval()
+        stock = NETS[op.removesuffix(_FROZEN)][0]().eval()
+    if op.endswith(_FROZEN):
+        return {"stock": stock, "fastnn": fastnn.freeze(stock)}
     return {"stock": stock, "fastnn": fastnn.convert(copy.deepcopy(stock))}
 
 
@@ -83,6 +88,6 @@ class NetCase(Case):
         return None
 
 
-def net(name: str, *shape: int) -> Workload:
-    """A network on an input of a shape."""
-    return Workload(FAMILY, name, NETS[name][1], (Input(shape, grad=False),))
+def net(name: str, *shape: int, frozen: bool = False) -> Workload:
+    """A network on an input of a shape; `frozen`, by :func:`fastnn.freeze`, for inference."""
+    return Workload(FAMILY, name + _FROZEN * frozen, NETS[name][1], (Input(shape, grad=False),))

@@ -91,7 +91,7 @@ class Reduced(Eager):
     def why_not(self, case):
         if case.dtype != "fp32":
             return "the switch is for fp32"
-        if case.workload.family == "pool":
+        if case.workload.family in ("pool", "norm"):
             return "no products"
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not _has_bf16_instructions():
             return "this processor has no bf16 instructions"
@@ -140,7 +140,7 @@ class TF32(Eager):
     def why_not(self, case):
         if case.dtype != "fp32":
             return "the switch is for fp32"
-        return "no products" if case.workload.family == "pool" else None
+        return "no products" if case.workload.family in ("pool", "norm") else None
 
     @contextlib.contextmanager
     def settings(self):

@@ -216,7 +216,9 @@ def _glance(record: Record):
     return figure
 
 
-MARKS = dict(zip(("conv", "pool", "linear", "attention", "module", "network"), "os^DvP", strict=True))
+MARKS = dict(
+    zip(("conv", "pool", "linear", "attention", "norm", "module", "network"), "os^DpvP", strict=True)
+)
 
 
 def _roofline(record: Record):

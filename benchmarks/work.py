@@ -29,7 +29,7 @@ class _NativeOps(TorchDispatchMode):
         self.declared, self.flops, self.bytes, self.count = declared, 0.0, 0.0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastnn":
+        if func.namespace == "fastnn" and func._opname in self.declared:
             cost = self.declared[func._opname].cost(*args)
             self.flops, self.bytes, self.count = (
                 self.flops + cost.flops,

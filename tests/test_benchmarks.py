@@ -194,7 +194,10 @@ def test_full_disk(tmp_path, quick, monkeypatch):
             ["--filter", "nonsense"],
             ["nonsense", "families: conv, pool, linear, attention", "ResNet-50", "bf16"],
         ),
-        (["--family", "nonsense"], ["unknown family nonsense", "conv, pool, linear, attention, training"]),
+        (
+            ["--family", "nonsense"],
+            ["unknown family nonsense", "conv, pool, linear, attention, norm, training"],
+        ),
         (["--dtype", "int8"], ["unknown dtype int8", "fp32, bf16"]),
         (["run", "--family", "training", "--filter", "nonsense"], ["no network matches", "mnist_mlp"]),
     ],

@@ -336,7 +336,7 @@ def test_where_torch_is_faster_it_runs(monkeypatch, native):
 
 def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
     monkeypatch.setattr(_declare, "prefer_kernels", False)
-    monkeypatch.setattr(conv._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    monkeypatch.setattr(conv.routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
     last, first = torch.channels_last, torch.contiguous_format
     cases = [  # image, weight, layout, groups, and what is native: a convolution, one with a pooling, that with gradients
         ((2, 32, 9, 9), (32, 32, 3, 3), last, 1, (True, True, True)),

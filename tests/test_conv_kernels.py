@@ -160,6 +160,36 @@ def test_conv(level, dtype, channels_last, case):
         assert one.tobytes() == three.tobytes()
 
 
+BY_PIXELS = [case for case in CASES if min(case[1], case[4]) >= 24 * case[-1]]
+
+
+@pytest.mark.parametrize("case", BY_PIXELS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", kernels.levels())
+def test_conv_packed(level, dtype, case):
+    rng = np.random.default_rng(sum(case))
+    n, c, h, w, k, kh, kw = case[:7]
+    output, shape = sizes_of(case)
+    kind = DTYPES[dtype]
+    sizes = ((n, c, h, w), (k, c // case[-1], kh, kw), (k,))
+    x, weight, bias = (rng.standard_normal(s).astype(kind) for s in sizes)
+    x, last = laid_out(x, True), laid_out(weight, True)
+    packed = kernels.pack_weight(level, 2, last.reshape(k, kh * kw, -1), case[-1], True)
+    other = kernels.pack_weight(level, 1, weight.reshape(k, -1, kh * kw), case[-1], False)
+    assert packed.tobytes() == other.tobytes()
+    for pool in ([], [2, 2, 2, 2, 0, 0, output[2] // 2, output[3] // 2]):
+        size = (n, pool[6], pool[7], k) if pool else (n, output[2], output[3], k)
+        plain, y = np.full(size, np.nan, kind), np.full(size, np.nan, kind)
+        kernels.conv_forward(level, 1, shape, True, True, x, last, bias, True, plain, pool, None)
+        # Where the weight is read packed, the weight itself is not.
+        nothing = np.zeros_like(last)
+        for threads in (1, 3):
+            kernels.conv_forward(
+                level, threads, shape, True, True, x, nothing, bias, True, y, pool, None, packed=packed
+            )
+            assert y.tobytes() == plain.tobytes()
+
+
 # Sizes that tiles of 4 x 4 outputs do not divide, several blocks of channels and outputs, images together in a task, one row
 # of tiles cut, and padding beyond the window.
 WINOGRAD = [

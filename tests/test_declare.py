@@ -16,6 +16,10 @@ def places(*shape, dtype=torch.uint8):
     return torch.zeros(shape, dtype=dtype)
 
 
+def packed(weight):
+    return torch.ops.fastnn._pack_weight(weight, 1)
+
+
 WINDOW = (2, 2, 2, 1, 1, 0)
 CONV = (1, 2, 1, 0, 1, 1, 1)
 WANTED = (True, True, True)
@@ -24,11 +28,21 @@ WANTED = (True, True, True)
 CALLS = {
     "linear": (image(5, 3), image(4, 3), image(4)),
     "linear_relu": (image(5, 3), image(4, 3), image(4)),
+    "linear_packed": (image(5, 3), image(4, 3), image(4), packed(image(4, 3)), True),
     "linear_backward": (image(5, 4), image(5, 3), image(4, 3), *WANTED),
     "linear_relu_backward": (image(5, 4), image(5, 3), image(4, 3), image(5, 4), *WANTED),
     "conv2d": (image(2, 3, 6, 7), image(4, 3, 3, 3), image(4), *CONV),
     "conv2d_relu": (image(2, 3, 6, 7), image(4, 3, 3, 3), image(4), *CONV),
     "conv2d_winograd": (image(2, 3, 6, 7), image(4, 3, 3, 3), image(4), 1, 1, 1, 0, 1, 1, 1, True),
+    "conv2d_packed": (image(2, 3, 6, 7), image(4, 3, 3, 3), image(4), packed(image(4, 3, 3, 3)), *CONV, True),
+    "conv2d_relu_max_pool2d_packed": (
+        image(2, 3, 6, 7),
+        image(4, 3, 3, 3),
+        image(4),
+        packed(image(4, 3, 3, 3)),
+        *CONV,
+        *WINDOW,
+    ),
     "conv2d_relu_max_pool2d": (image(2, 3, 6, 7), image(4, 3, 3, 3), image(4), *CONV, *WINDOW),
     "conv2d_backward": (image(2, 4, 6, 3), image(2, 3, 6, 7), image(4, 3, 3, 3), *CONV, *WANTED),
     "conv2d_relu_backward": (
@@ -67,6 +81,16 @@ CALLS = {
     "adaptive_avg_pool2d": (image(2, 3, 6, 7), 3, 2),
     "adaptive_avg_pool2d_backward": (image(2, 3, 3, 2), 6, 7, False),
     "adaptive_max_pool2d": (image(2, 3, 6, 7), 3, 2),
+    "add_layer_norm": (image(2, 5, 6), image(2, 5, 6), image(6), image(6), 1e-5, True, True),
+    "add_layer_norm_backward": (
+        image(2, 5, 6),
+        image(2, 5, 6),
+        image(10),
+        image(10),
+        image(2, 5, 6),
+        image(6),
+        *WANTED,
+    ),
     "attention": (
         image(2, 4, 5, 8),
         image(2, 2, 6, 8),

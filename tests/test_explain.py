@@ -55,7 +55,8 @@ def test_names_of_nested_layers_and_ops_of_their_parts():
         assert (f"layers.{i}.self_attn", "linear") in native
         assert (f"layers.{i}", "linear_relu") in native
         assert (f"layers.{i}.linear2", "linear") in native
-    assert ("layers.1.norm1", "LayerNorm") in [(row.layer, row.op) for row in rows if row.where == "torch"]
+        assert native.count((f"layers.{i}", "add_layer_norm")) == 2
+    assert ("layers.1.dropout1", "Dropout") in [(row.layer, row.op) for row in rows if row.where == "torch"]
 
 
 def test_torchs_layers_that_hold_others():

@@ -77,7 +77,7 @@ def test_conv(in_place_of_a_gpu, image, kernel, options, dtype, weight_layout, l
         window = _conv_on_gpus.WINDOW if pooled else ()
         made = _conv_on_gpus.kernel(relu, pooled)(*given, *options, *window)
         y = made[0] if pooled else made
-        fake = (conv._fake_pooled if pooled else _conv_shapes.fake)(*given, *options, *window)
+        fake = (_conv_shapes.fake_pooled if pooled else _conv_shapes.fake)(*given, *options, *window)
         like = fake[0] if pooled else fake
         assert y.stride() == like.stride()
         exact = [t.double().requires_grad_() for t in given]

@@ -45,11 +45,12 @@ def test_no_level_leaks_a_function():
         pytest.skip("no build folder")
     for path in objects:
         level = re.search(r"_C_(\w+)\.dir", str(path)).group(1)
-        listing = subprocess.run(
-            ["nm", "--demangle", path], capture_output=True, text=True, check=True
-        ).stdout
+        # As mangled, a namespace being its length and its name: nm cannot demangle the deepest lambdas.
+        listing = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
         weak = re.findall(r"^\S+ [WVu] (.*)$", listing, flags=re.MULTILINE)
-        assert not [name for name in weak if f"fastnn::{level}::" not in name], path
+        assert not [name for name in weak if not re.search(rf"(?<!\d){len(level)}{level}(?![a-z_])", name)], (
+            path
+        )
 
 
 def test_unknown_level_names_the_known():

@@ -72,3 +72,52 @@ def test_linear_without_bias_or_relu_and_with_single_gradients(level):
     gb = np.empty(9, np.float32)
     kernels.linear_backward(level, 2, g, None, x, w, None, None, gb)
     np.testing.assert_allclose(gb, g.sum(0), rtol=1e-4, atol=1e-4)
+
+
+# Depths of A in parts, with tile registers one narrow block after another, rows read in place and packed.
+PACKED = [*LINEAR, (5, 64, 64), (30, 600, 130), (257, 300, 1040), (33, 40, 9000), (70, 130, 2300)]
+
+
+@pytest.mark.parametrize("shape", PACKED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", kernels.levels())
+def test_linear_packed(level, dtype, shape):
+    m, n, k = shape
+    rng = np.random.default_rng(m * 1000 + n * 100 + k)
+    kind = DTYPES[dtype]
+    x, w, b = (rng.standard_normal(s).astype(kind) for s in ((m, k), (n, k), (n,)))
+    x64, w64, b64 = (a.astype(np.float64) for a in (x, w, b))
+    exact = x64 @ w64.T + b64
+    scale = np.abs(x64) @ np.abs(w64.T) + np.abs(b64)
+    packed = kernels.pack_weight(level, 1, w[:, :, None], 1, False)
+    assert packed.tobytes() == kernels.pack_weight(level, 3, w[:, None], 1, True).tobytes()
+    results = []
+    for threads in (1, 3):
+        y = np.full((m, n), np.nan, kind)
+        # Where the weight is read packed, the weight itself is not.
+        weight = w if m <= 4 or k == 0 else np.zeros_like(w)
+        kernels.linear_forward(level, threads, x, weight, b, True, y, packed)
+        assert np.all(np.abs(y.astype(np.float64) - np.maximum(exact, 0)) <= bound(dtype, k, scale))
+        results.append(y.tobytes())
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("level", kernels.levels())
+def test_a_packed_weight_that_does_not_fit_is_not_read(level):
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(s).astype(np.float32) for s in ((30, 20), (40, 20)))
+    packed = kernels.pack_weight(level, 1, w[:, :, None], 1, False)
+    others = [
+        packed[:-4],
+        kernels.pack_weight(level, 1, w.reshape(20, 40, 1), 1, False),
+        kernels.pack_weight(level, 1, w.reshape(40, 10, 2), 1, False),
+        kernels.pack_weight(level, 1, w.reshape(40, 20, 1), 2, False),
+        kernels.pack_weight(level, 1, w[:, :, None].astype(np.float64), 1, False),
+        kernels.pack_weight("avx2" if level == "portable" else "portable", 1, w[:, :, None], 1, False),
+        np.zeros_like(packed),
+    ]
+    y, plain = np.empty((30, 40), np.float32), np.empty((30, 40), np.float32)
+    kernels.linear_forward(level, 2, x, w, None, False, plain)
+    for other in others:
+        kernels.linear_forward(level, 2, x, w, None, False, y, other)
+        assert y.tobytes() == plain.tobytes()

@@ -4,6 +4,7 @@
 
 #include "cpu/context.h"
 #include "cpu/isa.h"
+#include "cpu/packed.h"
 #include "cpu/types.h"
 
 namespace fastnn {
@@ -37,6 +38,7 @@ struct ConvArgs {
   void* output;          // of the convolution, or of the pooling where there is one
   const ConvPool* pool;  // or null
   uint8_t* locations;  // like the output: where in its window each maximum stood (row * kw + column); or null
+  PackedWeight packed = {};  // the weight once more, or nothing
 };
 
 struct ConvBackwardArgs {

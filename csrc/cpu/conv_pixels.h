@@ -12,6 +12,7 @@
 #include "cpu/conv_output_gradient.h"
 #include "cpu/conv_planes.h"
 #include "cpu/gemm.h"
+#include "cpu/packed_panels.h"
 #include "cpu/pool.h"
 #include "cpu/simd_stride.h"
 #include "cpu/transpose.h"
@@ -190,7 +191,9 @@ class PixelsForward {
   const ConvShape& s_;
   int64_t channels_, outputs_, taps_, padded_, depth_, workers_;
   Run* runs_;
-  const T* weight_;
+  PackedPanels<T> packed_;
+  ReadyPanels<T> panels_;  // of the weight, or null
+  const T* weight_ = nullptr;
   Elem* tiles_;
   Workspace<T> space_;
 
@@ -204,12 +207,15 @@ class PixelsForward {
         taps_(s_.kh * s_.kw),
         padded_(round_up(channels_, kPer)),
         depth_(taps_ * padded_),
-        workers_(workers_for(2.0 * s_.n * s_.oh * s_.ow * s_.k * (depth_ + 8), context)) {
+        workers_(workers_for(2.0 * s_.n * s_.oh * s_.ow * s_.k * (depth_ + 8), context)),
+        packed_(args.dtype, s_.k, channels_, taps_, s_.groups),
+        panels_(packed_.in(args.packed)) {
     auto* places = context.scratch<Run>(taps_);
     runs_ = context.scratch<Run>(taps_);
     for (int64_t t = 0; t < taps_; ++t) places[t] = {t / s_.kw * s_.dh, t % s_.kw * s_.dw, 1};
     join_runs(places, taps_, s_.c == padded_, runs_);
-    weight_ = weight_by_taps<T>(args.weight, args.weight_channels_last, s_, padded_, context);
+    if (panels_.data == nullptr)
+      weight_ = weight_by_taps<T>(args.weight, args.weight_channels_last, s_, padded_, context);
     tiles_ = context.scratch<Elem>(workers_ * kTileElems<T>);
   }
 
@@ -221,14 +227,19 @@ class PixelsForward {
           image + g * channels_, s_.h,   s_.w, s_.c, channels_, padded_, rows, s_.ow, s_.sh, s_.sw,
           row * s_.sh - s_.ph,   -s_.pw, runs_};
       const T* bias = args_.bias != nullptr ? static_cast<const T*>(args_.bias) + g * outputs_ : nullptr;
-      windows_product<T>(
-          windows, images * rows * s_.ow, outputs_, depth_ / kPer,
-          {out + g * outputs_, s_.k, bias, args_.relu},
-          [&](int64_t e0, int64_t count, int64_t j0, int64_t columns, Elem* to, int64_t panel) {
-            pack_b_block<T>(weight_ + (g * outputs_ + j0) * depth_ + e0 * kPer, 1, depth_, count * kPer,
-                            columns, to, panel);
-          },
-          workers_, tiles_, space_, context_);
+      const auto product = [&](const auto& b) {
+        windows_product<T>(windows, images * rows * s_.ow, outputs_, depth_ / kPer,
+                           {out + g * outputs_, s_.k, bias, args_.relu}, b, workers_, tiles_, space_,
+                           context_);
+      };
+      if (panels_.data != nullptr) {
+        product(ReadyPanels<T>{panels_.data + g * packed_.group, panels_.panel});
+        continue;
+      }
+      product([&](int64_t e0, int64_t count, int64_t j0, int64_t columns, Elem* to, int64_t panel) {
+        pack_b_block<T>(weight_ + (g * outputs_ + j0) * depth_ + e0 * kPer, 1, depth_, count * kPer, columns,
+                        to, panel);
+      });
     }
   }
 };

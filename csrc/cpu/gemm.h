@@ -4,6 +4,8 @@
 // of few rows read B where it lies, once.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/tile_registers.h"
 
 namespace fastnn::FASTNN_ISA_NS {
@@ -32,6 +34,8 @@ inline constexpr int64_t kDepth = 512, kMostDepth = kDepth + kDepth / 2;
 inline constexpr int64_t kBlockBytes = int64_t{FASTNN_ISA_LEVEL >= 2 ? 512 : 160} << 10;
 // Up to this many rows a block is one panel, which is still in the first cache levels when it is used.
 inline constexpr int64_t kPanelMost = 120;
+// The same in tile registers, of 4 panels, where they need no packing: each is then read once from memory.
+inline constexpr int64_t kNarrowInRegisters = 256, kNarrowPanels = 4;
 // In tile registers: 12 panels of B so deep are 1.5 MiB, three quarters of the second-level cache.
 inline constexpr int64_t kRegisterDepth = 1024, kMostRegisterDepth = kRegisterDepth + kRegisterDepth / 2;
 // Panels up to which rows are read in place: more read a line too often.
@@ -141,13 +145,37 @@ struct Workspace {
   Held<acc_t<T>> sums, bias;
 };
 
+// All panels of a B that was packed beforehand, `panel` apart.
+template <class T>
+struct ReadyPanels {
+  const typename Gemm<T>::Elem* data;
+  int64_t panel;
+};
+template <class T, class PackOf>
+inline constexpr bool kIsPacked = std::is_same_v<PackOf, ReadyPanels<T>>;
+
+// The panels of columns [j0, j0 + columns) and elements [e0, e0 + count): where they lie, or packed now, to
+// `out`.
+template <class T, class PackOf>
+FASTNN_INLINE ReadyPanels<T> panels_of(const PackOf& b, int64_t e0, int64_t count, int64_t j0,
+                                       int64_t columns, typename Gemm<T>::Elem* out, int64_t panel) {
+  if constexpr (kIsPacked<T, PackOf>) {
+    return {b.data + j0 / kNR<T> * b.panel + e0 * kNR<T>, b.panel};
+  } else {
+    b(e0, count, j0, columns, out, panel);
+    return {out, panel};
+  }
+}
+
 template <class T, class RowsOf, class PackOf>
-inline void registers_blocks(int64_t m, int64_t n, int64_t elems, const Result<T>& to, const RowsOf& a,
-                             const PackOf& b, int64_t workers, Workspace<T>& space, const Context& context);
+inline void registers_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const Result<T>& to,
+                             const RowsOf& a, const PackOf& b, int64_t workers, Workspace<T>& space,
+                             const Context& context);
 
 // C of m x n, whose operands are handed over piece by piece, `elems` packed elements deep:
 //   a(worker, i, rows, e0, elems)            rows [i, i + rows), elements [e0, e0 + elems)
-//   b(e0, elems, j0, columns, out, panel)    packs columns [j0, j0 + columns) into panels `panel` apart
+//   b(e0, elems, j0, columns, out, panel)    packs columns [j0, j0 + columns) into panels `panel` apart; or
+//                                            b is ReadyPanels
 // A block is one panel where `narrow`.
 template <class T, class RowsOf, class PackOf>
 inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const Result<T>& to,
@@ -157,7 +185,8 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
   using Elem = typename Gemm<T>::Elem;
   if (m == 0 || n == 0) return;
   if constexpr (kByRegisters<T>) {
-    if (in_registers<T>(context)) return registers_blocks(m, n, elems, to, a, b, workers, space, context);
+    if (in_registers<T>(context))
+      return registers_blocks(m, n, elems, narrow, to, a, b, workers, space, context);
   }
   constexpr int kWidth = kNR<T>;
   // Sums between depths: kept in C itself where it is as precise.
@@ -170,7 +199,7 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
   const bool own_sums = !kInPlace && depths > 1 && to.sums == nullptr;
   const Shares shares(m, panels, most_wide, own_sums ? kSplitRows : m, workers);
   const int64_t panel_size = depth * kWidth, block_size = shares.wide * panel_size;
-  Elem* packed = space.block.get(workers * block_size, context);
+  Elem* packed = kIsPacked<T, PackOf> ? nullptr : space.block.get(workers * block_size, context);
   A* bias = nullptr;
   if (to.bias != nullptr) {
     bias = space.bias.get(panels * kWidth, context);
@@ -186,7 +215,6 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
     const int64_t i0 = part_start(part, m, shares.parts), rows = part_start(part + 1, m, shares.parts) - i0;
     const int64_t wide = min_of(shares.wide, panels - p0), j0 = p0 * kWidth;
     const int64_t columns = min_of(wide * kWidth, n - j0), tiles = ceil_div(rows, kMR);
-    Elem* block = packed + worker * block_size;
     A* sums = nullptr;
     if (own_sums) {
       sums = sums_memory + worker * sums_size;
@@ -197,7 +225,8 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
     }
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t e0 = d * depth, here = max_of(0, min_of(depth, elems - e0));
-      b(e0, here, j0, columns, block, panel_size);
+      const ReadyPanels<T> block = panels_of<T>(
+          b, e0, here, j0, columns, packed == nullptr ? packed : packed + worker * block_size, panel_size);
       for (int64_t t = 0; t < tiles; ++t) {
         // Tiles of nearly equal heights: a last one of a few rows would leave most registers idle.
         const int64_t i = part_start(t, rows, tiles);
@@ -208,7 +237,7 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
           const Epilogue<T> last{bias != nullptr ? bias + j0 + j : nullptr, to.relu};
           A* s = sums != nullptr ? sums + i * sums_row + j : nullptr;
           gemm_tile<T>(
-              count, static_cast<int>(min_of(kWidth, columns - j)), from, block + p * panel_size, here,
+              count, static_cast<int>(min_of(kWidth, columns - j)), from, block.data + p * block.panel, here,
               {d > 0 || to.begun ? s : nullptr, s, sums_row, d == depths - 1 && to.done ? &last : nullptr,
                to.c + (i0 + i) * to.c_m + j0 + j, to.c_m});
         }
@@ -222,6 +251,25 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
 #include "cpu/gemm_registers.h"
 
 namespace fastnn::FASTNN_ISA_NS {
+
+// B from the element `from` on.
+template <class T, class PackOf>
+struct Later {
+  const PackOf& b;
+  int64_t from;
+  FASTNN_INLINE void operator()(int64_t e0, int64_t count, int64_t j0, int64_t columns,
+                                typename Gemm<T>::Elem* out, int64_t panel) const {
+    b(from + e0, count, j0, columns, out, panel);
+  }
+};
+template <class T, class PackOf>
+FASTNN_INLINE Later<T, PackOf> from_element(const PackOf& b, int64_t from) {
+  return {b, from};
+}
+template <class T>
+FASTNN_INLINE ReadyPanels<T> from_element(const ReadyPanels<T>& b, int64_t from) {
+  return {b.data + from * kNR<T>, b.panel};
+}
 
 // The same where A is packed first, as much of it as kPackedBytes hold:
 //   pack_rows(i, rows, e0, elems, out, row)
@@ -259,29 +307,21 @@ inline void packed_rows(int64_t m, int64_t n, int64_t elems, bool narrow, Result
       gemm_blocks<T>(
           rows, n, count, narrow, here,
           [&](int, int64_t i, int, int64_t e0, int64_t) { return TileRows<T>{packed + i * row + e0, row}; },
-          [&](int64_t e0, int64_t c, int64_t j0, int64_t columns, Elem* out, int64_t panel) {
-            b(from + e0, c, j0, columns, out, panel);
-          },
-          workers, space, context);
+          from_element<T>(b, from), workers, space, context);
     }
   }
 }
 
-// Any number of rows.
-template <class T>
-inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
+// Any number of rows, B as gemm_blocks takes it.
+template <class T, class PackOf>
+inline void gemm_packed(const GemmArgs<T>& g, const PackOf& pack, const Context& context) {
   using Elem = typename Gemm<T>::Elem;
   constexpr int kPer = Gemm<T>::kPerElem;
   const bool registers = in_registers<T>(context);
   const int64_t workers = registers ? registers_workers(g.m, g.n, g.k, context)
                                     : workers_for(2.0 * g.m * g.n * (g.k + 8), context),
                 elems = packed_k<T>(g.k);
-  const auto pack = [&](int64_t e0, int64_t count, int64_t j0, int64_t columns, Elem* out, int64_t panel) {
-    const int64_t k0 = e0 * kPer;
-    pack_b_block<T>(g.b + k0 * g.b_k + j0 * g.b_n, g.b_k, g.b_n, min_of(count * kPer, g.k - k0), columns, out,
-                    panel);
-  };
-  const bool narrow = g.m <= kPanelMost;
+  const bool narrow = g.m <= (registers ? kNarrowInRegisters : kPanelMost);
   if constexpr (sizeof(T) == sizeof(acc_t<T>) || kByRegisters<T>) {
     if (rows_in_place(g, registers)) {
       Workspace<T> space;
@@ -293,7 +333,9 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
           pack, workers, space, context);
     }
   }
-  if (g.a_k == 1 && (registers || (!narrow && g.n <= kTilesMost))) {
+  // Rows that pass by one narrow block after another are packed once.
+  const bool by_tiles = registers ? !(kIsPacked<T, PackOf> && narrow) : !narrow && g.n <= kTilesMost;
+  if (g.a_k == 1 && by_tiles) {
     auto* tiles = context.scratch<Elem>(workers * kTileElems<T>);
     Workspace<T> space;
     return gemm_blocks<T>(
@@ -315,6 +357,20 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
       pack, workers, context);
 }
 
+template <class T>
+inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
+  constexpr int kPer = Gemm<T>::kPerElem;
+  gemm_packed<T>(
+      g,
+      [&](int64_t e0, int64_t count, int64_t j0, int64_t columns, typename Gemm<T>::Elem* out,
+          int64_t panel) {
+        const int64_t k0 = e0 * kPer;
+        pack_b_block<T>(g.b + k0 * g.b_k + j0 * g.b_n, g.b_k, g.b_n, min_of(count * kPer, g.k - k0), columns,
+                        out, panel);
+      },
+      context);
+}
+
 // ---- few rows ----
 
 // Up to this many rows or columns, packing would cost more than it gives.
@@ -324,6 +380,13 @@ inline constexpr int64_t kStretch = 64;
 // Products that a register adds up before the sum joins the total: one chain of 4096 would be 4 times as
 // inexact.
 inline constexpr int64_t kChain = 4 * kStretch;
+
+// Rows and columns of a dot product tile: 3 x 8 sums where there are 32 registers, 2 x 4 where there are 16.
+#if FASTNN_ISA_LEVEL >= 2
+inline constexpr int kDotRows = 3, kDotColumns = 8;
+#else
+inline constexpr int kDotRows = 2, kDotColumns = 4;
+#endif
 
 // B dense along k (a linear layer's weight): dot products of kDotRows rows of A with kDotColumns columns of
 // B, both read where they lie.
@@ -373,6 +436,17 @@ FASTNN_INLINE void dot_tile(const GemmArgs<T>& g, int64_t i, int64_t j) {
       step(p, [left](const T* q) __attribute__((always_inline)) { return load(q, left); });
     }
   }
+#if FASTNN_ISA_LEVEL >= 1
+  if constexpr (C == kDotColumns && sizeof(A) == 4) {
+    const V bias = g.bias != nullptr ? load(g.bias + j, C) : zero<A>();
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V x = lane_sums(sum[r]) + bias;
+      store(g.c + (i + r) * g.c_m + j, g.relu ? relu(x) : x, C);
+    }
+    return;
+  }
+#endif
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -384,13 +458,6 @@ FASTNN_INLINE void dot_tile(const GemmArgs<T>& g, int64_t i, int64_t j) {
     }
   }
 }
-
-// Rows and columns of a dot product tile: 3 x 8 sums where there are 32 registers, 2 x 4 where there are 16.
-#if FASTNN_ISA_LEVEL >= 2
-inline constexpr int kDotRows = 3, kDotColumns = 8;
-#else
-inline constexpr int kDotRows = 2, kDotColumns = 4;
-#endif
 
 // Rows beside one column, where nothing else keeps the sums apart.
 inline constexpr int kDotRowsAlone = 2 * kDotRows;

@@ -22,8 +22,9 @@ void gemm_strip(TileRegisters<T>& registers, int count, int64_t columns, const T
 
 // As gemm_blocks.
 template <class T, class RowsOf, class PackOf>
-inline void registers_blocks(int64_t m, int64_t n, int64_t elems, const Result<T>& to, const RowsOf& a,
-                             const PackOf& b, int64_t workers, Workspace<T>& space, const Context& context) {
+inline void registers_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const Result<T>& to,
+                             const RowsOf& a, const PackOf& b, int64_t workers, Workspace<T>& space,
+                             const Context& context) {
   using A = acc_t<T>;
   using Elem = typename Gemm<T>::Elem;
   constexpr int64_t kWidth = kNR<T>, kRows = TileRegisters<T>::kRows;
@@ -31,9 +32,10 @@ inline void registers_blocks(int64_t m, int64_t n, int64_t elems, const Result<T
   const int64_t depth = max_of(1, depths == 1 ? elems : round_up(ceil_div(elems, depths), 16));
   const int64_t panels = ceil_div(n, kWidth), panel = depth * kWidth;
   const auto panel_bytes = panel * static_cast<int64_t>(sizeof(Elem));
-  const int64_t most_wide = max_of(1, kRegisterBlockBytes / panel_bytes);
+  const int64_t most_wide =
+      kIsPacked<T, PackOf> && narrow ? kNarrowPanels : max_of(1, kRegisterBlockBytes / panel_bytes);
   const int64_t held = min_of(panels, max_of(most_wide, kPackedBytes / panel_bytes));
-  Elem* packed = space.block.get(held * panel, context);
+  Elem* packed = kIsPacked<T, PackOf> ? nullptr : space.block.get(held * panel, context);
   A* bias = nullptr;
   if (to.bias != nullptr) {
     const int64_t count = to.turned ? m : n, whole = round_up(count, kWidth);
@@ -56,14 +58,20 @@ inline void registers_blocks(int64_t m, int64_t n, int64_t elems, const Result<T
       A* sums = own_sums ? own : to.sums != nullptr ? to.sums + row0 * to.sums_m + column0 : nullptr;
       for (int64_t d = 0; d < depths; ++d) {
         const int64_t e0 = d * depth, deep = max_of(0, min_of(depth, elems - e0));
-        constexpr int64_t kPanelsAtATime = 2;
-        const int64_t packs = ceil_div(here, kPanelsAtATime);
-        context.for_each(
-            packs, min_of(workers, workers_for(8.0 * here * panel, context)), [&](int64_t task, int) {
-              const int64_t p = part_start(task, here, packs), count = part_start(task + 1, here, packs) - p;
-              b(e0, deep, column0 + p * kWidth, min_of(count * kWidth, columns - p * kWidth),
-                packed + p * panel, panel);
-            });
+        ReadyPanels<T> all{packed, panel};
+        if constexpr (kIsPacked<T, PackOf>) {
+          all = panels_of<T>(b, e0, deep, column0, columns, nullptr, 0);
+        } else {
+          constexpr int64_t kPanelsAtATime = 2;
+          const int64_t packs = ceil_div(here, kPanelsAtATime);
+          context.for_each(packs, min_of(workers, workers_for(8.0 * here * panel, context)),
+                           [&](int64_t task, int) {
+                             const int64_t p = part_start(task, here, packs),
+                                           count = part_start(task + 1, here, packs) - p;
+                             b(e0, deep, column0 + p * kWidth, min_of(count * kWidth, columns - p * kWidth),
+                               packed + p * panel, panel);
+                           });
+        }
         context.for_each(blocks * parts, workers, [&](int64_t task, int worker) {
           const int64_t block = task / parts, part = task % parts;
           const int64_t p = part_start(block, here, blocks), wide = part_start(block + 1, here, blocks) - p;
@@ -78,7 +86,7 @@ inline void registers_blocks(int64_t m, int64_t n, int64_t elems, const Result<T
             A* s = sums == nullptr ? nullptr : sums + i * sums_row + j;
             T* c = to.c + (to.turned ? (column0 + j) * to.c_m + row0 + i : (row0 + i) * to.c_m + column0 + j);
             gemm_strip<T>(registers, count, min_of(wide * kWidth, columns - j),
-                          a(worker, row0 + i, count, e0, deep), packed + p * panel, panel, deep,
+                          a(worker, row0 + i, count, e0, deep), all.data + p * all.panel, all.panel, deep,
                           {d > 0 || to.begun ? s : nullptr, s, sums_row,
                            d == depths - 1 && to.done ? &last : nullptr, c, to.c_m},
                           to.turned);

@@ -2,9 +2,13 @@
 
 #include "cpu/gemm.h"
 #include "cpu/mask_and_sum.h"
+#include "cpu/packed_panels.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 namespace {
+
+// Rows up to which a weight is read where it lies, packed or not.
+constexpr int64_t kReadOnceMost = 4;
 
 template <class T>
 void backward(const LinearBackwardArgs& args, const Context& context) {
@@ -53,10 +57,24 @@ void backward(const LinearBackwardArgs& args, const Context& context) {
 
 void linear_forward(const LinearArgs& args, const Context& context) {
   dispatch(args.dtype, [&]<class T>() {
-    gemm(GemmArgs<T>{args.m, args.n, args.k, static_cast<const T*>(args.input), args.k, 1,
-                     static_cast<const T*>(args.weight), 1, args.k, static_cast<T*>(args.output), args.n,
-                     static_cast<const T*>(args.bias), args.relu},
-         context);
+    const GemmArgs<T> g{args.m,
+                        args.n,
+                        args.k,
+                        static_cast<const T*>(args.input),
+                        args.k,
+                        1,
+                        static_cast<const T*>(args.weight),
+                        1,
+                        args.k,
+                        static_cast<T*>(args.output),
+                        args.n,
+                        static_cast<const T*>(args.bias),
+                        args.relu};
+    if (args.packed.data != nullptr && args.m > kReadOnceMost && args.n > 0 && args.k > 0) {
+      const ReadyPanels<T> panels = PackedPanels<T>(args.dtype, args.n, args.k, 1, 1).in(args.packed);
+      if (panels.data != nullptr) return gemm_packed<T>(g, panels, context);
+    }
+    gemm(g, context);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include "cpu/context.h"
 #include "cpu/isa.h"
+#include "cpu/packed.h"
 #include "cpu/types.h"
 
 namespace fastnn {
@@ -14,7 +15,8 @@ struct LinearArgs {
   const void* weight;  // [n, k], dense rows
   const void* bias;    // [n] or null
   bool relu;
-  void* output;  // [m, n]
+  void* output;              // [m, n]
+  PackedWeight packed = {};  // the weight once more, or nothing
 };
 
 struct LinearBackwardArgs {

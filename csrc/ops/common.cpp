@@ -81,6 +81,14 @@ void check_like(const Tensor& first, const std::optional<Tensor>& other, const c
   if (other.has_value()) check_like(first, *other, name);
 }
 
+PackedWeight packed_of(const Tensor& packed, const Tensor& input) {
+  FASTNN_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(),
+               "a packed weight is a dense uint8 tensor of 1 dimension, as pack_weight gives it; got shape ",
+               shape(packed));
+  FASTNN_CHECK(packed.is_cpu() && input.is_cpu(), "a packed weight and its input must be on the CPU");
+  return {packed.const_data_ptr(), packed.numel()};
+}
+
 bool is_channels_last(const Tensor& t) {
   if (t.dim() != 4) return false;
   int64_t expected = 1;

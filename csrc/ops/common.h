@@ -18,6 +18,7 @@
 
 #include "cpu/context.h"
 #include "cpu/isa.h"
+#include "cpu/packed.h"
 #include "cpu/types.h"
 #include "cuda/stream.h"
 
@@ -112,6 +113,9 @@ void run_on_gpu(const char* (*kernel)(const Args&, cuda::Stream), const Tensor& 
 inline bool is_for_cpu(const Tensor&) { return true; }
 #define FASTNN_RUN(kernel, t, ...) run_on_cpu(kernel, __VA_ARGS__)
 #endif
+
+// A packed weight beside the weight itself, which it need not fit: the kernel looks.
+PackedWeight packed_of(const Tensor& packed, const Tensor& input);
 
 inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;

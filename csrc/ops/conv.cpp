@@ -105,22 +105,25 @@ ConvPool check_pool(const ConvShape& s, const PoolOptions& options) {
 
 bool last(MemoryFormat format) { return format == MemoryFormat::ChannelsLast; }
 
+// Where each maximum stood comes with the output, unless the weight is packed too: that is for inference.
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
                                    const std::optional<Tensor>& bias, const ConvShape& s, bool relu,
                                    const ConvPool* pool,
-                                   void (*kernel)(const ConvArgs&, const Context&) = conv_forward) {
+                                   void (*kernel)(const ConvArgs&, const Context&) = conv_forward,
+                                   PackedWeight packed = {}) {
+  const bool locate = pool != nullptr && packed.data == nullptr;
   const MemoryFormat format = conv_format(input, weight), weights = weight_format(weight);
   const Sizes sizes = pool != nullptr ? Sizes{s.n, s.k, pool->oh, pool->ow} : Sizes{s.n, s.k, s.oh, s.ow};
   Tensor output = empty_like(input, sizes, format);
-  Tensor locations = empty(ScalarType::Byte, pool != nullptr ? sizes : Sizes{0},
-                           pool != nullptr ? format : MemoryFormat::Contiguous);
+  Tensor locations =
+      empty(ScalarType::Byte, locate ? sizes : Sizes{0}, locate ? format : MemoryFormat::Contiguous);
   const Tensor x = dense(input, format), w = dense(weight, weights);
   std::optional<Tensor> b;
   if (bias.has_value()) b = dense(*bias);
   TorchContext context;
   kernel({dtype_of(input, "input"), s, last(format), last(weights), x.const_data_ptr(), w.const_data_ptr(),
           data_or_null(b), relu, output.mutable_data_ptr(), pool,
-          pool != nullptr ? static_cast<uint8_t*>(locations.mutable_data_ptr()) : nullptr},
+          locate ? static_cast<uint8_t*>(locations.mutable_data_ptr()) : nullptr, packed},
          context);
   return {output, locations};
 }
@@ -160,6 +163,19 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, s
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
   const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
   return forward(input, weight, bias, s, true, &pool);
+}
+
+Tensor conv2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed, FASTNN_CONV_ARGS,
+                     bool relu) {
+  const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
+  return std::get<0>(forward(input, weight, bias, s, relu, nullptr, conv_forward, packed_of(packed, input)));
+}
+
+Tensor conv2d_relu_max_pool2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed,
+                                     FASTNN_CONV_ARGS, FASTNN_POOL_ARGS) {
+  const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
+  const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
+  return std::get<0>(forward(input, weight, bias, s, true, &pool, conv_forward, packed_of(packed, input)));
 }
 
 // Gradients that are not asked for come back as empty tensors.
@@ -234,6 +250,11 @@ FASTNN_OP(conv2d_winograd,
           "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", bool relu) -> Tensor")
 FASTNN_OP(conv2d_relu_max_pool2d,
           "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", " FASTNN_POOL ") -> (Tensor, Tensor)")
+FASTNN_OP(conv2d_packed,
+          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, " FASTNN_CONV ", bool relu) -> Tensor")
+FASTNN_OP(conv2d_relu_max_pool2d_packed,
+          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, " FASTNN_CONV ", " FASTNN_POOL
+          ") -> Tensor")
 FASTNN_OP(conv2d_backward, "(Tensor grad, Tensor input, Tensor weight, " FASTNN_CONV ", " FASTNN_WANTED
                            ") -> (Tensor, Tensor, Tensor)")
 FASTNN_OP(conv2d_relu_backward, "(Tensor grad, Tensor input, Tensor weight, Tensor output, " FASTNN_CONV

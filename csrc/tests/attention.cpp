@@ -30,7 +30,7 @@ void forward(const std::string& level, int threads, const py::array& q, const py
              const py::array& v, const py::object& mask, bool causal, double scale, py::array y,
              py::array logsumexp) {
   constexpr void (*kernels[])(const AttentionArgs&, const Context&) = {FASTNN_LEVELS(attention_forward)};
-  TestContext context(threads);
+  TestContext context(level, threads);
   kernels[level_of(level)]({dtype_of(q), shape_of(q, k, v), q.data(), k.data(), v.data(), strides_of(q),
                             strides_of(k), strides_of(v), mask_of(mask), causal, scale, y.mutable_data(),
                             strides_of(y), logsumexp.mutable_data()},
@@ -43,7 +43,7 @@ void backward(const std::string& level, int threads, const py::array& grad, cons
               py::array grad_v) {
   constexpr void (*kernels[])(const AttentionBackwardArgs&,
                               const Context&) = {FASTNN_LEVELS(attention_backward)};
-  TestContext context(threads);
+  TestContext context(level, threads);
   kernels[level_of(level)]({dtype_of(q),
                             shape_of(q, k, v),
                             grad.data(),

@@ -16,6 +16,7 @@
 
 #include "cpu/context.h"
 #include "cpu/isa.h"
+#include "cpu/packed.h"
 #include "cpu/types.h"
 
 // The definitions of a kernel by level, for an array that level_of() indexes.
@@ -35,6 +36,7 @@ namespace py = pybind11;
 void bind_attention(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_cuda_conv(py::module_& m);
+void bind_layer_norm(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_pool(py::module_& m);
 
@@ -73,12 +75,17 @@ inline void* out(const py::object& array) {
   return array.is_none() ? nullptr : py::cast<py::array>(array).mutable_data();
 }
 
+inline PackedWeight packed_of(const py::object& array) {
+  return array.is_none() ? PackedWeight{} : PackedWeight{in(array), py::cast<py::array>(array).nbytes()};
+}
+
 // Scratch memory of exactly the size asked for, so that a sanitizer sees a write past it, and full of NaN, so
 // that what was never written shows in the result; one thread per worker.
 class TestContext : public Context {
  public:
-  explicit TestContext(int thread_count) {
+  TestContext(const std::string& level, int thread_count) {
     threads = thread_count;
+    tile_registers = level == isa_name(Isa::amx);
     cost_per_worker = 16 * 1024;  // small cases are to be shared out too
     self = this;
     run = [](void*, int workers, void (*task)(void*, int), void* closure) {
@@ -111,8 +118,7 @@ void Kernel<Args>::operator()(const std::string& level, int threads, const Args&
     if (const char* wrong = on_gpu(args, nullptr)) throw std::runtime_error(wrong);
     return;
   }
-  TestContext context(threads);
-  context.tile_registers = level == isa_name(Isa::amx);
+  TestContext context(level, threads);
   levels[level_of(level)](args, context);
 }
 

@@ -18,6 +18,7 @@ from torch.nn.functional import multi_head_attention_forward as _torchs
 
 from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.linear import linear
+from fastnn.ops.packed import PackedWeight
 
 
 class Call(NamedTuple):
@@ -48,6 +49,16 @@ class Call(NamedTuple):
     static_v: Tensor | None
     average_attn_weights: bool
     is_causal: bool
+
+
+class Packed(NamedTuple):
+    """The packed weights of the projections of self-attention and of the result, where there are any."""
+
+    in_proj: PackedWeight | None
+    out_proj: PackedWeight | None
+
+
+NOT_PACKED = Packed(None, None)
 
 
 def multi_head_attention_forward(
@@ -136,11 +147,11 @@ def multi_head_attention_forward(
     return attend(call, batch_first=False)
 
 
-def attend(call: Call, batch_first: bool) -> tuple[Tensor, Tensor | None]:
+def attend(call: Call, batch_first: bool, packed: Packed = NOT_PACKED) -> tuple[Tensor, Tensor | None]:
     """:func:`multi_head_attention_forward`; with `batch_first` the inputs and the result have shape ``(N, L, E)``."""
     if not _fits(call, batch_first):
         return _stock(call, batch_first)
-    q, k, v = (_heads_first(x, batch_first) for x in _project(call))
+    q, k, v = (_heads_first(x, batch_first) for x in _project(call, packed.in_proj))
     added_keys = 0
     if call.bias_k is not None:
         k, v = _append(k, call.bias_k), _append(v, call.bias_v)
@@ -161,7 +172,7 @@ def attend(call: Call, batch_first: bool) -> tuple[Tensor, Tensor | None]:
     else:
         heads, weights = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
     output = _heads_last(heads, call.query.dim(), batch_first)
-    return linear(output, call.out_proj_weight, call.out_proj_bias), weights
+    return _linear(output, call.out_proj_weight, call.out_proj_bias, packed.out_proj), weights
 
 
 # ---- what is covered here; all else, and with it every error, is torch's ----
@@ -236,7 +247,11 @@ def _stock(call: Call, batch_first: bool) -> tuple[Tensor, Tensor | None]:
 # ---- the parts ----
 
 
-def _project(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> Tensor:
+    return linear(x, weight, bias) if packed is None else packed.linear(x, weight, bias, relu=False)
+
+
+def _project(call: Call, packed: PackedWeight | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, shape ``(..., num_heads, head_dim)``: views of one product where inputs are the same."""
     query, key, value = call[:3]
     width, bias = call.embed_dim_to_check, call.in_proj_bias
@@ -246,7 +261,7 @@ def _project(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     elif key is not value:
         weights = call.in_proj_weight.chunk(3)
     elif query is key:
-        return torch.unflatten(linear(query, call.in_proj_weight, bias), -1, (3, *heads)).unbind(-3)
+        return torch.unflatten(_linear(query, call.in_proj_weight, bias, packed), -1, (3, *heads)).unbind(-3)
     else:
         parts = (width, 2 * width)
         q_weight, kv_weight = call.in_proj_weight.split(parts)

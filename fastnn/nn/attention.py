@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch.nn.attention import *  # noqa: F403
 
 from fastnn.nn import _stand_in
-from fastnn.nn._multi_head_attention import Call, attend
+from fastnn.nn._multi_head_attention import NOT_PACKED, Call, Packed, attend
 
 __all__ = ["MultiheadAttention"]
 
@@ -27,6 +27,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     :class:`torch.nn.TransformerEncoderLayer` (taken for a boolean one there), and ``is_causal=True`` without a mask
     (ignored there, an error here).
     """
+
+    # Of the projections, where fastnn.freeze made them.
+    _packed: Packed = NOT_PACKED
 
     def forward(
         self,
@@ -80,7 +83,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )
-        return attend(call, batch_first=self.batch_first and query.dim() == 3)
+        return attend(call, self.batch_first and query.dim() == 3, self._packed)
 
 
 if not TYPE_CHECKING:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fastnn.nn import functional as F
+from fastnn.ops import conv as ops
+from fastnn.ops.packed import PackedWeight
 
 __all__ = ["Conv1d", "Conv2d", "ConvReLU2d", "ConvReLUMaxPool2d"]
 
@@ -28,9 +30,13 @@ class Conv1d(torch.nn.Conv1d):
 class Conv2d(torch.nn.Conv2d):
     """:class:`torch.nn.Conv2d` on fastnn's kernels. Arguments, shapes and initial values are torch's."""
 
+    # The weight's, where fastnn.freeze made it.
+    _packed: PackedWeight | None = None
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = _padded(self, input)
-        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        args = (input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(*args) if self._packed is None else ops.conv2d_with(self._packed, *args)
 
 
 class ConvReLU2d(Conv2d):
@@ -41,7 +47,8 @@ class ConvReLU2d(Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = _padded(self, input)
-        return F.conv2d_relu(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        args = (input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d_relu(*args) if self._packed is None else ops.conv2d_relu_with(self._packed, *args)
 
 
 class ConvReLUMaxPool2d(Conv2d):
@@ -69,14 +76,12 @@ class ConvReLUMaxPool2d(Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = _padded(self, input)
+        args = (input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        if self._packed is not None:
+            pool = (self.pool_kernel_size, self.pool_stride, self.pool_padding)
+            return ops.conv2d_relu_max_pool2d_with(self._packed, *args, *pool)
         return F.conv2d_relu_max_pool2d(
-            input,
-            weight,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
+            *args,
             kernel_size=self.pool_kernel_size,
             pool_stride=self.pool_stride,
             pool_padding=self.pool_padding,

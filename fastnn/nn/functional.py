@@ -14,6 +14,7 @@ from fastnn.nn import _stand_in
 from fastnn.nn._multi_head_attention import multi_head_attention_forward
 from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.conv import conv1d, conv2d, conv2d_relu, conv2d_relu_max_pool2d
+from fastnn.ops.layer_norm import add_layer_norm
 from fastnn.ops.linear import linear, linear_relu
 from fastnn.ops.pool import (
     adaptive_avg_pool1d,
@@ -31,6 +32,7 @@ __all__ = [
     "adaptive_avg_pool2d",
     "adaptive_max_pool1d",
     "adaptive_max_pool2d",
+    "add_layer_norm",
     "avg_pool1d",
     "avg_pool2d",
     "conv1d",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnn.nn import functional as F
+from fastnn.ops.packed import PackedWeight
 
 __all__ = ["Linear", "LinearReLU"]
 
@@ -13,8 +14,18 @@ __all__ = ["Linear", "LinearReLU"]
 class Linear(torch.nn.Linear):
     """:class:`torch.nn.Linear` on fastnn's kernels. Arguments, shapes and initial values are torch's."""
 
+    # The weight's, where fastnn.freeze made it.
+    _packed: PackedWeight | None = None
+
     def forward(self, input: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed.linear(input, self.weight, self.bias, relu=False)
         return F.linear(input, self.weight, self.bias)
+
+    def _with_relu(self, input: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed.linear(input, self.weight, self.bias, relu=True)
+        return F.linear_relu(input, self.weight, self.bias)
 
 
 class LinearReLU(Linear):
@@ -23,5 +34,4 @@ class LinearReLU(Linear):
     Arguments, shapes, initial values and ``state_dict`` are :class:`torch.nn.Linear`'s.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear_relu(input, self.weight, self.bias)
+    forward = Linear._with_relu

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from fastnn.nn import functional as F
 from fastnn.nn._fusing import runs_alone
 from fastnn.nn.attention import MultiheadAttention
 from fastnn.nn.linear import Linear
+from fastnn.ops.layer_norm import add_layer_norm
 
 __all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
+
+
+def _add_norm(
+    norm: Module, x: Tensor, residual: Tensor, with_sum: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """``norm(x + residual)``, in one pass where that is layer normalization alone, and if asked for the sum."""
+    if not runs_alone(norm, torch.nn.LayerNorm) or len(norm.normalized_shape) != 1:
+        total = x + residual
+        return norm(total), total
+    out = add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, with_sum=with_sum)
+    return out if with_sum else (out, None)
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """:class:`torch.nn.TransformerEncoderLayer` on fastnn's kernels.
 
     Arguments, shapes, names of the submodules, initial values and ``state_dict`` are torch's. The first linear layer
-    and a ReLU after it are one op. Training and inference take the same way; see :class:`MultiheadAttention` for
+    and a ReLU after it are one op, and so are a residual connection and the normalization after it. Training and inference take the same way; see :class:`MultiheadAttention` for
     the three cases in which torch's shortcut in inference gives something else.
     """
 
@@ -39,14 +51,15 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         x = src
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, src_mask, src_key_padding_mask, is_causal))
-        return self.norm2(x + self._ff_block(x))
+            attended = self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
+            normal, x = _add_norm(self.norm2, x, attended)
+            return x + self._ff_block(normal)
+        x, _ = _add_norm(self.norm1, x, self._sa_block(x, src_mask, src_key_padding_mask, is_causal), False)
+        return _add_norm(self.norm2, x, self._ff_block(x), False)[0]
 
     def _ff_block(self, x: Tensor) -> Tensor:
         if self._relu_follows_alone():
-            x = F.linear_relu(x, self.linear1.weight, self.linear1.bias)
+            x = self.linear1._with_relu(x)
         else:
             x = self.activation(self.linear1(x))
         return self.dropout2(self.linear2(self.dropout(x)))

@@ -84,3 +84,44 @@ def cost(input, weight, bias, *options):
 
 def stock_conv2d(input, weight, bias, *options):
     return F.conv2d(input, weight, bias, options[:2], options[2:4], options[4:6], options[6])
+
+
+def unsupported_pooled(input, weight, bias, *rest):
+    options, pool = rest[:7], rest[7:]
+    reason = unsupported(input, weight, bias, *options)
+    if reason is not None:
+        return reason
+    kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w = pool
+    if kernel_h < 1 or kernel_w < 1 or stride_h < 1 or stride_w < 1 or padding_h < 0 or padding_w < 0:
+        return "the pooling's window, stride or padding out of range"
+    if kernel_h * kernel_w >= NO_LOCATION:
+        return f"a pooling window of {NO_LOCATION} elements or more"
+    _, _, h, w = output_shape(input, weight, *options)
+    if 2 * padding_h > kernel_h or 2 * padding_w > kernel_w:
+        return "the pooling's padding over half the window"
+    if h + 2 * padding_h < kernel_h or w + 2 * padding_w < kernel_w:
+        return "a pooling window larger than the padded output"
+    return None
+
+
+def stock_pooled(input, weight, bias, *rest):
+    """The three ops of torch; their indices stand in for the locations, which only the kernels' backward reads."""
+    hidden = torch.relu(stock_conv2d(input, weight, bias, *rest[:7]))
+    return F.max_pool2d(hidden, rest[7:9], rest[9:11], rest[11:13], return_indices=True)
+
+
+def fake_pooled(input, weight, bias, *rest):
+    shape = pooled_shape(output_shape(input, weight, *rest[:7]), *rest[7:])
+    memory_format = memory_format_of(input, weight)
+    return (
+        input.new_empty(shape).to(memory_format=memory_format),
+        input.new_empty(shape, dtype=torch.uint8).to(memory_format=memory_format),
+    )
+
+
+def cost_pooled(input, weight, bias, *rest):
+    n, k, h, w = pooled_shape(output_shape(input, weight, *rest[:7]), *rest[7:])
+    return Cost(
+        products_of(input, weight, *rest[:7]),
+        tensor_bytes(input, weight, bias) + n * k * h * w * (input.element_size() + 1),
+    )

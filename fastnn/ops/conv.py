@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastnn import _library
 from fastnn.ops import _conv_on_gpus as on_gpus
+from fastnn.ops import _conv_routes as routes
 from fastnn.ops import _conv_shapes as shapes
+from fastnn.ops import packed as _packed
 from fastnn.ops._declare import Cost, declare, tensor_bytes
 from fastnn.ops.pool import max_pool2d
 
@@ -94,25 +95,6 @@ def _stock_backward(grad, input, weight, *rest):
     return tuple(weight.new_empty(0) if g is None else g for g in grads)
 
 
-# The weight's gradient alone of so few products by so many outputs, a network's first layer: 3 channels to 32 and to 64
-# under 3 x 3 windows 0.67 and 0.77 of torch, to 6 outputs under 5 x 5 windows 1.33.
-_FIRST_PRODUCTS, _FIRST_OUTPUTS = 32, 32
-
-
-def _slower_backward(grad, input, weight, *rest):
-    outputs, per_group, kernel_h, kernel_w = weight.shape
-    if (
-        not rest[-3]
-        and outputs >= _FIRST_OUTPUTS
-        and per_group * kernel_h * kernel_w <= _FIRST_PRODUCTS
-        and rest[6] == 1
-        and not _is_channels_last(input)
-        and not _is_emulated(input)
-    ):
-        return "torch is faster for the weight's gradient of so few channels"
-    return None
-
-
 def _cost_backward(grad, input, weight, *rest):
     *options, input_grad, weight_grad, bias_grad = rest
     products = int(input_grad) + int(weight_grad)
@@ -172,7 +154,7 @@ conv2d_backward = declare(
     "conv2d_backward",
     stock=_stock_backward,
     unsupported=_fits_backward,
-    slower=_slower_backward,
+    slower=routes.slower_backward,
     fake=_fake_backward,
     cost=_cost_backward,
     unsupported_on_gpus=lambda grad, input, weight, *rest: on_gpus.why_not(input, weight, None, *rest[:7]),
@@ -213,7 +195,7 @@ conv2d_relu_backward = declare(
         _fits_backward(grad, input, weight, *rest)
         or (None if output.shape == grad.shape else "the output's shape differs")
     ),
-    slower=lambda grad, input, weight, output, *rest: _slower_backward(grad, input, weight, *rest),
+    slower=lambda grad, input, weight, output, *rest: routes.slower_backward(grad, input, weight, *rest),
     fake=lambda grad, input, weight, output, *rest: _fake_backward(grad, input, weight, *rest),
     cost=lambda grad, input, weight, output, *rest: _cost_backward(grad, input, weight, *rest),
     unsupported_on_gpus=lambda grad, input, weight, output, *rest: on_gpus.why_not(
@@ -262,7 +244,7 @@ def _stock_pooled_backward(grad, input, weight, locations, *rest):
 
 def _fits_pooled_backward(grad, input, weight, locations, *rest):
     options, pool, _ = _split(rest)
-    reason = _unsupported_pooled(input, weight, None, *options, *pool)
+    reason = shapes.unsupported_pooled(input, weight, None, *options, *pool)
     if reason is not None:
         return reason
     shape = shapes.pooled_shape(shapes.output_shape(input, weight, *options), *pool)
@@ -316,150 +298,6 @@ conv2d_relu_max_pool2d_backward = declare(
     own_dtype=("locations",),
 )
 
-# ---- where torch's convolutions, oneDNN's, measured faster ----
-
-# Products per output up to which the kernels, which read the image where it lies, were ahead; and on channels_last also
-# output channels, which there lie across the vectors of the output.
-_FEW_PRODUCTS = 160
-_FEW_PRODUCTS_CHANNELS_LAST = 80
-_FEW_OUTPUTS_CHANNELS_LAST = 16
-# The same where a pooling follows, 3 x 3 windows of 64 channels among them, with gradients.
-_FEW_PRODUCTS_POOLED = 640
-# A single image of windows deeper than this was ahead up to so many products per output channel: 3 x 3 windows of 512
-# channels at 7 x 7 pixels 1.25, at 14 x 14 0.92, at 28 x 28 0.81; of 64 channels at 224 x 224 1.10.
-_DEEP, _DEEP_WORK = 1024, 700_000
-# The same behind which a pooling stands, without gradients: 256 channels at 56 x 56 pixels 0.94, 512 at 28 x 28 0.80; and
-# more products than the last in batches: 512 channels at 14 x 14 pixels 0.93 to 1.0, at 4 x 4 0.88 to 0.98.
-_DEEP_POOLED, _DEEP_WORK_POOLED, _DEEPEST_POOLED = 2000, 2_000_000, 4000
-# On channels_last, channels and outputs from which pixels are rows of a matrix product, and pixels of all outputs up to
-# which that was ahead: 196 pixels 1.02 to 1.4, 49 pixels 1.25, 784 pixels 0.94; with gradients 784 pixels 1.0 to 1.5.
-_CHANNELS_BY_PIXELS = 24
-_FEW_PIXELS, _FEW_PIXELS_WITH_GRADIENTS = 256, 900
-
-
-# In tile registers, where torch has them too. On channels_last pixels of all outputs up to which the kernels were ahead (49
-# to 392 pixels 0.97 to 2.9, 784 pixels and more 0.4 to 0.97), and, with gradients, of windows so deep (1.19).
-_FEW_PIXELS_IN_REGISTERS, _FEW_PIXELS_DEEP, _DEEP_IN_REGISTERS = 400, 1024, 2000
-# In torch's default layout: pixels from which a pooled image pays for the transposition of its weight (256 pixels 1.65, 196
-# pixels 0.95 to 1.07), and pixels of an image up to which it does without a pooling (16 pixels 1.5 to 1.8, 64 pixels 0.86).
-_TURNED_PIXELS, _TINY_IMAGE = 200, 16
-
-
-def _slower_in_registers(input, weight, pooled, *options):
-    outputs, per_group, kernel_h, kernel_w = weight.shape
-    taps, gradients = kernel_h * kernel_w, _wants_gradients(input, weight)
-    by_pixels = per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS and options[-1] == 1
-    n, _, height, width = shapes.output_shape(input, weight, *options)
-    pixels = n * height * width
-    if _is_channels_last(input):
-        deep = gradients and pixels <= _FEW_PIXELS_DEEP and per_group * taps >= _DEEP_IN_REGISTERS
-        few = (
-            pooled
-            and per_group * taps <= _FEW_PRODUCTS_CHANNELS_LAST
-            and outputs <= _FEW_OUTPUTS_CHANNELS_LAST
-        )
-        if few or (by_pixels and (deep or pixels <= _FEW_PIXELS_IN_REGISTERS)):
-            return None
-        return "torch is faster on channels_last in bf16"
-    if per_group == 1 and options[-1] > 1:
-        return None  # depthwise: 1.9 to 3.5
-    if by_pixels:
-        if taps == 1 or (pooled and pixels >= _TURNED_PIXELS) or height * width <= _TINY_IMAGE:
-            return None
-        return "torch is faster on so many channels in bf16"
-    # Few channels: 3 of them 0.92 to 1.8, pooled 1.2 to 5.0; 6 of them 0.4, pooled 1.2, with gradients 0.7.
-    if pooled and (per_group <= 3 or not gradients):
-        return None
-    if per_group <= 3 and (not gradients or per_group * taps <= _FEW_PRODUCTS_CHANNELS_LAST):
-        return None
-    return "torch is faster on so many channels in bf16"
-
-
-def _slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
-    if _library.in_tile_registers(input.dtype):
-        return _slower_in_registers(
-            input, weight, False, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
-        )
-    outputs, per_group, kernel_h, kernel_w = weight.shape
-    products = per_group * kernel_h * kernel_w
-    if products <= _FEW_PRODUCTS_CHANNELS_LAST and outputs <= _FEW_OUTPUTS_CHANNELS_LAST and groups == 1:
-        return None
-    if _is_channels_last(input):
-        if groups > 1:
-            return "torch is faster on groups of channels_last"
-        if _is_emulated(input):
-            return None
-        if kernel_h == kernel_w == stride_h == stride_w == 1 and padding_h == padding_w == 0:
-            return None  # a matrix product
-        if per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS:
-            n, _, height, width = shapes.output_shape(
-                input, weight, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
-            )
-            few = _FEW_PIXELS_WITH_GRADIENTS if _wants_gradients(input, weight) else _FEW_PIXELS
-            if n * height * width <= few:
-                return None
-        return "torch is faster on channels_last"
-    if products <= _FEW_PRODUCTS or _is_emulated(input):
-        return None
-    if _wants_gradients(input, weight):
-        return "torch is faster with gradients of so many channels"
-    if stride_h > 1 or stride_w > 1:
-        return "torch is faster with strides over so many channels"
-    if input.shape[0] > 1:
-        return "torch is faster on batches of so many channels"
-    if products > _DEEP and products * input.shape[2] * input.shape[3] > _DEEP_WORK:
-        return "torch is faster on large images of so many channels"
-    return None
-
-
-def _wants_gradients(input, weight):
-    return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-
-
-def _slower_pooled(input, weight, bias, *rest):
-    """In torch's default layout what the fusion saves outweighs the rest, until gradients of many channels do."""
-    if _library.in_tile_registers(input.dtype):
-        return _slower_in_registers(input, weight, True, *rest[:7])
-    if _is_channels_last(input):
-        outputs, per_group, kernel_h, kernel_w = weight.shape
-        # 256 channels to 64 at 56 x 56 pixels 0.85 to 1.04, 64 to 256 1.02 to 1.43.
-        if (
-            kernel_h == kernel_w == 1
-            and per_group > outputs >= _CHANNELS_BY_PIXELS
-            and not _is_emulated(input)
-        ):
-            n, _, height, width = input.shape
-            if n * height * width > _FEW_PIXELS_WITH_GRADIENTS:
-                return "torch is faster on channels_last"
-        return _slower(input, weight, bias, *rest[:7])
-    products = weight.shape[1] * weight.shape[2] * weight.shape[3]
-    if _is_emulated(input):
-        return None
-    if products > _FEW_PRODUCTS_POOLED and _wants_gradients(input, weight):
-        return "torch is faster with gradients of so many channels"
-    if products > _DEEP_POOLED and products * input.shape[2] * input.shape[3] > _DEEP_WORK_POOLED:
-        return "torch is faster on large images of so many channels"
-    if products > _DEEPEST_POOLED and input.shape[0] > 1:
-        return "torch is faster on batches of so many channels"
-    return None
-
-
-def _is_channels_last(input):
-    if input.stride(1) != 1:
-        return False
-    _, channels, height, width = input.shape
-    return channels > 1 and height * width > 1
-
-
-_BF16_IN_HARDWARE = _library.detected_isa() in ("avx512_bf16", "amx")
-
-
-def _is_emulated(input):
-    """16-bit numbers that torch has no fast path for: float16 (with AVX512-FP16 its convolutions' gradients took 40 to 280 times as
-    long as the kernels'; not measured with AMX for float16, nor on Arm), bf16 on a processor without instructions for it."""
-    return input.element_size() == 2 and not (_BF16_IN_HARDWARE and input.dtype is torch.bfloat16)
-
-
 # ---- the forward ops ----
 
 
@@ -470,7 +308,7 @@ _conv2d = declare(
     unsupported_on_gpus=on_gpus.why_not,
     on_gpus="cuda",
     candidates=on_gpus.candidates(relu=False),
-    slower=_slower,
+    slower=routes.slower,
     fake=shapes.fake,
     cost=shapes.cost,
     keep=_keep_conv,
@@ -485,7 +323,7 @@ _conv2d_relu = declare(
     unsupported_on_gpus=on_gpus.why_not,
     on_gpus="cuda",
     candidates=on_gpus.candidates(relu=True),
-    slower=_slower,
+    slower=routes.slower,
     fake=shapes.fake,
     cost=shapes.cost,
     keep=_keep_conv_relu,
@@ -582,57 +420,16 @@ def _takes_winograd(input, weight, stride, padding, dilation, groups):
     )
 
 
-def _unsupported_pooled(input, weight, bias, *rest):
-    options, pool = rest[:7], rest[7:]
-    reason = shapes.unsupported(input, weight, bias, *options)
-    if reason is not None:
-        return reason
-    kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w = pool
-    if kernel_h < 1 or kernel_w < 1 or stride_h < 1 or stride_w < 1 or padding_h < 0 or padding_w < 0:
-        return "the pooling's window, stride or padding out of range"
-    if kernel_h * kernel_w >= shapes.NO_LOCATION:
-        return f"a pooling window of {shapes.NO_LOCATION} elements or more"
-    _, _, h, w = shapes.output_shape(input, weight, *options)
-    if 2 * padding_h > kernel_h or 2 * padding_w > kernel_w:
-        return "the pooling's padding over half the window"
-    if h + 2 * padding_h < kernel_h or w + 2 * padding_w < kernel_w:
-        return "a pooling window larger than the padded output"
-    return None
-
-
-def _stock_pooled(input, weight, bias, *rest):
-    """The three ops of torch; their indices stand in for the locations, which only the kernels' backward reads."""
-    hidden = torch.relu(shapes.stock_conv2d(input, weight, bias, *rest[:7]))
-    return F.max_pool2d(hidden, rest[7:9], rest[9:11], rest[11:13], return_indices=True)
-
-
-def _fake_pooled(input, weight, bias, *rest):
-    shape = shapes.pooled_shape(shapes.output_shape(input, weight, *rest[:7]), *rest[7:])
-    memory_format = shapes.memory_format_of(input, weight)
-    return (
-        input.new_empty(shape).to(memory_format=memory_format),
-        input.new_empty(shape, dtype=torch.uint8).to(memory_format=memory_format),
-    )
-
-
-def _cost_pooled(input, weight, bias, *rest):
-    n, k, h, w = shapes.pooled_shape(shapes.output_shape(input, weight, *rest[:7]), *rest[7:])
-    return Cost(
-        shapes.products_of(input, weight, *rest[:7]),
-        tensor_bytes(input, weight, bias) + n * k * h * w * (input.element_size() + 1),
-    )
-
-
 _conv2d_relu_max_pool2d = declare(
     "conv2d_relu_max_pool2d",
-    stock=_stock_pooled,
-    unsupported=_unsupported_pooled,
+    stock=shapes.stock_pooled,
+    unsupported=shapes.unsupported_pooled,
     unsupported_on_gpus=on_gpus.why_not,
     on_gpus="cuda",
     candidates=on_gpus.candidates(relu=True, pooled=True),
-    slower=_slower_pooled,
-    fake=_fake_pooled,
-    cost=_cost_pooled,
+    slower=routes.slower_pooled,
+    fake=shapes.fake_pooled,
+    cost=shapes.cost_pooled,
     keep=_keep_pooled,
     backward=_pooled_grad,
     autocast=True,
@@ -666,8 +463,11 @@ def _same(input, weight, dilation):
     return input, (totals[0] // 2, totals[1] // 2)
 
 
-def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, pool=()):
-    """Routes a call whose arguments torch takes in many forms to the op, or to `stock` where they make no sense."""
+def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, pool=(), packed=None):
+    """Routes a call whose arguments torch takes in many forms to the op, or to `stock` where they make no sense.
+
+    `packed` is the :class:`fastnn.ops.packed.PackedWeight` of the weight, where there is one.
+    """
     step, reach = _pair(stride), _pair(dilation)
     dims = input.dim() if isinstance(input, torch.Tensor) else 0
     if (
@@ -690,18 +490,35 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
             pad = None
         if pad is not None:
             # With gradients, a pooling apart from its convolution would keep what stands between.
-            if not (pool and _wants_gradients(images, weight)) and _takes_winograd(
+            if not (pool and routes.wants_gradients(images, weight)) and _takes_winograd(
                 images, weight, step, pad, reach, groups
             ):
                 out = _conv2d_winograd(images, weight, bias, *step, *pad, *reach, groups, op is not _conv2d)
                 if pool:
                     out = max_pool2d(out, pool[:2], pool[2:4], pool[4:])
             else:
-                out = op(images, weight, bias, *step, *pad, *reach, groups, *pool)
-                if pool:
-                    out = out[0]
+                out = None
+                if packed is not None:
+                    out = _by_packed(op, packed, images, weight, bias, *step, *pad, *reach, groups, *pool)
+                if out is None:
+                    out = op(images, weight, bias, *step, *pad, *reach, groups, *pool)
+                    if pool:
+                        out = out[0]
             return out if dims == 4 else out.squeeze(0)
     return stock(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
+
+
+def _by_packed(op, packed, images, weight, bias, *rest):
+    """The call by the packed weight; None where another way is faster."""
+    pooled = len(rest) > 7
+    if not routes.takes_packed(images, weight, pooled, *rest[:7]):
+        return None
+    data = packed.data_for(images, weight)
+    if data is None:
+        return None
+    if pooled:
+        return _packed.conv2d_relu_max_pool2d_packed(images, weight, bias, data, *rest)
+    return _packed.conv2d_packed(images, weight, bias, data, *rest, op is _conv2d_relu)
 
 
 def _unchanged(output):
@@ -808,6 +625,13 @@ def conv2d_relu_max_pool2d(
     RuntimeError
         Where :func:`conv2d` or torch's max-pooling raises it.
     """
+    return _pooled(
+        None, input, weight, bias, stride, padding, dilation, groups, kernel_size, pool_stride, pool_padding
+    )
+
+
+def _pooled(packed, *args):
+    *convolution, kernel_size, pool_stride, pool_padding = args
     window, pad = _pair(kernel_size), _pair(pool_padding)
     step = window if pool_stride is None else _pair(pool_stride)
     pool = None if window is None or pad is None or step is None else (*window, *step, *pad)
@@ -815,7 +639,22 @@ def conv2d_relu_max_pool2d(
     def stock(output):
         return F.max_pool2d(torch.relu(output), kernel_size, pool_stride, pool_padding)
 
-    return _call(_conv2d_relu_max_pool2d, stock, input, weight, bias, stride, padding, dilation, groups, pool)
+    return _call(_conv2d_relu_max_pool2d, stock, *convolution, pool, packed)
+
+
+def conv2d_with(packed, *args):
+    """:func:`conv2d` of a weight that has a :class:`fastnn.ops.packed.PackedWeight`; arguments as there."""
+    return _call(_conv2d, _unchanged, *args, packed=packed)
+
+
+def conv2d_relu_with(packed, *args):
+    """:func:`conv2d_relu` in the same way."""
+    return _call(_conv2d_relu, torch.relu, *args, packed=packed)
+
+
+def conv2d_relu_max_pool2d_with(packed, *args):
+    """:func:`conv2d_relu_max_pool2d` in the same way; behind the convolution's arguments come the pooling's three."""
+    return _pooled(packed, *args)
 
 
 def _one(value):

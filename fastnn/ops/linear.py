@@ -11,7 +11,7 @@ from fastnn import _library
 from fastnn.ops._declare import Cost, declare, tensor_bytes
 
 
-def _cost(input, weight, bias=None):
+def cost(input, weight, bias=None):
     rows = input.numel() // max(input.shape[-1], 1)
     features = weight.shape[0]
     return Cost(
@@ -20,7 +20,7 @@ def _cost(input, weight, bias=None):
     )
 
 
-def _unsupported(input, weight, bias=None):
+def unsupported(input, weight, bias=None):
     if weight.dim() != 2 or input.dim() < 1:
         return "not a weight of 2 dimensions"
     if input.shape[-1] != weight.shape[1]:
@@ -70,7 +70,7 @@ def _slower(input, weight, bias=None, relu=False):
     return None
 
 
-def _fake(input, weight, bias=None):
+def fake(input, weight, bias=None):
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
@@ -135,7 +135,7 @@ def _cost_backward(grad, input, weight, input_grad, weight_grad, bias_grad):
 def _fits_backward(grad, input, weight, *flags):
     if grad.shape != (*input.shape[:-1], weight.shape[0]):
         return "the gradient's shape is not the output's"
-    return _unsupported(input, weight)
+    return unsupported(input, weight)
 
 
 def _keep_backward(ctx, inputs, output):
@@ -255,10 +255,10 @@ linear_relu_backward = declare(
 _linear = declare(
     "linear",
     stock=F.linear,
-    unsupported=_unsupported,
+    unsupported=unsupported,
     slower=_slower,
-    fake=_fake,
-    cost=_cost,
+    fake=fake,
+    cost=cost,
     keep=_keep_linear,
     backward=_linear_grad,
     autocast=True,
@@ -269,10 +269,10 @@ _linear = declare(
 _linear_relu = declare(
     "linear_relu",
     stock=lambda input, weight, bias=None: torch.relu(F.linear(input, weight, bias)),
-    unsupported=_unsupported,
+    unsupported=unsupported,
     slower=lambda input, weight, bias=None: _slower(input, weight, bias, relu=True),
-    fake=_fake,
-    cost=_cost,
+    fake=fake,
+    cost=cost,
     keep=_keep_linear_relu,
     backward=_linear_relu_grad,
     autocast=True,

@@ -1,0 +1,197 @@
+"""Where torch's convolutions, oneDNN's, measured faster than the kernels: each function gives the reason, or None."""
+
+from __future__ import annotations
+
+import torch
+
+from fastnn import _library
+from fastnn.ops import _conv_shapes as shapes
+
+# Products per output up to which the kernels, which read the image where it lies, were ahead; and on channels_last also
+# output channels, which there lie across the vectors of the output.
+_FEW_PRODUCTS = 160
+_FEW_PRODUCTS_CHANNELS_LAST = 80
+_FEW_OUTPUTS_CHANNELS_LAST = 16
+# The same where a pooling follows, 3 x 3 windows of 64 channels among them, with gradients.
+_FEW_PRODUCTS_POOLED = 640
+# A single image of windows deeper than this was ahead up to so many products per output channel: 3 x 3 windows of 512
+# channels at 7 x 7 pixels 1.25, at 14 x 14 0.92, at 28 x 28 0.81; of 64 channels at 224 x 224 1.10.
+_DEEP, _DEEP_WORK = 1024, 700_000
+# The same behind which a pooling stands, without gradients: 256 channels at 56 x 56 pixels 0.94, 512 at 28 x 28 0.80; and
+# more products than the last in batches: 512 channels at 14 x 14 pixels 0.93 to 1.0, at 4 x 4 0.88 to 0.98.
+_DEEP_POOLED, _DEEP_WORK_POOLED, _DEEPEST_POOLED = 2000, 2_000_000, 4000
+# On channels_last, channels and outputs from which pixels are rows of a matrix product, and pixels of all outputs up to
+# which that was ahead: 196 pixels 1.02 to 1.4, 49 pixels 1.25, 784 pixels 0.94; with gradients 784 pixels 1.0 to 1.5.
+_CHANNELS_BY_PIXELS = 24
+_FEW_PIXELS, _FEW_PIXELS_WITH_GRADIENTS = 256, 900
+
+
+# In tile registers, where torch has them too. On channels_last pixels of all outputs up to which the kernels were ahead (49
+# to 392 pixels 0.97 to 2.9, 784 pixels and more 0.4 to 0.97), and, with gradients, of windows so deep (1.19).
+_FEW_PIXELS_IN_REGISTERS, _FEW_PIXELS_DEEP, _DEEP_IN_REGISTERS = 400, 1024, 2000
+# In torch's default layout: pixels from which a pooled image pays for the transposition of its weight (256 pixels 1.65, 196
+# pixels 0.95 to 1.07), and pixels of an image up to which it does without a pooling (16 pixels 1.5 to 1.8, 64 pixels 0.86).
+_TURNED_PIXELS, _TINY_IMAGE = 200, 16
+
+
+def _in_registers(input, weight, pooled, *options):
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    taps, gradients = kernel_h * kernel_w, wants_gradients(input, weight)
+    by_pixels = per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS and options[-1] == 1
+    n, _, height, width = shapes.output_shape(input, weight, *options)
+    pixels = n * height * width
+    if is_channels_last(input):
+        deep = gradients and pixels <= _FEW_PIXELS_DEEP and per_group * taps >= _DEEP_IN_REGISTERS
+        few = (
+            pooled
+            and per_group * taps <= _FEW_PRODUCTS_CHANNELS_LAST
+            and outputs <= _FEW_OUTPUTS_CHANNELS_LAST
+        )
+        if few or (by_pixels and (deep or pixels <= _FEW_PIXELS_IN_REGISTERS)):
+            return None
+        return "torch is faster on channels_last in bf16"
+    if per_group == 1 and options[-1] > 1:
+        return None  # depthwise: 1.9 to 3.5
+    if by_pixels:
+        if taps == 1 or (pooled and pixels >= _TURNED_PIXELS) or height * width <= _TINY_IMAGE:
+            return None
+        return "torch is faster on so many channels in bf16"
+    # Few channels: 3 of them 0.92 to 1.8, pooled 1.2 to 5.0; 6 of them 0.4, pooled 1.2, with gradients 0.7.
+    if pooled and (per_group <= 3 or not gradients):
+        return None
+    if per_group <= 3 and (not gradients or per_group * taps <= _FEW_PRODUCTS_CHANNELS_LAST):
+        return None
+    return "torch is faster on so many channels in bf16"
+
+
+def slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
+    if _library.in_tile_registers(input.dtype):
+        return _in_registers(
+            input, weight, False, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
+        )
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    products = per_group * kernel_h * kernel_w
+    if products <= _FEW_PRODUCTS_CHANNELS_LAST and outputs <= _FEW_OUTPUTS_CHANNELS_LAST and groups == 1:
+        return None
+    if is_channels_last(input):
+        if groups > 1:
+            return "torch is faster on groups of channels_last"
+        if _is_emulated(input):
+            return None
+        if kernel_h == kernel_w == stride_h == stride_w == 1 and padding_h == padding_w == 0:
+            return None  # a matrix product
+        if per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS:
+            n, _, height, width = shapes.output_shape(
+                input, weight, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
+            )
+            few = _FEW_PIXELS_WITH_GRADIENTS if wants_gradients(input, weight) else _FEW_PIXELS
+            if n * height * width <= few:
+                return None
+        return "torch is faster on channels_last"
+    if products <= _FEW_PRODUCTS or _is_emulated(input):
+        return None
+    if wants_gradients(input, weight):
+        return "torch is faster with gradients of so many channels"
+    if stride_h > 1 or stride_w > 1:
+        return "torch is faster with strides over so many channels"
+    if input.shape[0] > 1:
+        return "torch is faster on batches of so many channels"
+    if products > _DEEP and products * input.shape[2] * input.shape[3] > _DEEP_WORK:
+        return "torch is faster on large images of so many channels"
+    return None
+
+
+def wants_gradients(input, weight):
+    return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+
+
+def slower_pooled(input, weight, bias, *rest):
+    """In torch's default layout what the fusion saves outweighs the rest, until gradients of many channels do."""
+    if _library.in_tile_registers(input.dtype):
+        return _in_registers(input, weight, True, *rest[:7])
+    if is_channels_last(input):
+        outputs, per_group, kernel_h, kernel_w = weight.shape
+        # 256 channels to 64 at 56 x 56 pixels 0.85 to 1.04, 64 to 256 1.02 to 1.43.
+        if (
+            kernel_h == kernel_w == 1
+            and per_group > outputs >= _CHANNELS_BY_PIXELS
+            and not _is_emulated(input)
+        ):
+            n, _, height, width = input.shape
+            if n * height * width > _FEW_PIXELS_WITH_GRADIENTS:
+                return "torch is faster on channels_last"
+        return slower(input, weight, bias, *rest[:7])
+    products = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    if _is_emulated(input):
+        return None
+    if products > _FEW_PRODUCTS_POOLED and wants_gradients(input, weight):
+        return "torch is faster with gradients of so many channels"
+    if products > _DEEP_POOLED and products * input.shape[2] * input.shape[3] > _DEEP_WORK_POOLED:
+        return "torch is faster on large images of so many channels"
+    if products > _DEEPEST_POOLED and input.shape[0] > 1:
+        return "torch is faster on batches of so many channels"
+    return None
+
+
+def is_channels_last(input):
+    if input.stride(1) != 1:
+        return False
+    _, channels, height, width = input.shape
+    return channels > 1 and height * width > 1
+
+
+_BF16_IN_HARDWARE = _library.detected_isa() in ("avx512_bf16", "amx")
+
+
+def _is_emulated(input):
+    """16-bit numbers that torch has no fast path for: float16 (with AVX512-FP16 its convolutions' gradients took 40 to 280 times as
+    long as the kernels'; not measured with AMX for float16, nor on Arm), bf16 on a processor without instructions for it."""
+    return input.element_size() == 2 and not (_BF16_IN_HARDWARE and input.dtype is torch.bfloat16)
+
+
+# The weight's gradient alone of so few products by so many outputs, a network's first layer: 3 channels to 32 and to 64
+# under 3 x 3 windows 0.67 and 0.77 of torch, to 6 outputs under 5 x 5 windows 1.33.
+_FIRST_PRODUCTS, _FIRST_OUTPUTS = 32, 32
+
+
+def slower_backward(grad, input, weight, *rest):
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    if (
+        not rest[-3]
+        and outputs >= _FIRST_OUTPUTS
+        and per_group * kernel_h * kernel_w <= _FIRST_PRODUCTS
+        and rest[6] == 1
+        and not is_channels_last(input)
+        and not _is_emulated(input)
+    ):
+        return "torch is faster for the weight's gradient of so few channels"
+    return None
+
+
+# With a packed weight on channels_last: pixels of all outputs up to which it was ahead, as gradients are not wanted (float32: 49 to
+# 784 pixels 0.96 to 2.2, 1568 pixels 0.93; in tile registers 49 to 2048 pixels 1.1 to 4.7, 3136 pixels 0.84 to 1.0). Matrix
+# products were ahead whatever their size (1.04 to 3.9).
+_FEW_PIXELS_PACKED, _FEW_PIXELS_PACKED_IN_REGISTERS = 800, 2048
+
+
+def takes_packed(input, weight, pooled, *options):
+    """Whether a convolution whose weight is packed is to use that."""
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    if (
+        input.dim() != 4
+        or options[-1] != 1
+        or per_group < _CHANNELS_BY_PIXELS
+        or outputs < _CHANNELS_BY_PIXELS
+        or not is_channels_last(input)
+    ):
+        return False
+    if (not pooled and kernel_h == kernel_w == 1) or _is_emulated(input):
+        return True
+    n, _, height, width = shapes.output_shape(input, weight, *options)
+    registers = _library.in_tile_registers(input.dtype)
+    return n * height * width <= (_FEW_PIXELS_PACKED_IN_REGISTERS if registers else _FEW_PIXELS_PACKED)
+
+
+def can_be_packed(weight, groups):
+    """Whether some convolution with a weight would use its packed form."""
+    return groups == 1 and min(weight.shape[:2]) >= _CHANNELS_BY_PIXELS

@@ -1,0 +1,141 @@
+"""Layers whose weights were packed beforehand, for inference: what those call that :func:`fastnn.freeze` made.
+
+Packed is the order in which the kernels of the running instruction-set level read a weight. A kernel that finds another
+level's order reads the weight itself, which every call has beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from fastnn.ops import _conv_shapes as shapes
+from fastnn.ops import linear as _linear
+from fastnn.ops._declare import FLOATS, declare
+
+__all__ = ["PackedWeight"]
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+class PackedWeight:
+    """A weight in packed form, which stands for it as long as that is what it was.
+
+    Copies and pickles hold the weight alone, and pack it anew.
+
+    Parameters
+    ----------
+    weight : Tensor
+        Of a linear layer, shape ``(out_features, in_features)``, or of a convolution, ``(K, C / groups, R, S)``.
+    groups : int
+        The convolution's.
+    """
+
+    def __init__(self, weight, groups=1):
+        self._weight, self._groups = weight, groups
+        self._place = weight.data_ptr()
+        self._version = None if weight.is_inference() else weight._version  # those have none
+        self._data = torch.ops.fastnn._pack_weight(weight.detach(), groups)
+        self.used = False  # whether a call has read it
+
+    @staticmethod
+    def can_hold(weight):
+        """Whether there is a packed form of a tensor."""
+        return (
+            weight.is_cpu and weight.dtype in FLOATS and weight.layout is torch.strided and weight.numel() > 0
+        )
+
+    @property
+    def nbytes(self):
+        return self._data.numel()
+
+    def __reduce__(self):
+        return PackedWeight, (self._weight, self._groups)
+
+    def __deepcopy__(self, memo):
+        return PackedWeight(copy.deepcopy(self._weight, memo), self._groups)
+
+    def _fits(self, input, weight):
+        return (
+            not _is_compiling()  # a graph is to run elsewhere too
+            and weight is self._weight
+            and (self._version is None or weight._version == self._version)
+            and input.dtype is weight.dtype
+            and weight.data_ptr() == self._place
+            and input.is_cpu
+            and not (_is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+            and not _any_autocast()
+        )
+
+    def data_for(self, input, weight):
+        """The packed weight for a call outside of autograd, None where `weight` has changed or the call is another kind."""
+        if not self._fits(input, weight):
+            return None
+        self.used = True
+        return self._data
+
+    def linear(self, input, weight, bias, relu):
+        """:func:`fastnn.ops.linear.linear`, with a ReLU or without, on `weight` or its packed form."""
+        if input.numel() <= _ROWS_IN_PLACE * weight.shape[1] or not self._fits(input, weight):
+            return _linear.linear_relu(input, weight, bias) if relu else _linear.linear(input, weight, bias)
+        self.used = True
+        return linear_packed(input, weight, bias, self._data, relu)
+
+
+# Rows up to which a weight is read where it lies.
+_ROWS_IN_PLACE = 4
+
+
+def _unfit(packed):
+    return (
+        None if packed.dim() == 1 and packed.dtype is torch.uint8 and packed.is_contiguous() else "not packed"
+    )
+
+
+def _stock_linear(input, weight, bias, packed, relu):
+    out = F.linear(input, weight, bias)
+    return torch.relu(out) if relu else out
+
+
+linear_packed = declare(
+    "linear_packed",
+    stock=_stock_linear,
+    unsupported=lambda input, weight, bias, packed, relu: (
+        _unfit(packed) or _linear.unsupported(input, weight, bias)
+    ),
+    fake=lambda input, weight, bias, packed, relu: _linear.fake(input, weight, bias),
+    cost=lambda input, weight, bias, packed, relu: _linear.cost(input, weight, bias),
+    own_dtype=("packed",),
+)
+
+
+def _stock_conv(input, weight, bias, packed, *rest):
+    out = shapes.stock_conv2d(input, weight, bias, *rest[:7])
+    return torch.relu(out) if rest[7] else out
+
+
+conv2d_packed = declare(
+    "conv2d_packed",
+    stock=_stock_conv,
+    unsupported=lambda input, weight, bias, packed, *rest: (
+        _unfit(packed) or shapes.unsupported(input, weight, bias, *rest[:7])
+    ),
+    fake=lambda input, weight, bias, packed, *rest: shapes.fake(input, weight, bias, *rest[:7]),
+    cost=lambda input, weight, bias, packed, *rest: shapes.cost(input, weight, bias, *rest[:7]),
+    own_dtype=("packed",),
+)
+
+conv2d_relu_max_pool2d_packed = declare(
+    "conv2d_relu_max_pool2d_packed",
+    stock=lambda input, weight, bias, packed, *rest: shapes.stock_pooled(input, weight, bias, *rest)[0],
+    unsupported=lambda input, weight, bias, packed, *rest: (
+        _unfit(packed) or shapes.unsupported_pooled(input, weight, bias, *rest)
+    ),
+    fake=lambda input, weight, bias, packed, *rest: shapes.fake_pooled(input, weight, bias, *rest)[0],
+    cost=lambda input, weight, bias, packed, *rest: shapes.cost_pooled(input, weight, bias, *rest),
+    own_dtype=("packed",),
+)

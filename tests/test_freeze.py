@@ -1,0 +1,213 @@
+"""fastnn.freeze: copies for inference, whose weights are packed."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import DTYPES, assert_as_good
+
+import fastnn
+from fastnn import nn
+from fastnn.ops.packed import PackedWeight
+
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(24, 32, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2),
+        torch.nn.Conv2d(32, 30, 1),
+        torch.nn.BatchNorm2d(30),
+        torch.nn.Conv2d(30, 24, (3, 2), 2, bias=False),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(24, 8, 1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(32, 70),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(),
+        torch.nn.Linear(70, 10),
+    )
+
+
+def images(n=6, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(n, 24, 10, 11).to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def ops_of(model, *inputs):
+    return [row.op for row in fastnn.explain(model, *inputs) if row.where.startswith("fastnn")]
+
+
+PACKED = [
+    "conv2d_relu_max_pool2d_packed",
+    "conv2d_packed",
+    "conv2d_packed",
+    "conv2d",
+    "linear_packed",
+    "linear_packed",
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_frozen_network(level, dtype):
+    model = net().to(dtype)
+    model(images(dtype=dtype))  # statistics other than 0 and 1
+    frozen = fastnn.freeze(model)
+    assert model.training
+    assert type(model[0]) is torch.nn.Conv2d
+    assert not frozen.training
+    assert not any(p.requires_grad for p in frozen.parameters())
+    x = images(dtype=dtype)
+    model.eval()
+    with torch.inference_mode():
+        assert_as_good(frozen(x), model(x), copy.deepcopy(model).double()(x.double()), roundings=4)
+    assert ops_of(frozen, x) == PACKED
+    assert frozen.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("relu", [False, True])
+def test_rows_and_features(level, dtype, relu):
+    for rows, width, features in (
+        (1, 7, 3),
+        (4, 5, 40),
+        (5, 33, 40),
+        (23, 130, 65),
+        (70, 96, 129),
+        (0, 3, 4),
+    ):
+        torch.manual_seed(rows)
+        layer = torch.nn.Linear(width, features, dtype=dtype)
+        stock = torch.nn.Sequential(layer, torch.nn.ReLU()) if relu else torch.nn.Sequential(layer)
+        frozen = fastnn.freeze(stock)
+        for shape in ((rows, width), (2, rows, width)):
+            x = torch.randn(shape).to(dtype)
+            with torch.no_grad():
+                exact = copy.deepcopy(stock).double()(x.double())
+                assert_as_good(frozen(x), stock(x), exact)
+                assert_as_good(frozen(x.mT.contiguous().mT), stock(x), exact)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_frozen_transformer(level, norm_first):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(48, 4, 96, 0.1, batch_first=True, norm_first=norm_first)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 9, 48)
+    frozen = fastnn.freeze(model, x)
+    with torch.inference_mode():
+        assert_as_good(frozen(x), model(x), copy.deepcopy(model).double()(x.double()), roundings=8)
+    attention = ["linear_packed", "attention", "linear_packed", "add_layer_norm"]
+    expected = [*attention, "linear_packed", "linear_packed", *([] if norm_first else ["add_layer_norm"])]
+    assert ops_of(frozen, x) == 2 * expected
+
+
+def test_example_inputs_choose_what_is_packed():
+    model = net()
+    plain = fastnn.freeze(model, images().contiguous())
+    assert ops_of(plain, images()) == [
+        "conv2d_relu_max_pool2d",
+        "conv2d",
+        "conv2d_relu",
+        "conv2d",
+        *PACKED[4:],
+    ]
+    few = fastnn.freeze(model, images(2))
+    assert [few[i]._packed is None for i in (0, 3, 5, 7, 9, 12)] == [False, False, False, True, True, True]
+
+
+def test_weights_that_change_are_not_read_packed():
+    frozen = fastnn.freeze(torch.nn.Linear(8, 9))
+    x = torch.randn(6, 8)
+    other = torch.nn.Linear(8, 9)
+
+    def check(model=frozen, x=x):
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), torch.nn.functional.linear(x, model.weight, model.bias))
+        return ops_of(model, x)
+
+    assert check() == ["linear_packed"]
+    frozen.load_state_dict(other.state_dict())
+    assert check() == ["linear"]
+    frozen = fastnn.freeze(other)
+    with torch.no_grad():
+        frozen.weight.mul_(2)
+    assert check(frozen) == ["linear"]
+    double = fastnn.freeze(other).double()
+    assert check(double, x.double()) == ["linear"]
+    replaced = fastnn.freeze(other)
+    replaced.weight = torch.nn.Parameter(torch.randn(9, 8))
+    assert check(replaced) == ["linear"]
+
+
+def test_calls_that_are_not_plain_inference():
+    model = torch.nn.Sequential(torch.nn.Conv2d(24, 24, 1), torch.nn.Flatten(), torch.nn.Linear(24 * 4, 5))
+    frozen = fastnn.freeze(model)
+    x = torch.randn(5, 24, 2, 2).to(memory_format=torch.channels_last)
+    assert ops_of(frozen, x) == ["conv2d_packed", "linear_packed"]
+    ours, stock = x.clone().requires_grad_(), x.clone().requires_grad_()
+    frozen(ours).sum().backward()
+    model(stock).sum().backward()
+    torch.testing.assert_close(ours.grad, stock.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen(x).dtype is torch.bfloat16
+    exported = torch.export.export(frozen, (x,))
+    assert not [n for n in exported.graph.nodes if "packed" in str(n.target)]
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(x), model(x))
+        torch.testing.assert_close(torch.vmap(frozen)(x[None])[0], model(x))
+
+
+def test_copies_and_pickles():
+    frozen = fastnn.freeze(net(), images())
+    with torch.inference_mode():
+        expected = frozen(images())
+        for again in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+            assert ops_of(again, images()) == PACKED
+            assert torch.equal(again(images()), expected)
+            assert again[0]._packed._weight is again[0].weight
+    file = io.BytesIO()
+    torch.save(frozen.state_dict(), file)
+    file.seek(0)
+    net().load_state_dict(torch.load(file, weights_only=True))
+    # A packed weight does not fill the pickle.
+    assert len(pickle.dumps(frozen)) < 1.5 * file.tell()
+
+
+def test_inference_tensors():
+    with torch.inference_mode():
+        frozen = fastnn.freeze(torch.nn.Linear(8, 9))
+    assert ops_of(frozen, torch.randn(6, 8)) == ["linear_packed"]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_what_is_not_packed():
+    shared = torch.nn.Linear(8, 8)
+    tied = fastnn.freeze(torch.nn.Sequential(shared, torch.nn.Tanh(), shared))
+    assert tied[0]._packed is tied[2]._packed
+
+    class Own(nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(Own(8, 8), torch.nn.Conv2d(24, 24, 3, groups=2), torch.nn.Linear(0, 8))
+    frozen = fastnn.freeze(model)
+    assert frozen[0]._packed is frozen[1]._packed is frozen[2]._packed is None
+    meta = fastnn.freeze(torch.nn.Linear(3, 4, device="meta"))
+    assert meta._packed is None
+
+
+@pytest.mark.parametrize(
+    ("weight", "groups", "message"),
+    [
+        (torch.zeros(3), 1, "2 dimensions"),
+        (torch.zeros(4, 3), 2, "1 for a linear layer"),
+        (torch.zeros(4, 3, 1, 1), 3, "divide the output channels"),
+        (torch.zeros(4, 3, dtype=torch.int32), 1, "must be float32"),
+    ],
+)
+def test_refuses(weight, groups, message):
+    with pytest.raises(RuntimeError, match=message):
+        PackedWeight(weight, groups)
