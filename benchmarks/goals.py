@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rich.table import Table
 
@@ -38,13 +38,14 @@ class Goal:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a result stands to a goal. `values` are those of the cases that were measured, by their ids; a wrong answer has 0.
-    Cases `by_torch` went to torch's own op: there no kernel of fastnn reached anything."""
+    """How a result stands to a goal. `values` are those of the cases that were measured, by their ids; a wrong answer has 0;
+    `ranges` are the quartiles of their rounds. Cases `by_torch` went to torch's own op: there no kernel of fastnn reached anything."""
 
     goal: Goal
     values: dict[str, float]
     unstable: frozenset[str]
     by_torch: frozenset[str]
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def worst(self) -> str | None:
@@ -238,12 +239,18 @@ def all_cases() -> list[Case]:
     return list({case.id: case for goal in GOALS for case in goal.cases}.values())
 
 
+def _quartiles(row: dict) -> dict[str, float]:
+    """The median and the quartiles of fastnn's seconds in a row, if it has them."""
+    ours = row.get("seconds", {}).get("fastnn", {})
+    return {q: ours[q] for q in ("median", "q1", "q3") if q in ours}
+
+
 def standings(record: dict, goals: Iterable[Goal] = GOALS) -> list[Standing]:
     """How a stored result stands to the goals of which it measured any case."""
     rows = {row["id"]: row for row in record["rows"]}
     found = []
     for goal in goals:
-        values, unstable, by_torch = {}, set(), set()
+        values, unstable, by_torch, ranges = {}, set(), set(), {}
         for case in goal.cases:
             row = rows.get(case.id)
             if row is None:
@@ -257,12 +264,19 @@ def standings(record: dict, goals: Iterable[Goal] = GOALS) -> list[Standing]:
             value = row["share_of_limit"] if goal.measure == SHARE else ratio and ratio["median"]
             if value is not None:
                 values[case.id] = value
+                of, scale = ratio, 1.0
+                if goal.measure == SHARE:
+                    # The share falls as the time grows.
+                    of = {q: 1 / seconds for q, seconds in _quartiles(row).items()}
+                    scale = value / of["median"] if of else 1.0
+                if of and "q1" in of:
+                    ranges[case.id] = tuple(sorted((scale * of["q1"], scale * of["q3"])))
                 if ratio and ratio["unstable"]:
                     unstable.add(case.id)
                 if row["torch_reason"]:
                     by_torch.add(case.id)
         if values:
-            found.append(Standing(goal, values, frozenset(unstable), frozenset(by_torch)))
+            found.append(Standing(goal, values, frozenset(unstable), frozenset(by_torch), ranges))
     return found
 
 
@@ -274,6 +288,7 @@ COLUMNS = (
     "at least",
     "mean",
     "least",
+    "its quartiles",
     "cases",
     "by torch's own op",
     "",
@@ -304,6 +319,7 @@ def _cells(standing: Standing) -> list[str]:
         figure(goal.least) + _OF[goal.measure],
         figure(mean),
         figure(values[standing.worst]) + ("~" if standing.worst in standing.unstable else ""),
+        "-".join(map(figure, standing.ranges.get(standing.worst, ()))),
         f"{sum(v >= goal.least for v in values.values())} of {len(goal.cases)}",
         str(len(standing.by_torch) or ""),
         verdict,

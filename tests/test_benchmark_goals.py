@@ -110,6 +110,19 @@ def test_a_noisy_case_is_marked():
     assert "1.50~" in goals._cells(noisy)
 
 
+def test_the_quartiles_of_the_farthest_case():
+    one, two = CASES
+    slow, fast = row(one, 1.0), row(two, 2.0)
+    slow["speedup"]["eager"].update(q1=0.9, q3=1.25)
+    found = standing(goal(1.0), slow, fast)
+    assert "0.90-1.25" in goals._cells(found)
+    slow["share_of_limit"] = 0.5
+    slow["seconds"] = {"fastnn": {"median": 2.0, "q1": 1.0, "q3": 4.0}}
+    found = standing(goal(1.0, goals.SHARE), slow)
+    assert found.ranges == {one.id: (0.25, 1.0)}
+    assert "25%-100%" in goals._cells(found)
+
+
 def test_what_torch_served_is_no_kernel_of_ours():
     one, two = CASES
     found = standing(goal(1.0), row(one, 1.0, torch_reason="torch is faster"), row(two, 2.0))
