@@ -360,6 +360,35 @@ def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
         seen = [reason for name, reason in native if name.startswith("conv")]
         assert tuple(reason is None for reason in seen) == wanted, (image, weight, layout)
         native.clear()
+    # Products of many pixels: with a ReLU, which torch makes a pass of its own, but not with gradients.
+    tensors = inputs((8, 32, 11, 11), (32, 32, 1, 1), dtype=torch.bfloat16, layout=last)
+    conv.conv2d(*tensors)
+    conv.conv2d_relu(*tensors)
+    conv.conv2d_relu(*(t.requires_grad_() for t in tensors))
+    assert [reason is None for _, reason in native] == [False, True, False]
+
+
+def test_which_convolutions_read_a_packed_weight(monkeypatch):
+    def takes(image, kernel, dtype=torch.float32, layout=torch.channels_last, relu=False, pooled=False):
+        x = torch.empty(image, dtype=dtype).contiguous(memory_format=layout)
+        w = torch.empty(32, image[1], kernel, kernel, dtype=dtype)
+        padding = kernel // 2
+        return conv.routes.takes_packed(x, w, relu, pooled, 1, 1, padding, padding, 1, 1, 1)
+
+    assert takes((1, 64, 28, 28), 3)
+    assert not takes((1, 64, 28, 28), 3, layout=torch.contiguous_format)
+    assert not takes((1, 16, 28, 28), 3)
+    assert not takes((2, 64, 28, 28), 3)
+    assert not takes((1, 256, 28, 28), 3)
+    assert takes((3, 256, 14, 14), 3)
+    assert takes((8, 256, 56, 56), 1)
+    assert not takes((8, 256, 56, 56), 1, pooled=True)
+    monkeypatch.setattr(conv.routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    bf16 = torch.bfloat16
+    assert takes((1, 256, 28, 28), 3, bf16)
+    assert takes((1, 256, 56, 56), 1, bf16)
+    assert not takes((8, 256, 56, 56), 1, bf16)
+    assert takes((8, 256, 56, 56), 1, bf16, relu=True)
 
 
 OPTIONS = [((1, 1), (0, 1), (1, 1), 1), ((2, 1), (1, 1), (1, 2), 2)]

@@ -34,7 +34,7 @@ _FEW_PIXELS_IN_REGISTERS, _FEW_PIXELS_DEEP, _DEEP_IN_REGISTERS = 400, 1024, 2000
 _TURNED_PIXELS, _TINY_IMAGE = 200, 16
 
 
-def _in_registers(input, weight, pooled, *options):
+def _in_registers(input, weight, pooled, relu, *options):
     outputs, per_group, kernel_h, kernel_w = weight.shape
     taps, gradients = kernel_h * kernel_w, wants_gradients(input, weight)
     by_pixels = per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS and options[-1] == 1
@@ -49,6 +49,8 @@ def _in_registers(input, weight, pooled, *options):
         )
         if few or (by_pixels and (deep or pixels <= _FEW_PIXELS_IN_REGISTERS)):
             return None
+        if by_pixels and taps == 1 and relu and not pooled and not gradients:
+            return None  # torch passes over the result once more: 1.1 to 5.5, without a ReLU 0.77 to 1.33
         return "torch is faster on channels_last in bf16"
     if per_group == 1 and options[-1] > 1:
         return None  # depthwise: 1.9 to 3.5
@@ -64,10 +66,32 @@ def _in_registers(input, weight, pooled, *options):
     return "torch is faster on so many channels in bf16"
 
 
-def slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups):
+def slower(
+    input,
+    weight,
+    bias,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    groups,
+    relu=False,
+):
     if _library.in_tile_registers(input.dtype):
         return _in_registers(
-            input, weight, False, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
+            input,
+            weight,
+            False,
+            relu,
+            stride_h,
+            stride_w,
+            padding_h,
+            padding_w,
+            dilation_h,
+            dilation_w,
+            groups,
         )
     outputs, per_group, kernel_h, kernel_w = weight.shape
     products = per_group * kernel_h * kernel_w
@@ -101,6 +125,10 @@ def slower(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilati
     return None
 
 
+def slower_relu(*args):
+    return slower(*args, relu=True)
+
+
 def wants_gradients(input, weight):
     return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
 
@@ -108,7 +136,7 @@ def wants_gradients(input, weight):
 def slower_pooled(input, weight, bias, *rest):
     """In torch's default layout what the fusion saves outweighs the rest, until gradients of many channels do."""
     if _library.in_tile_registers(input.dtype):
-        return _in_registers(input, weight, True, *rest[:7])
+        return _in_registers(input, weight, True, True, *rest[:7])
     if is_channels_last(input):
         outputs, per_group, kernel_h, kernel_w = weight.shape
         # 256 channels to 64 at 56 x 56 pixels 0.85 to 1.04, 64 to 256 1.02 to 1.43.
@@ -168,13 +196,15 @@ def slower_backward(grad, input, weight, *rest):
     return None
 
 
-# With a packed weight on channels_last: pixels of all outputs up to which it was ahead, as gradients are not wanted (float32: 49 to
-# 784 pixels 0.96 to 2.2, 1568 pixels 0.93; in tile registers 49 to 2048 pixels 1.1 to 4.7, 3136 pixels 0.84 to 1.0). Matrix
-# products were ahead whatever their size (1.04 to 3.9).
-_FEW_PIXELS_PACKED, _FEW_PIXELS_PACKED_IN_REGISTERS = 800, 2048
+# With a packed weight on channels_last, in inference: pixels of all outputs up to which it was ahead (float32: 49 to 784 pixels
+# 0.98 to 2.3; in tile registers 49 to 784 pixels 0.87 to 3.9, 1568 pixels 0.84 to 1.0), of deep windows in float32 fewer (588
+# pixels 1.0 to 1.1, 784 pixels 0.88 to 0.96). Of 1 x 1 kernels in float32 all (0.92 to 2.3), in tile registers all with a
+# ReLU (1.1 to 6.0), else so many (784 to 3136 pixels 1.1 to 2.0, 6272 pixels 0.87 to 0.99).
+_FEW_PIXELS_PACKED, _FEW_PIXELS_PACKED_DEEP, _DEEP_PACKED = 800, 600, 1200
+_PIXELS_PACKED_IN_REGISTERS = 3200
 
 
-def takes_packed(input, weight, pooled, *options):
+def takes_packed(input, weight, relu, pooled, *options):
     """Whether a convolution whose weight is packed is to use that."""
     outputs, per_group, kernel_h, kernel_w = weight.shape
     if (
@@ -185,11 +215,15 @@ def takes_packed(input, weight, pooled, *options):
         or not is_channels_last(input)
     ):
         return False
-    if (not pooled and kernel_h == kernel_w == 1) or _is_emulated(input):
+    if _is_emulated(input):
         return True
     n, _, height, width = shapes.output_shape(input, weight, *options)
+    pixels, taps = n * height * width, kernel_h * kernel_w
     registers = _library.in_tile_registers(input.dtype)
-    return n * height * width <= (_FEW_PIXELS_PACKED_IN_REGISTERS if registers else _FEW_PIXELS_PACKED)
+    if taps == 1 and not pooled:
+        return relu or not registers or pixels <= _PIXELS_PACKED_IN_REGISTERS
+    deep = not registers and per_group * taps > _DEEP_PACKED
+    return pixels <= (_FEW_PIXELS_PACKED_DEEP if deep else _FEW_PIXELS_PACKED)
 
 
 def can_be_packed(weight, groups):

@@ -323,7 +323,7 @@ _conv2d_relu = declare(
     unsupported_on_gpus=on_gpus.why_not,
     on_gpus="cuda",
     candidates=on_gpus.candidates(relu=True),
-    slower=routes.slower,
+    slower=routes.slower_relu,
     fake=shapes.fake,
     cost=shapes.cost,
     keep=_keep_conv_relu,
@@ -511,7 +511,7 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
 def _by_packed(op, packed, images, weight, bias, *rest):
     """The call by the packed weight; None where another way is faster."""
     pooled = len(rest) > 7
-    if not routes.takes_packed(images, weight, pooled, *rest[:7]):
+    if not routes.takes_packed(images, weight, op is not _conv2d, pooled, *rest[:7]):
         return None
     data = packed.data_for(images, weight)
     if data is None:
