@@ -195,6 +195,11 @@ def test_what_is_not_packed():
     model = torch.nn.Sequential(Own(8, 8), torch.nn.Conv2d(24, 24, 3, groups=2), torch.nn.Linear(0, 8))
     frozen = fastnn.freeze(model)
     assert frozen[0]._packed is frozen[1]._packed is frozen[2]._packed is None
+
+    class Marked(torch.Tensor):
+        pass
+
+    assert not PackedWeight.can_hold(torch.randn(8, 8).as_subclass(Marked))
     meta = fastnn.freeze(torch.nn.Linear(3, 4, device="meta"))
     assert meta._packed is None
 
