@@ -168,8 +168,8 @@ conv2d_backward = declare(
 
 
 def _masked(grad, output):
-    # As torch's threshold_backward: nothing passes where the output is 0, and NaN lets the gradient through.
-    return torch.where(output <= 0, torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
+    # Nothing passes where the output is 0, and NaN lets the gradient through.
+    return torch.ops.aten.threshold_backward(grad, output, 0)
 
 
 def _keep_relu_backward(ctx, inputs, output):
@@ -195,7 +195,6 @@ conv2d_relu_backward = declare(
         _fits_backward(grad, input, weight, *rest)
         or (None if output.shape == grad.shape else "the output's shape differs")
     ),
-    slower=lambda grad, input, weight, output, *rest: routes.slower_backward(grad, input, weight, *rest),
     fake=lambda grad, input, weight, output, *rest: _fake_backward(grad, input, weight, *rest),
     cost=lambda grad, input, weight, output, *rest: _cost_backward(grad, input, weight, *rest),
     unsupported_on_gpus=lambda grad, input, weight, output, *rest: on_gpus.why_not(

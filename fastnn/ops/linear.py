@@ -207,8 +207,8 @@ linear_backward = declare(
 
 
 def _masked(grad, output):
-    # As torch's threshold_backward: nothing passes where the output is 0, and NaN lets the gradient through.
-    return torch.where(output <= 0, torch.zeros((), dtype=grad.dtype, device=grad.device), grad)
+    # Nothing passes where the output is 0, and NaN lets the gradient through.
+    return torch.ops.aten.threshold_backward(grad, output, 0)
 
 
 class _Context(NamedTuple):
