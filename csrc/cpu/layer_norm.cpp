@@ -1,6 +1,7 @@
 // Layer normalization of sums. A few rows at a time are added up and stay in the first-level cache while they
 // are normalized: three passes there, one over memory. Each row has a chain of additions of its own, and
-// several rows hide how long those and the roots take: of 1024 rows of 256, one at a time took twice as long.
+// several rows hide how long those and the roots take: 1024 rows of 256 numbers of bf16, one at a time,
+// took 1.6 times as long.
 #include "cpu/layer_norm.h"
 
 #include "cpu/gemm.h"

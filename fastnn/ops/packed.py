@@ -44,9 +44,13 @@ class PackedWeight:
 
     @staticmethod
     def can_hold(weight):
-        """Whether there is a packed form of a tensor."""
+        """Whether there is a packed form of a tensor: a plain one on the CPU, with elements of a floating dtype."""
         return (
-            weight.is_cpu and weight.dtype in FLOATS and weight.layout is torch.strided and weight.numel() > 0
+            type(weight) in (torch.Tensor, torch.nn.Parameter)
+            and weight.is_cpu
+            and weight.dtype in FLOATS
+            and weight.layout is torch.strided
+            and weight.numel() > 0
         )
 
     @property
