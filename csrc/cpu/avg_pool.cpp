@@ -137,7 +137,7 @@ struct AvgPool {
     const int64_t r0 = grid.rows.first[u], r1 = r0 + grid.rows.count[u];
     const int64_t stride = kStride > 0 ? kStride : columns.stride;
     const A over = grid.over<A>(u, low);
-    // By a power of two, multiplying gives the same and takes a third of the time.
+    // By a power of two, multiplying gives the same and is faster.
     const auto number = static_cast<int64_t>(over);
     const bool exact = number > 0 && (number & (number - 1)) == 0;
     const V divisor = splat(over), inverse = splat(A(1) / over);

@@ -53,10 +53,6 @@ class PackedWeight:
             and weight.numel() > 0
         )
 
-    @property
-    def nbytes(self):
-        return self._data.numel()
-
     def __reduce__(self):
         return PackedWeight, (self._weight, self._groups)
 
