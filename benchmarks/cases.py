@@ -262,6 +262,7 @@ WORKLOADS: tuple[Workload, ...] = (
     linear("linear_relu", "small CNN, fc1", (64, 400), (120, 400)),
     linear("linear_relu", "text transformer, FFN", (32, 64, 128), (256, 128)),
     linear("linear_relu", "VGG-16, fc7", (8, 4096), (4096, 4096)),
+    linear("linear_gelu", "BERT-base, FFN", (8, 128, 768), (3072, 768)),
     linear("linear", "ResNet-50, fc", (8, 2048), (1000, 2048)),
     linear("linear", "ViT-B/16, FFN up", (1, 197, 768), (3072, 768)),
     linear("linear", "BERT-base, FFN down", (8, 128, 3072), (768, 3072), quick=True),

@@ -94,17 +94,63 @@ _MANY_ROWS = [_linear(m, 1024, 1024) for m in (32, 256, 1024)] + [
 _FEW_ROWS = [_linear(m, 1024, 1024) for m in (1, 4, 8, 16)]
 _TRAINED = [_linear(64, 784, 128), _linear(256, 1024, 1024), _linear(1024, 1024, 1024)]
 
+_GELU = [_linear(m, 768, 3072, "linear_gelu") for m in (1, 16, 128, 1024)]
+
 _DEEP = [(64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7)]
 _SQUARE_8 = [_resnet(8, k, c, size, 3) for k, c, size in _DEEP]
 _SQUARE_1 = [_resnet(1, k, c, size, 3) for k, c, size in _DEEP]
 _POINT_8 = [_resnet(8, 64, 256, 56, 1), _resnet(8, 128, 512, 28, 1), _resnet(8, 512, 2048, 7, 1)]
 _POINT_1 = [_resnet(1, 256, 1024, 14, 1), _resnet(1, 2048, 512, 7, 1), _resnet(1, 512, 2048, 7, 1)]
-_VGG = [
-    conv("conv2d_relu", f"VGG-16, {c} to {k}", (n, c, s, s), (k, c, 3, 3), padding=1)
-    for n in (1, 8)
-    for k, c, s in ((64, 64, 224), (256, 256, 56), (512, 512, 28), (512, 512, 14))
-    if n * s < 8 * 224
+# Every layer of both networks: outputs, channels, size, kernel, stride.
+_RESNET_50 = (
+    (64, 3, 224, 7, 2),
+    (64, 64, 56, 1, 1),
+    (64, 64, 56, 3, 1),
+    (256, 64, 56, 1, 1),
+    (64, 256, 56, 1, 1),
+    (128, 256, 56, 1, 1),
+    (128, 128, 56, 3, 2),
+    (512, 128, 28, 1, 1),
+    (512, 256, 56, 1, 2),
+    (128, 512, 28, 1, 1),
+    (128, 128, 28, 3, 1),
+    (256, 512, 28, 1, 1),
+    (256, 256, 28, 3, 2),
+    (1024, 256, 14, 1, 1),
+    (1024, 512, 28, 1, 2),
+    (256, 1024, 14, 1, 1),
+    (256, 256, 14, 3, 1),
+    (512, 1024, 14, 1, 1),
+    (512, 512, 14, 3, 2),
+    (2048, 512, 7, 1, 1),
+    (2048, 1024, 14, 1, 2),
+    (512, 2048, 7, 1, 1),
+    (512, 512, 7, 3, 1),
+)
+_VGG_16 = (
+    (64, 3, 224),
+    (64, 64, 224),
+    (128, 64, 112),
+    (128, 128, 112),
+    (256, 128, 56),
+    (256, 256, 56),
+    (512, 256, 28),
+    (512, 512, 28),
+    (512, 512, 14),
+)
+_LAYERS = [
+    *(
+        _resnet(n, k, c, size, kernel, **({"stride": stride} if stride > 1 else {}))
+        for n in (1, 8)
+        for k, c, size, kernel, stride in _RESNET_50
+    ),
+    *(
+        conv("conv2d_relu", f"VGG-16, {c} to {k}", (n, c, s, s), (k, c, 3, 3), padding=1)
+        for n in (1, 8)
+        for k, c, s in _VGG_16
+    ),
 ]
+_LARGE_MAPS = conv("conv2d_relu", "VGG-16, 64 to 64", (1, 64, 224, 224), (64, 64, 3, 3), padding=1)
 _LESS_PRECISE = [
     conv("conv2d_winograd", f"3x3 at {s}", (n, c, s, s), (k, c, 3, 3), bias=False, padding=1)
     for n, k, c, s in (
@@ -175,17 +221,14 @@ GOALS: tuple[Goal, ...] = (
     _goal("linear+ReLU, 1024 to 4096 features", 1.3, _MANY_ROWS[3:], "bf16", FORWARD),
     _goal("linear+ReLU, weight packed", 1.0, _PACKED, "fp32", FORWARD),
     _goal("linear+ReLU, weight packed", 1.0, _PACKED, "bf16", FORWARD),
+    _goal("linear+GELU", 1.0, _GELU, "fp32", FORWARD),
+    _goal("linear+GELU", 1.0, _GELU, "bf16", FORWARD),
     _goal("linear+ReLU", 2.2, _TRAINED, "fp32", TRAINING),
     _goal("linear+ReLU", 1.15, _TRAINED, "bf16", TRAINING),
     _goal("conv 3x3, batch of 8", 0.97, _SQUARE_8, "fp32", FORWARD, (LAST,)),
     _goal("conv at 7x7 pixels", 1.2, [_SQUARE_1[-1], *_POINT_1[1:], _POINT_8[-1]], "fp32", FORWARD, (LAST,)),
-    _goal(
-        "conv, ResNet-50 and VGG-16",
-        1.0,
-        [*_SQUARE_1, *_SQUARE_8, *_POINT_1, *_POINT_8, *_VGG],
-        "fp32",
-        FORWARD,
-    ),
+    _goal("conv, every layer of ResNet-50 and VGG-16", 1.0, _LAYERS, "fp32", FORWARD),
+    _goal("conv, every layer of ResNet-50 and VGG-16", 0.97, _LAYERS, "fp32", FORWARD, (LAST,)),
     _goal("conv, batch of 8", 0.85, [*_SQUARE_8, *_POINT_8], "fp32", FORWARD, measure=SHARE),
     _goal("conv, batch of 1", 0.75, [*_SQUARE_1, *_POINT_1], "fp32", FORWARD, measure=SHARE),
     _goal("conv 3x3, less precise", 1.5, _LESS_PRECISE, "fp32", FORWARD, BOTH),
@@ -197,7 +240,7 @@ GOALS: tuple[Goal, ...] = (
     _goal("conv+ReLU+pool", 1.1, _POOLED, "fp32", FORWARD, (LAST,)),
     _goal("conv+ReLU+pool of few channels", 4.0, _POOLED_SMALL, "fp32", FORWARD),
     _goal("conv+ReLU+pool of few channels", 1.8, _POOLED_SMALL, "fp32", FORWARD, (LAST,)),
-    _goal("conv", 1.2, [*_SQUARE_8, _VGG[0]], "fp32", TRAINING),
+    _goal("conv", 1.2, [*_SQUARE_8, _LARGE_MAPS], "fp32", TRAINING),
     _goal("conv of few channels", 3.0, _SMALL, "fp32", TRAINING),
     _goal("pooling", 0.80, _POOLS, "fp32", FORWARD, BOTH, SHARE),
     _goal("pooling", 0.80, _POOLS, "bf16", FORWARD, BOTH, SHARE),

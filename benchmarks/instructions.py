@@ -44,7 +44,7 @@ def run_kernels(module) -> None:
 
     x, w, b = data(64, 784), data(128, 784), data(128)
     y = np.empty((64, 128), np.float32)
-    module.linear_forward(LEVEL, 1, x, w, b, True, y)
+    module.linear_forward(LEVEL, 1, x, w, b, "relu", y)
     module.linear_backward(
         LEVEL, 1, data(64, 128), y, x, w, np.empty_like(x), np.empty_like(w), np.empty_like(b)
     )

@@ -33,6 +33,10 @@ def _linear_relu(input, weight, bias=None):
     return torch.relu(stock_functional.linear(input, weight, bias))
 
 
+def _linear_gelu(input, weight, bias=None):
+    return stock_functional.gelu(stock_functional.linear(input, weight, bias))
+
+
 def _conv2d_relu(input, weight, bias=None, **options):
     return torch.relu(stock_functional.conv2d(input, weight, bias, **options))
 
@@ -55,7 +59,7 @@ def _less_precise(conv2d, *inputs, **options):
 
 
 def _packed_linear_relu(packed, input, weight, bias=None):
-    return packed.linear(input, weight, bias, relu=True)
+    return packed.linear(input, weight, bias, "relu")
 
 
 def _packed_conv2d(packed, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -86,6 +90,7 @@ FUSED = {
     "add_layer_norm": _add_layer_norm,
     "conv2d_winograd": stock_functional.conv2d,
     "conv2d_packed": stock_functional.conv2d,
+    "linear_gelu": _linear_gelu,
     "linear_relu": _linear_relu,
     "linear_relu_packed": _linear_relu,
     "conv2d_relu": _conv2d_relu,

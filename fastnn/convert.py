@@ -8,7 +8,7 @@ import torch
 from torch.nn import Module, Sequential
 
 from fastnn import nn
-from fastnn.nn._fusing import Fused, runs_alone
+from fastnn.nn._fusing import Fused, is_plain_gelu, runs_alone
 
 __all__ = ["convert", "revert"]
 
@@ -16,7 +16,12 @@ M = TypeVar("M", bound=Module)
 
 # The layers that torch has too, by torch's class. Each holds the state that torch's holds.
 _OURS = {getattr(torch.nn, name): getattr(nn, name) for name in nn.ACCELERATED if hasattr(torch.nn, name)}
-_UNFUSED = {nn.LinearReLU: nn.Linear, nn.ConvReLU2d: nn.Conv2d, nn.ConvReLUMaxPool2d: nn.Conv2d}
+_UNFUSED = {
+    nn.LinearReLU: nn.Linear,
+    nn.LinearGELU: nn.Linear,
+    nn.ConvReLU2d: nn.Conv2d,
+    nn.ConvReLUMaxPool2d: nn.Conv2d,
+}
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
 
@@ -25,10 +30,10 @@ def convert(model: M) -> M:
 
     A layer changes its class and nothing else: parameters, buffers, names, hooks and ``state_dict`` stay. In a
     :class:`torch.nn.Sequential`, a Conv2d and the ReLU right after it become one op, with the MaxPool2d after
-    them too, and so do a Linear and the ReLU after it; an :class:`torch.nn.Identity` takes the place of what was
+    them too, and so do a Linear and the ReLU or GELU after it; an :class:`torch.nn.Identity` takes the place of what was
     fused into the layer before. A layer stays as it is if its class is a subclass of torch's (and so if it is
     parametrized) or its forward was replaced. Fusing also needs modules without hooks, and a layer that the model
-    holds in one place only, for elsewhere its result might be read before the ReLU. A model that itself reads what
+    holds in one place only, for elsewhere its result might be read before the activation. A model that itself reads what
     passes between the modules of a Sequential finds the fused result there.
 
     Parameters
@@ -92,12 +97,13 @@ def _fuse(sequential: Sequential, places: dict[Module, int]) -> None:
     names = list(sequential._modules)
     for position in range(len(names)):
         layer, *after = (sequential._modules[n] for n in names[position : position + 3])
-        if not after or places.get(layer) != 1 or not runs_alone(after[0], torch.nn.ReLU):
+        if not after or places.get(layer) != 1:
             continue
-        if runs_alone(layer, nn.Linear):
-            layer.__class__ = nn.LinearReLU
+        relu, gelu = runs_alone(after[0], torch.nn.ReLU), is_plain_gelu(after[0])
+        if (relu or gelu) and runs_alone(layer, nn.Linear):
+            layer.__class__ = nn.LinearReLU if relu else nn.LinearGELU
             fused = 1
-        elif runs_alone(layer, nn.Conv2d):
+        elif relu and runs_alone(layer, nn.Conv2d):
             if len(after) == 2 and runs_alone(after[1], nn.MaxPool2d) and _is_plain_pool(after[1]):
                 layer.__class__ = nn.ConvReLUMaxPool2d
                 layer.pool_kernel_size = after[1].kernel_size

@@ -19,7 +19,7 @@ __all__ = ["freeze"]
 
 M = TypeVar("M", bound=Module)
 
-_LINEAR = (nn.Linear, nn.LinearReLU)
+_LINEAR = (nn.Linear, nn.LinearReLU, nn.LinearGELU)
 _CONV = (nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d)
 
 

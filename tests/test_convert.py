@@ -81,6 +81,28 @@ def test_same_parameters_names_results_and_gradients():
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
 
 
+def test_fuses_gelu():
+    def mlp():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Linear(8, 16),
+            torch.nn.GELU(),
+            torch.nn.Linear(16, 16),
+            torch.nn.GELU("tanh"),
+            torch.nn.Conv1d(16, 3, 1),
+            torch.nn.GELU(),
+        )
+
+    model = fastnn.convert(mlp()[:4])
+    assert [type(m) for m in model] == [nn.LinearGELU, Fused, nn.Linear, torch.nn.GELU]
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), mlp()[:4](x))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), mlp()[:4](x))
+    assert classes(fastnn.revert(model)) == classes(mlp()[:4])
+    assert type(fastnn.convert(mlp())[5]) is torch.nn.GELU
+
+
 def test_revert_restores():
     model = net()
     before, modules, text = classes(model), list(model.modules()), repr(model)
@@ -121,7 +143,7 @@ def test_copies_of_a_converted_model(copied):
 def test_every_layer_that_torch_has_is_swapped_and_back(name):
     torchs = getattr(torch.nn, name, None)
     if torchs is None:
-        assert name in ("ConvReLU2d", "ConvReLUMaxPool2d", "LinearReLU")
+        assert name in ("ConvReLU2d", "ConvReLUMaxPool2d", "LinearGELU", "LinearReLU")
         return
     arguments = {
         "Conv1d": (4, 6, 3),

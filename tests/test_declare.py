@@ -28,7 +28,8 @@ WANTED = (True, True, True)
 CALLS = {
     "linear": (image(5, 3), image(4, 3), image(4)),
     "linear_relu": (image(5, 3), image(4, 3), image(4)),
-    "linear_packed": (image(5, 3), image(4, 3), image(4), packed(image(4, 3)), True),
+    "linear_gelu": (image(5, 3), image(4, 3), image(4)),
+    "linear_packed": (image(5, 3), image(4, 3), image(4), packed(image(4, 3)), 1),
     "linear_backward": (image(5, 4), image(5, 3), image(4, 3), *WANTED),
     "linear_relu_backward": (image(5, 4), image(5, 3), image(4, 3), image(5, 4), *WANTED),
     "conv2d": (image(2, 3, 6, 7), image(4, 3, 3, 3), image(4), *CONV),

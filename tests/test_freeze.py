@@ -91,10 +91,13 @@ def test_rows_and_features(level, dtype, relu):
                 assert_as_good(frozen(x.mT.contiguous().mT), stock(x), exact)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_a_frozen_transformer(level, norm_first):
+def test_a_frozen_transformer(level, norm_first, activation):
     torch.manual_seed(0)
-    layer = torch.nn.TransformerEncoderLayer(48, 4, 96, 0.1, batch_first=True, norm_first=norm_first)
+    layer = torch.nn.TransformerEncoderLayer(
+        48, 4, 96, 0.1, activation, batch_first=True, norm_first=norm_first
+    )
     model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     x = torch.randn(2, 9, 48)
     frozen = fastnn.freeze(model, x)

@@ -1,4 +1,4 @@
-"""linear and linear_relu against torch and float64."""
+"""linear, linear_relu and linear_gelu against torch and float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastnn.ops import _declare
 from fastnn.ops import linear as module
-from fastnn.ops.linear import linear, linear_relu
+from fastnn.ops.linear import linear, linear_gelu, linear_relu
 
 STOCK = {linear: F.linear, linear_relu: lambda x, w, b=None: torch.relu(F.linear(x, w, b))}
 BOTH = pytest.mark.parametrize("op", STOCK, ids=lambda op: op.__name__)
@@ -66,6 +66,46 @@ def test_as_good_as_stock(op, shape, dtype, level, native):
     for a, b, c in zip(ours, theirs, truth, strict=True):
         assert_as_good(a, b, c)
     assert native == [None, None]  # forward and backward both ran natively
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_as_good_as_stock(shape, dtype, level, native):
+    tensors = inputs(*shape, dtype)
+    stock = F.gelu(F.linear(*tensors))
+    assert_as_good(linear_gelu(*tensors), stock, F.gelu(F.linear(*(t.double() for t in tensors))))
+    assert native == [None]
+
+
+def test_gelu_with_gradients(native):
+    leaves = [t.requires_grad_() for t in inputs(6, 5, 3, torch.float64)]
+    assert torch.autograd.gradcheck(linear_gelu, leaves)
+    assert torch.autograd.gradgradcheck(linear_gelu, leaves)
+    native.clear()
+    y = linear_gelu(*leaves)
+    torch.testing.assert_close(y, F.gelu(F.linear(*leaves)))
+    assert native == [None]  # the product; torch's GELU has its gradient
+    with torch.no_grad():
+        torch.testing.assert_close(linear_gelu(*leaves), y)
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 0, 3), (2, 3)], ids=str)
+def test_gelu_elsewhere(lead):
+    _, w, b = inputs(1, 6, 5)
+    x = torch.randn(*lead, 5)
+    expected = F.gelu(F.linear(x, w, b))
+    torch.testing.assert_close(linear_gelu(x, w, b), expected)
+    torch.testing.assert_close(linear_gelu(x, w), F.gelu(F.linear(x, w)))
+    torch.testing.assert_close(
+        torch.compile(linear_gelu, fullgraph=True, backend="aot_eager")(x, w, b), expected
+    )
+    torch.testing.assert_close(torch.vmap(linear_gelu, (None, None, 0))(x, w, b[None])[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_gelu(x, w, b).dtype is torch.bfloat16
+    with pytest.raises(RuntimeError):
+        linear_gelu(x, w[:, :2], b)
+    with pytest.raises(TypeError):
+        linear_gelu([1.0], w, b)
 
 
 @BOTH

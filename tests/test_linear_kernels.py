@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from kernel_module import DTYPES, bound, kernels
@@ -42,7 +44,7 @@ def test_linear(level, dtype, shape):
     results = []
     for threads in (1, 3):
         y = np.empty((m, n), kind)
-        kernels.linear_forward(level, threads, x, w, b, True, y)
+        kernels.linear_forward(level, threads, x, w, b, "relu", y)
         assert np.all(np.abs(y.astype(np.float64) - np.maximum(exact, 0)) <= bound(dtype, k, scale))
         gx, gw, gb = np.empty_like(x), np.empty_like(w), np.empty_like(b)
         kernels.linear_backward(level, threads, g, y, x, w, gx, gw, gb)
@@ -61,7 +63,7 @@ def test_linear_without_bias_or_relu_and_with_single_gradients(level):
     rng = np.random.default_rng(0)
     x, w, g = (rng.standard_normal(s).astype(np.float32) for s in ((30, 20), (9, 20), (30, 9)))
     y = np.empty((30, 9), np.float32)
-    kernels.linear_forward(level, 2, x, w, None, False, y)
+    kernels.linear_forward(level, 2, x, w, None, "none", y)
     np.testing.assert_allclose(y, x @ w.T, rtol=1e-4, atol=1e-4)
     gx = np.empty_like(x)
     kernels.linear_backward(level, 2, g, None, x, w, gx, None, None)
@@ -96,10 +98,55 @@ def test_linear_packed(level, dtype, shape):
         y = np.full((m, n), np.nan, kind)
         # Where the weight is read packed, the weight itself is not.
         weight = w if m <= 4 or k == 0 else np.zeros_like(w)
-        kernels.linear_forward(level, threads, x, weight, b, True, y, packed)
+        kernels.linear_forward(level, threads, x, weight, b, "relu", y, packed)
         assert np.all(np.abs(y.astype(np.float64) - np.maximum(exact, 0)) <= bound(dtype, k, scale))
         results.append(y.tobytes())
     assert results[0] == results[1]
+
+
+def gelu(x):
+    return x * 0.5 * np.vectorize(math.erfc)(x * -math.sqrt(0.5))
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 0), *PACKED[:10], (5, 64, 64), (20, 40, 3200)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", kernels.levels())
+def test_gelu(level, dtype, shape):
+    m, n, k = shape
+    rng = np.random.default_rng(m * 1000 + n * 100 + k)
+    kind = DTYPES[dtype]
+    x, w, b = (rng.standard_normal(s).astype(kind) for s in ((m, k), (n, k), (n,)))
+    x64, w64, b64 = (a.astype(np.float64) for a in (x, w, b))
+    exact = x64 @ w64.T + b64
+    scale = np.abs(x64) @ np.abs(w64.T) + np.abs(b64)
+    packed = kernels.pack_weight(level, 1, w[:, :, None], 1, False)
+    for how in ((), (packed,)):
+        results = []
+        for threads in (1, 3):
+            y = np.full((m, n), np.nan, kind)
+            kernels.linear_forward(level, threads, x, w, b, "gelu", y, *how)
+            # GELU's slope is at most 1.13.
+            assert np.all(np.abs(y.astype(np.float64) - gelu(exact)) <= 1.2 * bound(dtype, k, scale))
+            results.append(y.tobytes())
+        assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", kernels.levels())
+def test_gelu_of_every_size(level, dtype):
+    z = np.concatenate([[0.0, 1e-30, 5.4, 5.41, 100.0, 3e4], np.linspace(1e-3, 9, 1001)])
+    z = np.concatenate([z, -z]).astype(DTYPES[dtype])[:, None]
+    y = np.empty_like(z)
+    kernels.linear_forward(level, 1, z, np.ones((1, 1), z.dtype), None, "gelu", y)
+    exact, x = gelu(z.astype(np.float64)), np.abs(z.astype(np.float64))
+    ulp = {"float32": 2.0**-24, "float64": 2.0**-53, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
+    floor = 2.0**-24 if dtype == "float16" else 0
+    assert np.all(np.abs(y.astype(np.float64) - exact) <= 4 * ulp * x + floor)
+    special = np.array([np.nan, np.inf, -np.inf], z.dtype)[:, None]
+    y = np.empty_like(special)
+    kernels.linear_forward(level, 1, special, np.ones((1, 1), z.dtype), None, "gelu", y)
+    # As torch: minus infinity times 0.
+    np.testing.assert_array_equal(y[:, 0].astype(np.float64), [np.nan, np.inf, np.nan])
 
 
 @pytest.mark.parametrize("level", kernels.levels())
@@ -117,7 +164,7 @@ def test_a_packed_weight_that_does_not_fit_is_not_read(level):
         np.zeros_like(packed),
     ]
     y, plain = np.empty((30, 40), np.float32), np.empty((30, 40), np.float32)
-    kernels.linear_forward(level, 2, x, w, None, False, plain)
+    kernels.linear_forward(level, 2, x, w, None, "none", plain)
     for other in others:
-        kernels.linear_forward(level, 2, x, w, None, False, y, other)
+        kernels.linear_forward(level, 2, x, w, None, "none", y, other)
         assert y.tobytes() == plain.tobytes()

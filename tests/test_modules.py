@@ -78,6 +78,7 @@ CASES = [
     ("Linear", (7, 5), {}, (2, 3, 7), "Linear", None),
     ("Linear", (7, 5), {"bias": False}, (7,), "Linear", None),
     ("LinearReLU", (7, 5), {}, (4, 7), "Linear", relu),
+    ("LinearGELU", (7, 5), {}, (4, 7), "Linear", TF.gelu),
 ]
 ONE_OF_EACH = list({case[0]: case for case in reversed(CASES)}.values())
 

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 
+import fastnn
 import fastnn.nn.functional as F
 from fastnn import nn
 
@@ -339,6 +340,8 @@ LAYERS = {
     "gelu": {"activation": "gelu", "batch_first": True},
     "callable": {"activation": torch.tanh},
     "module": {"activation": torch.nn.ReLU(), "batch_first": True},
+    "gelu_module": {"activation": torch.nn.GELU()},
+    "gelu_tanh": {"activation": torch.nn.GELU("tanh")},
     "eps_no_bias": {"layer_norm_eps": 1e-2, "bias": False},
 }
 each_layer = pytest.mark.parametrize("kwargs", LAYERS.values(), ids=LAYERS)
@@ -415,6 +418,24 @@ def test_layer_runs_what_replaces_its_parts():
     close(ours(x), torchs(x))
     ours.activation = torchs.activation = torch.sigmoid
     close(ours(x), torchs(x))
+
+
+@pytest.mark.parametrize(
+    ("activation", "op"),
+    [
+        ("relu", "linear_relu"),
+        ("gelu", "linear_gelu"),
+        (torch.nn.GELU(), "linear_gelu"),
+        (torch.nn.GELU("tanh"), "linear"),
+        (torch.tanh, "linear"),
+    ],
+    ids=str,
+)
+def test_the_activation_is_part_of_the_product(activation, op):
+    ours, _ = layer_pair({"activation": activation})
+    with torch.no_grad():
+        ops = [row.op for row in fastnn.explain(ours.eval(), source({})) if "linear" in row.op]
+    assert ops == ["linear", "linear", op, "linear"]
 
 
 def test_layer_refuses_what_torchs_refuses():

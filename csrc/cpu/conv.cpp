@@ -103,9 +103,10 @@ void forward(const ConvArgs& args, const Context& context) {
   if (args.channels_last && taps == 1 && s.groups == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0 &&
       pool == nullptr) {
     // A fully connected layer over the pixels.
-    return FASTNN_ISA_NS::linear_forward({args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight,
-                                          args.bias, args.relu, args.output, args.packed},
-                                         context);
+    return FASTNN_ISA_NS::linear_forward(
+        {args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight, args.bias,
+         args.relu ? Activation::relu : Activation::none, args.output, args.packed},
+        context);
   }
   if (args.channels_last && by_pixels(s)) return pixels_forward<T>(args, context);
   if (in_registers<T>(context) && by_pixels(s)) return turned_forward<T>(args, context);

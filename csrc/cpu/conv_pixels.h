@@ -229,8 +229,8 @@ class PixelsForward {
       const T* bias = args_.bias != nullptr ? static_cast<const T*>(args_.bias) + g * outputs_ : nullptr;
       const auto product = [&](const auto& b) {
         windows_product<T>(windows, images * rows * s_.ow, outputs_, depth_ / kPer,
-                           {out + g * outputs_, s_.k, bias, args_.relu}, b, workers_, tiles_, space_,
-                           context_);
+                           {out + g * outputs_, s_.k, bias, args_.relu ? Activation::relu : Activation::none},
+                           b, workers_, tiles_, space_, context_);
       };
       if (panels_.data != nullptr) {
         product(ReadyPanels<T>{panels_.data + g * packed_.group, panels_.panel});

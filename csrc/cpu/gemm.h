@@ -12,7 +12,8 @@ namespace fastnn::FASTNN_ISA_NS {
 
 // ---- the whole product ----
 
-// C[m, n] = relu?(sum_k A[m, k] B[k, n] + bias[n]). Strides are in elements; rows of C are dense along n.
+// C[m, n] = activation(sum_k A[m, k] B[k, n] + bias[n]). Strides are in elements; rows of C are dense along
+// n.
 template <class T>
 struct GemmArgs {
   int64_t m, n, k;
@@ -23,7 +24,7 @@ struct GemmArgs {
   T* c;
   int64_t c_m;
   const T* bias = nullptr;
-  bool relu = false;
+  Activation activation = Activation::none;
   // Whether C[m, n] is at c[n * c_m + m] and the bias that of m: tile registers take either operand as rows.
   bool turned = false;
 };
@@ -113,13 +114,13 @@ inline constexpr int64_t kTileElems = TileRegisters<T>::kRows * kTileRow<T>;
 inline constexpr int64_t kTilesMost = 512;
 
 // Where a product goes, and whether this is all of its depth: what was `begun` is added to, and only when
-// `done` come bias and ReLU.
+// `done` come bias and activation.
 template <class T>
 struct Result {
   T* c;
   int64_t c_m;
   const T* bias = nullptr;
-  bool relu = false;
+  Activation activation = Activation::none;
   // Whether the element of row i and column j is at c[j * c_m + i], and its bias at i.
   bool turned = false;
   bool begun = false, done = true;
@@ -234,7 +235,7 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
         const TileRows<T> from = a(worker, i0 + i, count, e0, here);
         for (int64_t p = 0; p < wide; ++p) {
           const int64_t j = p * kWidth;
-          const Epilogue<T> last{bias != nullptr ? bias + j0 + j : nullptr, to.relu};
+          const Epilogue<T> last{bias != nullptr ? bias + j0 + j : nullptr, to.activation};
           A* s = sums != nullptr ? sums + i * sums_row + j : nullptr;
           gemm_tile<T>(
               count, static_cast<int>(min_of(kWidth, columns - j)), from, block.data + p * block.panel, here,
@@ -326,7 +327,7 @@ inline void gemm_packed(const GemmArgs<T>& g, const PackOf& pack, const Context&
     if (rows_in_place(g, registers)) {
       Workspace<T> space;
       return gemm_blocks<T>(
-          g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu, g.turned},
+          g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.activation, g.turned},
           [&](int, int64_t i, int, int64_t e0, int64_t) {
             return TileRows<T>{reinterpret_cast<const Elem*>(g.a + i * g.a_m + e0 * kPer), g.a_m / kPer};
           },
@@ -339,7 +340,7 @@ inline void gemm_packed(const GemmArgs<T>& g, const PackOf& pack, const Context&
     auto* tiles = context.scratch<Elem>(workers * kTileElems<T>);
     Workspace<T> space;
     return gemm_blocks<T>(
-        g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu, g.turned},
+        g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.activation, g.turned},
         [&](int worker, int64_t i, int rows, int64_t e0, int64_t count) {
           auto* tile = tiles + worker * kTileElems<T>;
           pack_a<T>(g.a + i * g.a_m + e0 * kPer, g.a_m, 1, rows, min_of(count * kPer, g.k - e0 * kPer), tile,
@@ -349,7 +350,7 @@ inline void gemm_packed(const GemmArgs<T>& g, const PackOf& pack, const Context&
         pack, workers, space, context);
   }
   packed_rows<T>(
-      g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.relu, g.turned},
+      g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.activation, g.turned},
       [&](int64_t i, int64_t rows, int64_t e0, int64_t count, Elem* out, int64_t row) {
         pack_a<T>(g.a + i * g.a_m + e0 * kPer * g.a_k, g.a_m, g.a_k, rows,
                   min_of(count * kPer, g.k - e0 * kPer), out, row);
@@ -436,27 +437,39 @@ FASTNN_INLINE void dot_tile(const GemmArgs<T>& g, int64_t i, int64_t j) {
       step(p, [left](const T* q) __attribute__((always_inline)) { return load(q, left); });
     }
   }
+  T* c = g.c + i * g.c_m + j;
+  const bool with_relu = g.activation == Activation::relu, with_gelu = g.activation == Activation::gelu;
+  A before[R][C];
 #if FASTNN_ISA_LEVEL >= 1
   if constexpr (C == kDotColumns && sizeof(A) == 4) {
     const V bias = g.bias != nullptr ? load(g.bias + j, C) : zero<A>();
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V x = lane_sums(sum[r]) + bias;
-      store(g.c + (i + r) * g.c_m + j, g.relu ? relu(x) : x, C);
+      if (with_gelu) {
+        store(before[r], x, C);
+      } else {
+        store(c + r * g.c_m, with_relu ? relu(x) : x, C);
+      }
     }
+    if (with_gelu) store_gelu<T>(R, C, before[0], C, nullptr, 0, nullptr, c, g.c_m);
     return;
   }
 #endif
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      A x = reduce_add(sum[r][c]);
-      if (g.bias != nullptr) x += to_acc(g.bias[j + c]);
-      if (g.relu) x = x < A(0) ? A(0) : x;
-      g.c[(i + r) * g.c_m + j + c] = from_acc<T>(x);
+    for (int q = 0; q < C; ++q) {
+      A x = reduce_add(sum[r][q]);
+      if (g.bias != nullptr) x += to_acc(g.bias[j + q]);
+      if (with_gelu) {
+        before[r][q] = x;
+      } else {
+        c[r * g.c_m + q] = from_acc<T>(with_relu && x < A(0) ? A(0) : x);
+      }
     }
   }
+  if (with_gelu) store_gelu<T>(R, C, before[0], C, nullptr, 0, nullptr, c, g.c_m);
 }
 
 // Rows beside one column, where nothing else keeps the sums apart.
@@ -530,7 +543,7 @@ inline void few_rows_tile(const GemmArgs<T>& g, const typename Gemm<T>::Elem* a,
     pack_b_panel<T>(b + k0 * g.b_k, g.b_k, 1, k, n, packed);
     tile.template multiply<true>(packed_k<T>(k), rows, a_row, 1, packed);
   }
-  const Epilogue<T> last{bias, g.relu};
+  const Epilogue<T> last{bias, g.activation};
   finish<T>(tile, split ? total[0] : nullptr, kNR<T>, last, g.c + j0, g.c_m, n);
 }
 
@@ -571,8 +584,9 @@ inline bool gemm_registers(const GemmArgs<T>& g, const Context& context) {
   constexpr int64_t kFew = 4;
   if (g.k == 0 || g.m <= kFew || g.n <= kFew) return false;
   if (g.a_k == 1 && g.b_k == 1 && g.m < g.n) {
-    gemm_packed(GemmArgs<T>{g.n, g.m, g.k, g.b, g.b_n, 1, g.a, 1, g.a_m, g.c, g.c_m, g.bias, g.relu, true},
-                context);
+    gemm_packed(
+        GemmArgs<T>{g.n, g.m, g.k, g.b, g.b_n, 1, g.a, 1, g.a_m, g.c, g.c_m, g.bias, g.activation, true},
+        context);
   } else {
     gemm_packed(g, context);
   }

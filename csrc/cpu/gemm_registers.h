@@ -82,7 +82,7 @@ inline void registers_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, c
             const int64_t i = i0 + part_start(strip, i1 - i0, strips);
             const int count = static_cast<int>(i0 + part_start(strip + 1, i1 - i0, strips) - i);
             const Epilogue<T> last{bias == nullptr ? nullptr : bias + (to.turned ? row0 + i : column0 + j),
-                                   to.relu};
+                                   to.activation};
             A* s = sums == nullptr ? nullptr : sums + i * sums_row + j;
             T* c = to.c + (to.turned ? (column0 + j) * to.c_m + row0 + i : (row0 + i) * to.c_m + column0 + j);
             gemm_strip<T>(registers, count, min_of(wide * kWidth, columns - j),

@@ -392,17 +392,32 @@ inline void pack_a(const T* a, int64_t a_m, int64_t a_k, int64_t m, int64_t k, t
 
 // ---- storing a tile ----
 
-// What happens to a finished sum on its way to memory: C = relu(sum + partial + bias).
+// What happens to a finished sum on its way to memory: C = activation(sum + partial + bias).
 template <class T>
 struct Epilogue {
   const acc_t<T>* bias = nullptr;  // one per column, zero-padded to a whole tile; or none
-  bool relu = false;
+  Activation activation = Activation::none;
 };
+
+// The same from sums in memory, `sums_row` from row to row, with GELU: so long that it is compiled once a
+// level, in gemm_tiles.cpp, and not into every tile.
+template <class T>
+void store_gelu(int rows, int n, const acc_t<T>* sums, int64_t sums_row, const acc_t<T>* partial,
+                int64_t partial_row, const acc_t<T>* bias, T* c, int64_t c_row);
 
 template <class T, class S, int MR, int NV>
 FASTNN_INLINE void finish(Tile<S, MR, NV>& tile, const acc_t<T>* partial, int64_t partial_row,
                           const Epilogue<T>& last, T* c, int64_t c_row, int n) {
   using V = Vec<acc_t<T>>;
+  if (last.activation == Activation::gelu) [[unlikely]] {
+    acc_t<T> sums[MR][NV * V::size];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) store(sums[i] + j * V::size, tile.sum[i][j]);
+    }
+    return store_gelu<T>(MR, n, sums[0], NV * V::size, partial, partial_row, last.bias, c, c_row);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
@@ -411,7 +426,7 @@ FASTNN_INLINE void finish(Tile<S, MR, NV>& tile, const acc_t<T>* partial, int64_
       const int left = n - j * V::size;
       if (partial != nullptr) x = x + load(partial + i * partial_row + j * V::size, left > 0 ? left : 0);
       if (last.bias != nullptr) x = x + load(last.bias + j * V::size);
-      if (last.relu) x = relu(x);
+      if (last.activation == Activation::relu) x = relu(x);
       if (left >= V::size) {
         store(c + i * c_row + j * V::size, x);
       } else if (left > 0) {

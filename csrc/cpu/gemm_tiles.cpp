@@ -1,6 +1,7 @@
 // The tiles of matrix products, for every number of rows.
 
 #include "cpu/gemm.h"
+#include "cpu/simd_math.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 namespace {
@@ -78,10 +79,15 @@ void finish_turned(int rows, int64_t columns, const float* sums, int64_t sums_ro
         for (int r = 0; r < high; ++r) block[r] = block[r] + load(partial + (i + r) * partial_row + j, wide);
       }
       transpose(block);
+      if (last.activation == Activation::gelu) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kSide; ++r) store(turned[r] + i, gelu(block[r] + bias));
+        continue;
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kSide; ++r) {
         const F x = block[r] + bias;
-        store(turned[r] + i, last.relu ? relu(x) : x);
+        store(turned[r] + i, last.activation == Activation::relu ? relu(x) : x);
       }
     }
     const __mmask32 mask = _bzhi_u32(0xffffffffu, static_cast<uint32_t>(rows));
@@ -98,6 +104,21 @@ template <class T>
 void gemm_tile(int count, int n, const TileRows<T>& a, const typename Gemm<T>::Elem* b, int64_t elems,
                const TileResult<T>& to) {
   tile_of_rows<T>(count, n, a, b, elems, to);
+}
+
+template <class T>
+void store_gelu(int rows, int n, const acc_t<T>* sums, int64_t sums_row, const acc_t<T>* partial,
+                int64_t partial_row, const acc_t<T>* bias, T* c, int64_t c_row) {
+  using V = Vec<acc_t<T>>;
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < n; j += V::size) {
+      const int count = n - j < V::size ? n - j : V::size;
+      V x = load(sums + i * sums_row + j, count);
+      if (partial != nullptr) x = x + load(partial + i * partial_row + j, count);
+      if (bias != nullptr) x = x + load(bias + j, count);
+      store(c + i * c_row + j, gelu(x), count);
+    }
+  }
 }
 
 #if FASTNN_ISA_LEVEL >= 3
@@ -134,7 +155,8 @@ void gemm_strip<bf16>(TileRegisters<bf16>& registers, int count, int64_t columns
         const int n = static_cast<int>(min_of(kWidth, end - j));
         const float* partial = to.partial != nullptr ? to.partial + i * to.sums_row + j : nullptr;
         if (to.last != nullptr) {
-          const Epilogue<bf16> last{to.last->bias != nullptr ? to.last->bias + j : nullptr, to.last->relu};
+          const Epilogue<bf16> last{to.last->bias != nullptr ? to.last->bias + j : nullptr,
+                                    to.last->activation};
           finish<bf16>(tile, partial, 0, last, to.c + i * to.c_row + j, 0, n);
         } else {
           finish<float>(tile, partial, 0, {}, to.sums + i * to.sums_row + j, 0, n);
@@ -146,9 +168,11 @@ void gemm_strip<bf16>(TileRegisters<bf16>& registers, int count, int64_t columns
 
 #endif
 
-#define FASTNN_TILES(T)                                                                   \
-  template void gemm_tile<T>(int, int, const TileRows<T>&, const Gemm<T>::Elem*, int64_t, \
-                             const TileResult<T>&);
+#define FASTNN_TILES(T)                                                                                      \
+  template void gemm_tile<T>(int, int, const TileRows<T>&, const Gemm<T>::Elem*, int64_t,                    \
+                             const TileResult<T>&);                                                          \
+  template void store_gelu<T>(int, int, const acc_t<T>*, int64_t, const acc_t<T>*, int64_t, const acc_t<T>*, \
+                              T*, int64_t);
 FASTNN_TILES(float)
 FASTNN_TILES(bf16)
 FASTNN_TILES(f16)

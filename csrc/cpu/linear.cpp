@@ -69,7 +69,7 @@ void linear_forward(const LinearArgs& args, const Context& context) {
                         static_cast<T*>(args.output),
                         args.n,
                         static_cast<const T*>(args.bias),
-                        args.relu};
+                        args.activation};
     if (args.packed.data != nullptr && args.m > kReadOnceMost && args.n > 0 && args.k > 0) {
       const ReadyPanels<T> panels = PackedPanels<T>(args.dtype, args.n, args.k, 1, 1).in(args.packed);
       if (panels.data != nullptr) return gemm_packed<T>(g, panels, context);

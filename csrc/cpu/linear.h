@@ -1,4 +1,4 @@
-// Fully connected layers: y = x w^T + bias, with or without ReLU.
+// Fully connected layers: y = activation(x w^T + bias).
 #pragma once
 
 #include "cpu/context.h"
@@ -14,7 +14,7 @@ struct LinearArgs {
   const void* input;   // [m, k], dense rows
   const void* weight;  // [n, k], dense rows
   const void* bias;    // [n] or null
-  bool relu;
+  Activation activation;
   void* output;              // [m, n]
   PackedWeight packed = {};  // the weight once more, or nothing
 };

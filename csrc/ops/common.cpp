@@ -7,6 +7,10 @@
 #include <cstdlib>
 #include <sstream>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #ifdef FASTNN_CUDA
 // A torch without CUDA lacks it, and loads this library all the same.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -133,6 +137,25 @@ Tensor empty_strided_on(int32_t device_type, int32_t device_index, ScalarType dt
   return Tensor(made);
 }
 
+// Blocks from this size on malloc maps anew each time (glibc's greatest threshold), and their pages are
+// cleared when they are first written to.
+constexpr int64_t kMappedAnew = int64_t{32} << 20;
+
+// Asks for pages of 2 MiB, where the system leaves it to programs: writing to 48 to 200 MiB of new memory
+// took half as long as with pages of 4 KiB.
+void take_large_pages([[maybe_unused]] const Tensor& t) {
+#ifdef __linux__
+  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+  if (bytes < kMappedAnew) return;
+  constexpr uintptr_t kPage = 4096;
+  const auto begin = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + kPage - 1) & ~(kPage - 1);
+  const auto end =
+      (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin,
+          MADV_HUGEPAGE);  // advice: without it, all is as before
+#endif
+}
+
 Sizes dense_strides(const Sizes& sizes, MemoryFormat format) {
   const size_t dims = sizes.size();
   Sizes strides(dims);
@@ -149,7 +172,9 @@ Sizes dense_strides(const Sizes& sizes, MemoryFormat format) {
 }  // namespace
 
 Tensor empty_strided(ScalarType dtype, const Sizes& sizes, const Sizes& strides) {
-  return empty_strided_on(aoti_torch_device_type_cpu(), 0, dtype, sizes, strides);
+  Tensor t = empty_strided_on(aoti_torch_device_type_cpu(), 0, dtype, sizes, strides);
+  take_large_pages(t);
+  return t;
 }
 
 Tensor empty(ScalarType dtype, const Sizes& sizes, MemoryFormat format) {

@@ -29,8 +29,8 @@ Shape check(const Tensor& input, const Tensor& weight, const std::optional<Tenso
   return {m, n, k};
 }
 
-Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
-               PackedWeight packed = {}) {
+Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+               Activation activation, PackedWeight packed = {}) {
   const auto [m, n, k] = check(input, weight, bias);
   Sizes sizes = sizes_of(input);
   sizes.back() = n;
@@ -40,21 +40,28 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   if (bias.has_value()) b = dense(*bias);
   TorchContext context;
   linear_forward({dtype_of(input, "input"), m, n, k, x.const_data_ptr(), w.const_data_ptr(), data_or_null(b),
-                  relu, output.mutable_data_ptr(), packed},
+                  activation, output.mutable_data_ptr(), packed},
                  context);
   return output;
 }
 
 Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
-  return forward(input, weight, bias, false);
+  return forward(input, weight, bias, Activation::none);
 }
 
 Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
-  return forward(input, weight, bias, true);
+  return forward(input, weight, bias, Activation::relu);
 }
 
-Tensor linear_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed, bool relu) {
-  return forward(input, weight, bias, relu, packed_of(packed, input));
+Tensor linear_gelu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
+  return forward(input, weight, bias, Activation::gelu);
+}
+
+Tensor linear_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed,
+                     int64_t activation) {
+  FASTNN_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu),
+               "linear_packed expects 0 (no activation), 1 (ReLU) or 2 (GELU), got ", activation);
+  return forward(input, weight, bias, static_cast<Activation>(activation), packed_of(packed, input));
 }
 
 // Gradients that are not asked for come back as empty tensors.
@@ -102,7 +109,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(Tensor grad, Tensor inpu
 
 FASTNN_OP(linear, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 FASTNN_OP(linear_relu, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-FASTNN_OP(linear_packed, "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, bool relu) -> Tensor")
+FASTNN_OP(linear_gelu, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+FASTNN_OP(linear_packed,
+          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, int activation) -> Tensor")
 FASTNN_OP(linear_backward,
           "(Tensor grad, Tensor input, Tensor weight, bool input_grad, bool weight_grad, bool bias_grad)"
           " -> (Tensor, Tensor, Tensor)")

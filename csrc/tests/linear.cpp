@@ -6,11 +6,14 @@ namespace fastnn::tests {
 namespace {
 
 void forward(const std::string& level, int threads, const py::array& x, const py::array& w,
-             const py::object& bias, bool relu, py::array y, const py::object& packed) {
+             const py::object& bias, const std::string& activation, py::array y, const py::object& packed) {
   constexpr void (*kernels[])(const LinearArgs&, const Context&) = {FASTNN_LEVELS(linear_forward)};
+  const Activation applied = activation == "gelu"   ? Activation::gelu
+                             : activation == "relu" ? Activation::relu
+                                                    : Activation::none;
   TestContext context(level, threads);
   kernels[level_of(level)]({dtype_of(x), x.shape(0), w.shape(0), x.shape(1), x.data(), w.data(), in(bias),
-                            relu, y.mutable_data(), packed_of(packed)},
+                            applied, y.mutable_data(), packed_of(packed)},
                            context);
 }
 
@@ -43,7 +46,7 @@ void backward(const std::string& level, int threads, const py::array& grad, cons
 
 void bind_linear(py::module_& m) {
   m.def("linear_forward", &forward, py::arg("level"), py::arg("threads"), py::arg("x"), py::arg("w"),
-        py::arg("bias"), py::arg("relu"), py::arg("y"), py::arg("packed") = py::none());
+        py::arg("bias"), py::arg("activation"), py::arg("y"), py::arg("packed") = py::none());
   m.def("pack_weight", &pack, py::arg("level"), py::arg("threads"), py::arg("w"), py::arg("groups"),
         py::arg("channels_last"));
   m.def("linear_backward", &backward, py::arg("level"), py::arg("threads"), py::arg("grad"),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 from fastnn.nn import _stand_in
 from fastnn.nn.attention import MultiheadAttention
 from fastnn.nn.conv import Conv1d, Conv2d, ConvReLU2d, ConvReLUMaxPool2d
-from fastnn.nn.linear import Linear, LinearReLU
+from fastnn.nn.linear import Linear, LinearGELU, LinearReLU
 from fastnn.nn.pool import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -38,6 +38,7 @@ __all__ = [
     "ConvReLU2d",
     "ConvReLUMaxPool2d",
     "Linear",
+    "LinearGELU",
     "LinearReLU",
     "MaxPool1d",
     "MaxPool2d",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch.nn import Identity, Module
+from torch.nn import GELU, Identity, Module
 
 
 def runs_alone(module: object, kind: type[Module]) -> bool:
@@ -20,8 +20,13 @@ def runs_alone(module: object, kind: type[Module]) -> bool:
     )
 
 
+def is_plain_gelu(module: object) -> bool:
+    """Whether `module` is GELU itself and not its approximation by tanh."""
+    return runs_alone(module, GELU) and module.approximate == "none"
+
+
 class Fused(Identity):
-    """Stands in a Sequential where a ReLU or a pooling stood that the layer before it now does.
+    """Stands in a Sequential where an activation or a pooling stood that the layer before it now does.
 
     It keeps the module, outside of the model's tree, for :func:`fastnn.revert` to put back.
     """

@@ -248,7 +248,7 @@ def _stock(call: Call, batch_first: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> Tensor:
-    return linear(x, weight, bias) if packed is None else packed.linear(x, weight, bias, relu=False)
+    return linear(x, weight, bias) if packed is None else packed.linear(x, weight, bias)
 
 
 def _project(call: Call, packed: PackedWeight | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from fastnn.nn._multi_head_attention import multi_head_attention_forward
 from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.conv import conv1d, conv2d, conv2d_relu, conv2d_relu_max_pool2d
 from fastnn.ops.layer_norm import add_layer_norm
-from fastnn.ops.linear import linear, linear_relu
+from fastnn.ops.linear import linear, linear_gelu, linear_relu
 from fastnn.ops.pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -40,6 +40,7 @@ __all__ = [
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "linear",
+    "linear_gelu",
     "linear_relu",
     "max_pool1d",
     "max_pool2d",

@@ -1,4 +1,4 @@
-"""Fully connected layers, alone and fused with the ReLU that follows them."""
+"""Fully connected layers, alone and fused with the activation that follows them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from fastnn.nn import functional as F
 from fastnn.ops.packed import PackedWeight
 
-__all__ = ["Linear", "LinearReLU"]
+__all__ = ["Linear", "LinearGELU", "LinearReLU"]
 
 
 class Linear(torch.nn.Linear):
@@ -19,13 +19,18 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._packed is not None:
-            return self._packed.linear(input, self.weight, self.bias, relu=False)
+            return self._packed.linear(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 
     def _with_relu(self, input: Tensor) -> Tensor:
         if self._packed is not None:
-            return self._packed.linear(input, self.weight, self.bias, relu=True)
+            return self._packed.linear(input, self.weight, self.bias, "relu")
         return F.linear_relu(input, self.weight, self.bias)
+
+    def _with_gelu(self, input: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed.linear(input, self.weight, self.bias, "gelu")
+        return F.linear_gelu(input, self.weight, self.bias)
 
 
 class LinearReLU(Linear):
@@ -35,3 +40,12 @@ class LinearReLU(Linear):
     """
 
     forward = Linear._with_relu
+
+
+class LinearGELU(Linear):
+    """``GELU()(Linear(...)(input))``, in inference in one op.
+
+    Arguments, shapes, initial values and ``state_dict`` are :class:`torch.nn.Linear`'s.
+    """
+
+    forward = Linear._with_gelu

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fastnn.nn._fusing import runs_alone
+from fastnn.nn._fusing import is_plain_gelu, runs_alone
 from fastnn.nn.attention import MultiheadAttention
 from fastnn.nn.linear import Linear
 from fastnn.ops.layer_norm import add_layer_norm
@@ -29,8 +29,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """:class:`torch.nn.TransformerEncoderLayer` on fastnn's kernels.
 
     Arguments, shapes, names of the submodules, initial values and ``state_dict`` are torch's. The first linear layer
-    and a ReLU after it are one op, and so are a residual connection and the normalization after it. Training and inference take the same way; see :class:`MultiheadAttention` for
-    the three cases in which torch's shortcut in inference gives something else.
+    and a ReLU after it are one op, and so are a residual connection and the normalization after it; GELU is part of
+    the op in inference. See :class:`MultiheadAttention` for the three cases in which torch's shortcut in inference gives
+    something else; here there is a fourth, an activation ``GELU("tanh")`` (taken for GELU itself there).
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -58,16 +59,16 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return _add_norm(self.norm2, x, self._ff_block(x), False)[0]
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        if self._relu_follows_alone():
-            x = self.linear1._with_relu(x)
-        else:
-            x = self.activation(self.linear1(x))
-        return self.dropout2(self.linear2(self.dropout(x)))
+        return self.dropout2(self.linear2(self.dropout(self._first_with_activation(x))))
 
-    def _relu_follows_alone(self) -> bool:
-        if self.activation is not torch.nn.functional.relu and not runs_alone(self.activation, torch.nn.ReLU):
-            return False
-        return runs_alone(self.linear1, Linear)
+    def _first_with_activation(self, x: Tensor) -> Tensor:
+        activation = self.activation
+        if runs_alone(self.linear1, Linear):
+            if activation is torch.nn.functional.relu or runs_alone(activation, torch.nn.ReLU):
+                return self.linear1._with_relu(x)
+            if activation is torch.nn.functional.gelu or is_plain_gelu(activation):
+                return self.linear1._with_gelu(x)
+        return activation(self.linear1(x))
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):

@@ -261,7 +261,6 @@ def declare(
     positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
     free = tuple(place for place, i in enumerate(positions) if arguments[i].name in own_dtype)
     constants = tuple(place for place, i in enumerate(positions) if arguments[i].name in constant)
-    differentiable = backward is not None
     op = Op(
         name,
         packet,
@@ -398,7 +397,6 @@ def declare(
 
     route.__name__ = route.__qualname__ = name
     route.op = op
-    route.differentiable = differentiable
     return route
 
 

@@ -1,4 +1,4 @@
-"""Fully connected layers: ``linear`` and ``linear_relu``, their gradients and second derivatives."""
+"""Fully connected layers: ``linear``, ``linear_relu``, their gradients and second derivatives, and ``linear_gelu``."""
 
 from __future__ import annotations
 
@@ -266,9 +266,18 @@ _linear = declare(
     candidates=_forward_candidates(relu=False),
 )
 
+
+def stock_relu(input, weight, bias=None):
+    return torch.relu(F.linear(input, weight, bias))
+
+
+def stock_gelu(input, weight, bias=None):
+    return F.gelu(F.linear(input, weight, bias))
+
+
 _linear_relu = declare(
     "linear_relu",
-    stock=lambda input, weight, bias=None: torch.relu(F.linear(input, weight, bias)),
+    stock=stock_relu,
     unsupported=unsupported,
     slower=lambda input, weight, bias=None: _slower(input, weight, bias, relu=True),
     fake=fake,
@@ -278,6 +287,16 @@ _linear_relu = declare(
     autocast=True,
     on_gpus="triton",
     candidates=_forward_candidates(relu=True),
+)
+
+_linear_gelu = declare(
+    "linear_gelu",
+    stock=stock_gelu,
+    unsupported=unsupported,
+    slower=lambda input, weight, bias=None: _slower(input, weight, bias, relu=True),
+    fake=fake,
+    cost=cost,
+    autocast=True,
 )
 
 
@@ -333,3 +352,33 @@ def linear_relu(input, weight, bias=None):
         If the shapes do not fit or the dtypes differ.
     """
     return _linear_relu(input, weight, bias)
+
+
+def linear_gelu(input, weight, bias=None):
+    """``gelu(linear(input, weight, bias))``, in inference with the bias and the activation applied before the only store.
+
+    The activation is :func:`torch.nn.functional.gelu`, not its approximation by tanh. Its gradient needs the sums before
+    it, so where one is wanted they are stored, and torch's op follows.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(*, in_features)``.
+    weight : Tensor
+        Shape ``(out_features, in_features)``.
+    bias : Tensor, optional
+        Shape ``(out_features,)``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(*, out_features)``. NaN stays NaN.
+
+    Raises
+    ------
+    RuntimeError
+        If the shapes do not fit or the dtypes differ.
+    """
+    if _is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (input, weight, bias)):
+        return F.gelu(linear(input, weight, bias))
+    return _linear_gelu(input, weight, bias)

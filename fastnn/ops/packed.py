@@ -78,12 +78,12 @@ class PackedWeight:
         self.used = True
         return self._data
 
-    def linear(self, input, weight, bias, relu):
-        """:func:`fastnn.ops.linear.linear`, with a ReLU or without, on `weight` or its packed form."""
+    def linear(self, input, weight, bias, activation="none"):
+        """:func:`fastnn.ops.linear.linear`, "relu", "gelu" or "none" after it, on `weight` or its packed form."""
         if input.numel() <= _ROWS_IN_PLACE * weight.shape[1] or not self._fits(input, weight):
-            return _linear.linear_relu(input, weight, bias) if relu else _linear.linear(input, weight, bias)
+            return _UNPACKED[activation](input, weight, bias)
         self.used = True
-        return linear_packed(input, weight, bias, self._data, relu)
+        return linear_packed(input, weight, bias, self._data, _NUMBERS[activation])
 
 
 # Rows up to which a weight is read where it lies.
@@ -96,19 +96,20 @@ def _unfit(packed):
     )
 
 
-def _stock_linear(input, weight, bias, packed, relu):
-    out = F.linear(input, weight, bias)
-    return torch.relu(out) if relu else out
+# What the library knows activations as.
+_UNPACKED = {"none": _linear.linear, "relu": _linear.linear_relu, "gelu": _linear.linear_gelu}
+_NUMBERS = {name: number for number, name in enumerate(_UNPACKED)}
+_STOCK = (F.linear, _linear.stock_relu, _linear.stock_gelu)
 
 
 linear_packed = declare(
     "linear_packed",
-    stock=_stock_linear,
-    unsupported=lambda input, weight, bias, packed, relu: (
+    stock=lambda input, weight, bias, packed, activation: _STOCK[activation](input, weight, bias),
+    unsupported=lambda input, weight, bias, packed, activation: (
         _unfit(packed) or _linear.unsupported(input, weight, bias)
     ),
-    fake=lambda input, weight, bias, packed, relu: _linear.fake(input, weight, bias),
-    cost=lambda input, weight, bias, packed, relu: _linear.cost(input, weight, bias),
+    fake=lambda input, weight, bias, packed, activation: _linear.fake(input, weight, bias),
+    cost=lambda input, weight, bias, packed, activation: _linear.cost(input, weight, bias),
     own_dtype=("packed",),
 )
 
