@@ -3,6 +3,7 @@
 #include "cpu/conv_pixels.h"
 #include "cpu/conv_pool.h"
 #include "cpu/conv_product.h"
+#include "cpu/conv_rows.h"
 #include "cpu/linear.h"
 
 namespace fastnn::FASTNN_ISA_NS {
@@ -107,6 +108,9 @@ void forward(const ConvArgs& args, const Context& context) {
         {args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight, args.bias,
          args.relu ? Activation::relu : Activation::none, args.output, args.packed},
         context);
+  }
+  if constexpr (kPer == 1) {
+    if (args.channels_last && by_rows<T>(s)) return rows_forward<T>(args, context);
   }
   if (args.channels_last && by_pixels(s)) return pixels_forward<T>(args, context);
   if (in_registers<T>(context) && by_pixels(s)) return turned_forward<T>(args, context);

@@ -244,6 +244,37 @@ class PixelsForward {
   }
 };
 
+// Rows of images between a convolution and the pooling behind it.
+struct PooledRows {
+  int64_t images, channels;
+  int64_t rows, outputs;  // of the convolution, and of the pooling
+  int64_t padding;        // above the first of them
+  int64_t columns;
+};
+
+// Pools images [n, rows, columns, channels] that a ReLU made: no gradient passes where it gave 0.
+template <class T>
+inline void pool_images(const ConvPool& pool, const PooledRows& r, const T* from, T* output,
+                        uint8_t* locations, const Context& context) {
+  constexpr DType kDType = std::is_same_v<T, float>    ? DType::f32
+                           : std::is_same_v<T, bf16>   ? DType::bf16
+                           : std::is_same_v<T, double> ? DType::f64
+                                                       : DType::f16;
+  FASTNN_ISA_NS::max_pool_forward({kDType,
+                                   {r.images,
+                                    r.channels,
+                                    {r.rows, r.outputs, pool.kh, pool.sh, r.padding, 1, false},
+                                    {r.columns, pool.ow, pool.kw, pool.sw, pool.pw, 1, false},
+                                    true},
+                                   from,
+                                   output,
+                                   locations,
+                                   nullptr,
+                                   true,
+                                   kNoLocation},
+                                  context);
+}
+
 template <class T>
 inline void pixels_forward(const ConvArgs& args, const Context& context) {
   const ConvShape& s = args.shape;
@@ -259,7 +290,6 @@ inline void pixels_forward(const ConvArgs& args, const Context& context) {
                 units = ceil_div(pool->oh, bands);
   const int64_t conv_rows = min_of(s.oh, (units - 1) * pool->sh + pool->kh);
   T* y = context.scratch<T>(images * conv_rows * s.ow * s.k);
-  const int64_t workers = workers_for(8.0 * images * conv_rows * s.ow * s.k, context);
   for (int64_t n = 0; n < s.n; n += images) {
     const int64_t here = min_of(images, s.n - n);
     for (int64_t u = 0; u < pool->oh; u += units) {
@@ -270,25 +300,7 @@ inline void pixels_forward(const ConvArgs& args, const Context& context) {
       const int64_t at = (n * pool->oh + u) * pool->ow * s.k;
       auto* output = static_cast<T*>(args.output) + at;
       uint8_t* locations = args.locations != nullptr ? args.locations + at : nullptr;
-      FASTNN_ISA_NS::max_pool_forward({args.dtype,
-                                       {here,
-                                        s.k,
-                                        {row1 - row0, count, pool->kh, pool->sh, row0 - top, 1, false},
-                                        {s.ow, pool->ow, pool->kw, pool->sw, pool->pw, 1, false},
-                                        true},
-                                       y,
-                                       output,
-                                       locations,
-                                       nullptr},
-                                      context);
-      if (locations == nullptr) continue;
-      // No gradient passes where the ReLU gave 0.
-      const int64_t row = pool->ow * s.k;
-      context.for_each(here * count, workers, [&](int64_t task, int) {
-        for (int64_t i = task * row; i < (task + 1) * row; ++i) {
-          if (to_acc(output[i]) <= 0) locations[i] = kNoLocation;
-        }
-      });
+      pool_images<T>(*pool, {here, s.k, row1 - row0, count, row0 - top, s.ow}, y, output, locations, context);
     }
   }
 }

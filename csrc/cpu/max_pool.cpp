@@ -171,9 +171,11 @@ struct MaxPool {
     const int64_t top = rows.start(u), left = columns.start(v),
                   taps = rows.adaptive ? columns.inputs : columns.kernel;
     V best[N], tap[N];
+    const A least = args.after_relu ? A(0) : static_cast<A>(-__builtin_huge_val());
+    const auto first = static_cast<A>(args.after_relu ? args.nowhere : r0 * taps + c0);
     for (int i = 0; i < N; ++i) {
-      best[i] = splat(static_cast<A>(-__builtin_huge_val()));
-      tap[i] = splat(static_cast<A>(r0 * taps + c0));
+      best[i] = splat(least);
+      tap[i] = splat(first);
     }
     for (int64_t r = r0; r < r1; ++r) {
       for (int64_t c = c0; c < c1; ++c) {

@@ -52,6 +52,10 @@ struct MaxPoolArgs {
   void* output;
   uint8_t* locations;  // like output: the tap, row * kernel + column, of windows of at most 256 taps; or null
   int64_t* indices;    // like output: row * inputs + column in the image; or null
+  // On channels_last: whether a ReLU made the input, so that maxima start from 0, whose location is
+  // `nowhere`.
+  bool after_relu = false;
+  uint8_t nowhere = 0;
 };
 
 // Either locations, or indices, are those of the forward pass.

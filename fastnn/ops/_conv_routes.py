@@ -21,9 +21,20 @@ _DEEP, _DEEP_WORK = 1024, 700_000
 # more products than the last in batches: 512 channels at 14 x 14 pixels 0.93 to 1.0, at 4 x 4 0.88 to 0.98.
 _DEEP_POOLED, _DEEP_WORK_POOLED, _DEEPEST_POOLED = 2000, 2_000_000, 4000
 # On channels_last, channels and outputs from which pixels are rows of a matrix product, and pixels of all outputs up to
-# which that was ahead: 196 pixels 1.02 to 1.4, 49 pixels 1.25, 784 pixels 0.94; with gradients 784 pixels 1.0 to 1.5.
+# which that was ahead: 49 pixels 0.94 to 1.25, 196 pixels of 256 channels 0.82 to 0.94, of 512 channels 0.90 to 1.08, 392
+# pixels of those 1.0 to 1.1, 784 pixels 0.94; with gradients 784 pixels 1.0 to 1.5.
 _CHANNELS_BY_PIXELS = 24
-_FEW_PIXELS, _FEW_PIXELS_WITH_GRADIENTS = 256, 900
+_FEW_PIXELS, _FEW_PIXELS_DEEPEST, _FEW_PIXELS_WITH_GRADIENTS = 100, 400, 900
+# Of up to 256 channels windows are read where they lie. With a ReLU, over which torch passes once more, that was ahead up to
+# 128 channels (0.90 to 4.2, without 0.83 to 1.6), and of more with so many pixels (0.98 to 1.02; 1568 pixels 0.90).
+_OUTPUTS_BY_ROWS, _CHANNELS_BY_ROWS, _MOST_CHANNELS_BY_ROWS = 16, 128, 256
+_MANY_PIXELS = 3000
+# 1 x 1 kernels from so many channels to fewer outputs: in torch's default layout a single image 0.75 to 1.1, on channels_last
+# with so many pixels and without a ReLU 0.87 to 0.96 (with one thread to 1.1).
+_DEEP_POINTS, _DEEP_POINTS_PIXELS = range(512, 1025), 6000
+# In torch's default layout 1 x 1 kernels of channels so many and without a ReLU 0.80 to 0.86; up to so many with one in
+# batches 1.0 to 2.1.
+_POINTS_ALONE, _POINTS_WITH_RELU = 100, 256
 
 
 # In tile registers, where torch has them too. On channels_last pixels of all outputs up to which the kernels were ahead (49
@@ -66,59 +77,96 @@ def _in_registers(input, weight, pooled, relu, *options):
     return "torch is faster on so many channels in bf16"
 
 
-def slower(
-    input,
-    weight,
-    bias,
-    stride_h,
-    stride_w,
-    padding_h,
-    padding_w,
-    dilation_h,
-    dilation_w,
-    groups,
-    relu=False,
-):
-    if _library.in_tile_registers(input.dtype):
-        return _in_registers(
-            input,
-            weight,
-            False,
-            relu,
-            stride_h,
-            stride_w,
-            padding_h,
-            padding_w,
-            dilation_h,
-            dilation_w,
-            groups,
-        )
+# float32 in inference. Results of so many bytes take new memory from the system, which costs as much as the products, and the
+# kernels take it 2 MiB at a time and write it once: 1.0 to 4.2 times as fast in both layouts, with up to 1152 products per
+# output; behind 1 x 1 kernels of up to 512 channels smaller ones too.
+_LARGE_RESULT, _LARGE_RESULT_OF_POINTS = 48_000_000, 24_000_000
+_LARGE_RESULT_PRODUCTS, _LARGE_RESULT_CHANNELS = 1200, 512
+
+
+def _has_large_result(input, weight, *options):
     outputs, per_group, kernel_h, kernel_w = weight.shape
-    products = per_group * kernel_h * kernel_w
+    taps = kernel_h * kernel_w
+    if per_group * taps > _LARGE_RESULT_PRODUCTS or options[-1] != 1:
+        return False
+    n, _, height, width = shapes.output_shape(input, weight, *options)
+    of_points = taps == options[0] == options[1] == 1 and per_group <= _LARGE_RESULT_CHANNELS
+    least = _LARGE_RESULT_OF_POINTS if of_points and not is_channels_last(input) else _LARGE_RESULT
+    return n * outputs * height * width * input.element_size() >= least
+
+
+def slower(input, weight, bias, *options, relu=False):
+    if _library.in_tile_registers(input.dtype):
+        return _in_registers(input, weight, False, relu, *options)
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    products, groups = per_group * kernel_h * kernel_w, options[-1]
     if products <= _FEW_PRODUCTS_CHANNELS_LAST and outputs <= _FEW_OUTPUTS_CHANNELS_LAST and groups == 1:
         return None
     if is_channels_last(input):
-        if groups > 1:
-            return "torch is faster on groups of channels_last"
-        if _is_emulated(input):
-            return None
-        if kernel_h == kernel_w == stride_h == stride_w == 1 and padding_h == padding_w == 0:
-            return None  # a matrix product
-        if per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS:
-            n, _, height, width = shapes.output_shape(
-                input, weight, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups
-            )
-            few = _FEW_PIXELS_WITH_GRADIENTS if wants_gradients(input, weight) else _FEW_PIXELS
-            if n * height * width <= few:
-                return None
-        return "torch is faster on channels_last"
-    if products <= _FEW_PRODUCTS or _is_emulated(input):
+        reason = _on_channels_last(input, weight, relu, *options)
+    else:
+        reason = _in_planes(input, weight, relu, *options)
+    if reason is None or wants_gradients(input, weight) or not _has_large_result(input, weight, *options):
+        return reason
+    return None
+
+
+def _on_channels_last(input, weight, relu, *options):
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    if options[-1] > 1:
+        return "torch is faster on groups of channels_last"
+    if _is_emulated(input):
         return None
-    if wants_gradients(input, weight):
+    gradients = wants_gradients(input, weight)
+    unpadded_points = kernel_h == kernel_w == 1 and options[2] == options[3] == 0
+    if unpadded_points and (not gradients or options[0] == options[1] == 1):
+        # A matrix product, with strides 1.0 to 1.8.
+        if gradients or relu or not _from_deep_points(weight):
+            return None
+        n, _, height, width = shapes.output_shape(input, weight, *options)
+        return "torch is faster on channels_last" if n * height * width >= _DEEP_POINTS_PIXELS else None
+    n, _, height, width = shapes.output_shape(input, weight, *options)
+    pixels = n * height * width
+    if relu and not gradients and _ahead_by_rows(weight, pixels):
+        return None
+    if per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS:
+        few = _FEW_PIXELS_DEEPEST if per_group * kernel_h * kernel_w >= _DEEPEST_POOLED else _FEW_PIXELS
+        if pixels <= (_FEW_PIXELS_WITH_GRADIENTS if gradients else few):
+            return None
+    return "torch is faster on channels_last"
+
+
+def _ahead_by_rows(weight, pixels):
+    outputs, per_group = weight.shape[:2]
+    if outputs < _OUTPUTS_BY_ROWS or per_group > _MOST_CHANNELS_BY_ROWS:
+        return False
+    return per_group <= _CHANNELS_BY_ROWS or pixels >= _MANY_PIXELS
+
+
+def _from_deep_points(weight):
+    outputs, per_group, kernel_h, kernel_w = weight.shape
+    return kernel_h == kernel_w == 1 and outputs < per_group and per_group in _DEEP_POINTS
+
+
+def _in_planes(input, weight, relu, *options):
+    _, per_group, kernel_h, kernel_w = weight.shape
+    products, points = per_group * kernel_h * kernel_w, kernel_h == kernel_w == 1
+    if _is_emulated(input):
+        return None
+    gradients = wants_gradients(input, weight)
+    if products <= _FEW_PRODUCTS:
+        alone = points and options[-1] == 1 and per_group >= _POINTS_ALONE and not relu and not gradients
+        return "torch is faster on 1 x 1 kernels of so many channels" if alone else None
+    if gradients:
         return "torch is faster with gradients of so many channels"
-    if stride_h > 1 or stride_w > 1:
+    if points and relu and per_group <= _POINTS_WITH_RELU:
+        return None
+    single = input.shape[0] == 1
+    if points and single:
+        return "torch is faster on 1 x 1 kernels of so many channels" if _from_deep_points(weight) else None
+    if options[0] > 1 or options[1] > 1:
         return "torch is faster with strides over so many channels"
-    if input.shape[0] > 1:
+    if not single:
         return "torch is faster on batches of so many channels"
     if products > _DEEP and products * input.shape[2] * input.shape[3] > _DEEP_WORK:
         return "torch is faster on large images of so many channels"
@@ -139,16 +187,17 @@ def slower_pooled(input, weight, bias, *rest):
         return _in_registers(input, weight, True, True, *rest[:7])
     if is_channels_last(input):
         outputs, per_group, kernel_h, kernel_w = weight.shape
-        # 256 channels to 64 at 56 x 56 pixels 0.85 to 1.04, 64 to 256 1.02 to 1.43.
+        # 256 channels to 64 at 56 x 56 pixels 1.06 to 1.48; of more channels, whose windows are gathered, 0.85 to 1.04.
         if (
             kernel_h == kernel_w == 1
-            and per_group > outputs >= _CHANNELS_BY_PIXELS
+            and per_group > max(outputs, _MOST_CHANNELS_BY_ROWS)
+            and outputs >= _CHANNELS_BY_PIXELS
             and not _is_emulated(input)
         ):
             n, _, height, width = input.shape
             if n * height * width > _FEW_PIXELS_WITH_GRADIENTS:
                 return "torch is faster on channels_last"
-        return slower(input, weight, bias, *rest[:7])
+        return slower(input, weight, bias, *rest[:7], relu=True)
     products = weight.shape[1] * weight.shape[2] * weight.shape[3]
     if _is_emulated(input):
         return None
@@ -223,6 +272,8 @@ def takes_packed(input, weight, relu, pooled, *options):
     registers = _library.in_tile_registers(input.dtype)
     if taps == 1 and not pooled:
         return relu or not registers or pixels <= _PIXELS_PACKED_IN_REGISTERS
+    if relu and not registers and per_group <= _MOST_CHANNELS_BY_ROWS:
+        return True  # 0.97 to 1.23
     deep = not registers and per_group * taps > _DEEP_PACKED
     return pixels <= (_FEW_PIXELS_PACKED_DEEP if deep else _FEW_PIXELS_PACKED)
 
