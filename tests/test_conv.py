@@ -335,6 +335,43 @@ def test_where_torch_is_faster_it_runs(monkeypatch, native):
     assert [reason and reason[:15] for _, reason in native] == expected
 
 
+# Image, outputs, kernel, stride, layout; and whether the convolution is native, that with a ReLU, that with gradients.
+ROUTES = [
+    ((1, 3, 32, 32), 32, 3, 1, "last", (False, True, False)),
+    ((1, 64, 56, 56), 64, 3, 1, "last", (False, True, False)),
+    ((1, 64, 56, 56), 8, 3, 1, "last", (False, False, False)),
+    ((1, 256, 28, 28), 256, 3, 1, "last", (False, False, True)),
+    ((1, 256, 56, 56), 256, 3, 1, "last", (False, True, False)),
+    ((1, 512, 28, 28), 512, 3, 1, "last", (False, False, True)),
+    ((1, 512, 14, 14), 512, 3, 1, "last", (True, True, True)),
+    ((8, 64, 112, 112), 128, 3, 1, "last", (True, True, False)),
+    ((8, 512, 28, 28), 128, 1, 1, "last", (False, True, True)),
+    ((8, 256, 56, 56), 512, 1, 2, "last", (True, True, False)),
+    ((8, 64, 56, 56), 64, 3, 1, "planes", (False, False, False)),
+    ((8, 64, 112, 112), 128, 3, 1, "planes", (True, True, False)),
+    ((8, 256, 112, 112), 128, 3, 1, "planes", (False, False, False)),
+    ((32, 256, 56, 56), 64, 1, 1, "planes", (True, True, False)),
+    ((8, 256, 56, 56), 64, 1, 1, "planes", (False, True, False)),
+    ((8, 128, 28, 28), 512, 1, 1, "planes", (False, True, True)),
+    ((1, 256, 56, 56), 512, 1, 2, "planes", (True, True, False)),
+    ((1, 512, 28, 28), 128, 1, 1, "planes", (False, False, False)),
+    ((1, 64, 112, 112), 64, 3, 1, "planes", (True, True, False)),
+    ((1, 64, 112, 112), 128, 3, 1, "planes", (False, False, False)),
+]
+
+
+@pytest.mark.parametrize(("image", "outputs", "kernel", "stride", "layout", "wanted"), ROUTES, ids=str)
+def test_routes_of_float32(image, outputs, kernel, stride, layout, wanted):
+    memory_format = torch.channels_last if layout == "last" else torch.contiguous_format
+    x = torch.empty(image).contiguous(memory_format=memory_format)
+    w = torch.empty(outputs, image[1], kernel, kernel)
+    options = (stride, stride, kernel // 2, kernel // 2, 1, 1, 1)
+    routes = conv.routes
+    found = [routes.slower(x, w, None, *options), routes.slower_relu(x, w, None, *options)]
+    found.append(routes.slower(x, w.requires_grad_(), None, *options))
+    assert tuple(reason is None for reason in found) == wanted
+
+
 def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
     monkeypatch.setattr(_declare, "prefer_kernels", False)
     monkeypatch.setattr(conv.routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
@@ -379,8 +416,12 @@ def test_which_convolutions_read_a_packed_weight(monkeypatch):
     assert takes((1, 64, 28, 28), 3)
     assert not takes((1, 64, 28, 28), 3, layout=torch.contiguous_format)
     assert not takes((1, 16, 28, 28), 3)
-    assert not takes((2, 64, 28, 28), 3)
-    assert not takes((1, 256, 28, 28), 3)
+    assert takes((5, 64, 28, 28), 3)
+    assert not takes((6, 64, 28, 28), 3)
+    assert not takes((1, 512, 28, 28), 3)
+    assert takes((6, 256, 28, 28), 3, relu=True)
+    assert takes((8, 64, 56, 56), 3, relu=True, pooled=True)
+    assert not takes((8, 512, 28, 28), 3, relu=True)
     assert takes((3, 256, 14, 14), 3)
     assert takes((8, 256, 56, 56), 1)
     assert not takes((8, 256, 56, 56), 1, pooled=True)

@@ -305,6 +305,16 @@ def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
     assert [reason is None for reason in reasons] == [True, True, False, False, True, False, False, False]
 
 
+def test_where_gelu_is_torchs(monkeypatch, native):
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(module._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    monkeypatch.setattr(module, "_MKL_AT_ITS_BEST", True)
+    for shape in ((300, 300, 600), (300, 300, 300), (80, 300, 600)):
+        linear_gelu(*inputs(*shape, torch.bfloat16))
+        linear_gelu(*inputs(*shape))
+    assert [reason is None for reason in native] == [False, True, True, True, True, True]
+
+
 def test_more_than_is_packed_at_a_time_in_bf16():
     """Packed operands of more than 16 MiB, and as much of sums between depths."""
     x, w, b = inputs(2100, 2100, 4200, torch.bfloat16)

@@ -9,12 +9,20 @@
 
 namespace fastnn::FASTNN_ISA_NS {
 
+// Fewer rows of outputs at a time do not make up for those of the image that two bands share.
+inline constexpr int64_t kLeastRows = 4;
+
 // Whether it is worth it: a deeper weight passes by in blocks of the depth in the products over pixels, fewer
-// outputs leave most of a vector idle, and pairs of bf16 would straddle the taps.
+// outputs leave most of a vector idle, pairs of bf16 would straddle the taps, strides may leave pixels out,
+// which are copied all the same, and rows, which are what workers share out, may be too few or too long.
 template <class T>
 inline bool by_rows(const ConvShape& s) {
-  constexpr int64_t kMostChannels = 256, kLeastOutputs = 16;
-  return Gemm<T>::kPerElem == 1 && s.groups == 1 && s.c <= kMostChannels && s.k >= kLeastOutputs;
+  constexpr int64_t kMostChannels = 256, kLeastOutputs = 16, kMostBytes = int64_t{4} << 20;
+  const int64_t line = ((s.ow - 1) * s.sw + (s.kw - 1) * s.dw + 1) * (s.c + 16),
+                lines = (kLeastRows - 1) * s.sh + (s.kh - 1) * s.dh + 1;
+  return Gemm<T>::kPerElem == 1 && s.groups == 1 && s.c <= kMostChannels && s.k >= kLeastOutputs &&
+         s.kh >= s.sh && s.kw >= s.sw && s.oh > 1 &&
+         line * lines * static_cast<int64_t>(sizeof(acc_t<T>)) <= kMostBytes;
 }
 
 // Up to kMR neighbouring outputs of a row by the channels of one panel.
@@ -111,8 +119,6 @@ class RowsForward {
     if (!in_place_) lines_ = context.scratch<A>(workers_ * reach(band_) * line_);
   }
 
-  // Fewer rows do not make up for those of the image that two bands share.
-  static constexpr int64_t kLeastRows = 4;
   int64_t workers() const { return workers_; }
   int64_t panels() const { return panels_; }
   int64_t band() const { return band_; }
@@ -183,8 +189,7 @@ inline void rows_forward(const ConvArgs& args, const Context& context) {
   const int64_t wanted = workers > 1 ? ceil_div(3 * workers, s.n) : 1;  // tasks of each image
   auto* output = static_cast<T*>(args.output);
   if (pool == nullptr) {
-    const int64_t bands =
-        max_of(ceil_div(s.oh, convolve.band()), min_of(wanted, s.oh / RowsForward<T>::kLeastRows));
+    const int64_t bands = max_of(ceil_div(s.oh, convolve.band()), min_of(wanted, s.oh / kLeastRows));
     const int64_t parts = min_of(panels, ceil_div(wanted, bands));
     context.for_each(s.n * bands * parts, workers, [&](int64_t task, int worker) {
       const int64_t part = task % parts, band = task / parts % bands, n = task / (parts * bands);

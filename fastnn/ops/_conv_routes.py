@@ -17,6 +17,8 @@ _FEW_PRODUCTS_POOLED = 640
 # A single image of windows deeper than this was ahead up to so many products per output channel: 3 x 3 windows of 512
 # channels at 7 x 7 pixels 1.25, at 14 x 14 0.92, at 28 x 28 0.81; of 64 channels at 224 x 224 1.10.
 _DEEP, _DEEP_WORK = 1024, 700_000
+# To so many outputs from windows of 64 channels on: 112 x 112 pixels 0.84 to 0.95.
+_DEEP_OF_MANY, _MANY_OUTPUTS = 500, 128
 # The same behind which a pooling stands, without gradients: 256 channels at 56 x 56 pixels 0.94, 512 at 28 x 28 0.80; and
 # more products than the last in batches: 512 channels at 14 x 14 pixels 0.93 to 1.0, at 4 x 4 0.88 to 0.98.
 _DEEP_POOLED, _DEEP_WORK_POOLED, _DEEPEST_POOLED = 2000, 2_000_000, 4000
@@ -149,7 +151,7 @@ def _from_deep_points(weight):
 
 
 def _in_planes(input, weight, relu, *options):
-    _, per_group, kernel_h, kernel_w = weight.shape
+    outputs, per_group, kernel_h, kernel_w = weight.shape
     products, points = per_group * kernel_h * kernel_w, kernel_h == kernel_w == 1
     if _is_emulated(input):
         return None
@@ -168,7 +170,8 @@ def _in_planes(input, weight, relu, *options):
         return "torch is faster with strides over so many channels"
     if not single:
         return "torch is faster on batches of so many channels"
-    if products > _DEEP and products * input.shape[2] * input.shape[3] > _DEEP_WORK:
+    deep = products > (_DEEP_OF_MANY if outputs >= _MANY_OUTPUTS else _DEEP)
+    if deep and products * input.shape[2] * input.shape[3] > _DEEP_WORK:
         return "torch is faster on large images of so many channels"
     return None
 
@@ -251,6 +254,8 @@ def slower_backward(grad, input, weight, *rest):
 # pixels 1.0 to 1.1, 784 pixels 0.88 to 0.96). Of 1 x 1 kernels in float32 all (0.92 to 2.3), in tile registers all with a
 # ReLU (1.1 to 6.0), else so many (784 to 3136 pixels 1.1 to 2.0, 6272 pixels 0.87 to 0.99).
 _FEW_PIXELS_PACKED, _FEW_PIXELS_PACKED_DEEP, _DEEP_PACKED = 800, 600, 1200
+# Read where they lie (float32, up to 256 channels), with a ReLU all 0.97 to 1.23, without one so many 0.92 to 1.04.
+_FEW_PIXELS_PACKED_BY_ROWS = 4000
 _PIXELS_PACKED_IN_REGISTERS = 3200
 
 
@@ -272,8 +277,8 @@ def takes_packed(input, weight, relu, pooled, *options):
     registers = _library.in_tile_registers(input.dtype)
     if taps == 1 and not pooled:
         return relu or not registers or pixels <= _PIXELS_PACKED_IN_REGISTERS
-    if relu and not registers and per_group <= _MOST_CHANNELS_BY_ROWS:
-        return True  # 0.97 to 1.23
+    if not registers and per_group <= _MOST_CHANNELS_BY_ROWS:
+        return relu or pixels <= _FEW_PIXELS_PACKED_BY_ROWS
     deep = not registers and per_group * taps > _DEEP_PACKED
     return pixels <= (_FEW_PIXELS_PACKED_DEEP if deep else _FEW_PIXELS_PACKED)
 
