@@ -339,7 +339,8 @@ def test_where_torch_is_faster_it_runs(monkeypatch, native):
 ROUTES = [
     ((1, 3, 32, 32), 32, 3, 1, "last", (False, True, False)),
     ((1, 64, 56, 56), 64, 3, 1, "last", (False, True, False)),
-    ((1, 64, 56, 56), 8, 3, 1, "last", (False, False, False)),
+    ((1, 64, 56, 56), 7, 3, 1, "last", (False, False, False)),
+    ((1, 64, 56, 56), 8, 3, 1, "last", (False, True, False)),
     ((1, 256, 28, 28), 256, 3, 1, "last", (False, False, True)),
     ((1, 256, 56, 56), 256, 3, 1, "last", (False, True, False)),
     ((1, 512, 28, 28), 512, 3, 1, "last", (False, False, True)),

@@ -17,7 +17,7 @@ inline constexpr int64_t kLeastRows = 4;
 // which are copied all the same, and rows, which are what workers share out, may be too few or too long.
 template <class T>
 inline bool by_rows(const ConvShape& s) {
-  constexpr int64_t kMostChannels = 256, kLeastOutputs = 16, kMostBytes = int64_t{4} << 20;
+  constexpr int64_t kMostChannels = 256, kLeastOutputs = 8, kMostBytes = int64_t{4} << 20;
   const int64_t line = ((s.ow - 1) * s.sw + (s.kw - 1) * s.dw + 1) * (s.c + 16),
                 lines = (kLeastRows - 1) * s.sh + (s.kh - 1) * s.dh + 1;
   return Gemm<T>::kPerElem == 1 && s.groups == 1 && s.c <= kMostChannels && s.k >= kLeastOutputs &&

@@ -29,7 +29,7 @@ _CHANNELS_BY_PIXELS = 24
 _FEW_PIXELS, _FEW_PIXELS_DEEPEST, _FEW_PIXELS_WITH_GRADIENTS = 100, 400, 900
 # Of up to 256 channels windows are read where they lie. With a ReLU, over which torch passes once more, that was ahead up to
 # 128 channels (0.90 to 4.2, without 0.83 to 1.6), and of more with so many pixels (0.98 to 1.02; 1568 pixels 0.90).
-_OUTPUTS_BY_ROWS, _CHANNELS_BY_ROWS, _MOST_CHANNELS_BY_ROWS = 16, 128, 256
+_OUTPUTS_BY_ROWS, _CHANNELS_BY_ROWS, _MOST_CHANNELS_BY_ROWS = 8, 128, 256
 _MANY_PIXELS = 3000
 # 1 x 1 kernels from so many channels to fewer outputs: in torch's default layout a single image 0.75 to 1.1, on channels_last
 # with so many pixels and without a ReLU 0.87 to 0.96 (with one thread to 1.1).
