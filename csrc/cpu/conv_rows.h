@@ -128,8 +128,10 @@ class RowsForward {
     const T* image = static_cast<const T*>(args_.input) + n * s_.h * s_.w * s_.c;
     for (int64_t row = row0; row < row1; row += band_) {
       const int64_t rows = min_of(band_, row1 - row), top = row * s_.sh - s_.ph;
-      const A* lines;
-      if constexpr (sizeof(T) == sizeof(A)) lines = image + top * line_;
+      const A* lines = nullptr;
+      if constexpr (sizeof(T) == sizeof(A)) {
+        if (in_place_) lines = image + top * line_;
+      }
       if (!in_place_) {
         A* mine = lines_ + worker * reach(band_) * line_;
         for (int64_t i = 0; i < reach(rows); ++i) copy_line(image, top + i, mine + i * line_);
