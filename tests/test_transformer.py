@@ -429,7 +429,7 @@ def test_layer_runs_what_replaces_its_parts():
         (torch.nn.GELU("tanh"), "linear"),
         (torch.tanh, "linear"),
     ],
-    ids=str,
+    ids=["relu", "gelu", "gelu_module", "gelu_tanh", "callable"],
 )
 def test_the_activation_is_part_of_the_product(activation, op):
     ours, _ = layer_pair({"activation": activation})
