@@ -373,6 +373,17 @@ def test_routes_of_float32(image, outputs, kernel, stride, layout, wanted):
     assert tuple(reason is None for reason in found) == wanted
 
 
+def test_pairs_of_bf16_are_not_read_in_place(monkeypatch):
+    monkeypatch.setattr(conv.routes._library, "in_tile_registers", lambda dtype: False)
+    monkeypatch.setattr(conv.routes, "_BF16_IN_HARDWARE", True)
+    for dtype, native in ((torch.float32, True), (torch.bfloat16, False)):
+        x = torch.empty(1, 64, 56, 56, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        w = torch.empty(64, 64, 3, 3, dtype=dtype)
+        options = (1, 1, 1, 1, 1, 1, 1)
+        assert (conv.routes.slower_relu(x, w, None, *options) is None) == native
+        assert conv.routes.takes_packed(x, w, True, False, *options) == native
+
+
 def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
     monkeypatch.setattr(_declare, "prefer_kernels", False)
     monkeypatch.setattr(conv.routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)

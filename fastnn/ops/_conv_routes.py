@@ -89,7 +89,7 @@ _LARGE_RESULT_PRODUCTS, _LARGE_RESULT_CHANNELS = 1200, 512
 def _has_large_result(input, weight, *options):
     outputs, per_group, kernel_h, kernel_w = weight.shape
     taps = kernel_h * kernel_w
-    if per_group * taps > _LARGE_RESULT_PRODUCTS or options[-1] != 1:
+    if per_group * taps > _LARGE_RESULT_PRODUCTS or options[-1] != 1 or input.element_size() == 2:
         return False
     n, _, height, width = shapes.output_shape(input, weight, *options)
     of_points = taps == options[0] == options[1] == 1 and per_group <= _LARGE_RESULT_CHANNELS
@@ -121,7 +121,7 @@ def _on_channels_last(input, weight, relu, *options):
         return None
     gradients = wants_gradients(input, weight)
     unpadded_points = kernel_h == kernel_w == 1 and options[2] == options[3] == 0
-    if unpadded_points and (not gradients or options[0] == options[1] == 1):
+    if unpadded_points and (options[0] == options[1] == 1 or not (gradients or input.element_size() == 2)):
         # A matrix product, with strides 1.0 to 1.8.
         if gradients or relu or not _from_deep_points(weight):
             return None
@@ -129,7 +129,7 @@ def _on_channels_last(input, weight, relu, *options):
         return "torch is faster on channels_last" if n * height * width >= _DEEP_POINTS_PIXELS else None
     n, _, height, width = shapes.output_shape(input, weight, *options)
     pixels = n * height * width
-    if relu and not gradients and _ahead_by_rows(weight, pixels):
+    if relu and not gradients and _ahead_by_rows(input, weight, pixels):
         return None
     if per_group >= _CHANNELS_BY_PIXELS and outputs >= _CHANNELS_BY_PIXELS:
         few = _FEW_PIXELS_DEEPEST if per_group * kernel_h * kernel_w >= _DEEPEST_POOLED else _FEW_PIXELS
@@ -138,9 +138,9 @@ def _on_channels_last(input, weight, relu, *options):
     return "torch is faster on channels_last"
 
 
-def _ahead_by_rows(weight, pixels):
+def _ahead_by_rows(input, weight, pixels):
     outputs, per_group = weight.shape[:2]
-    if outputs < _OUTPUTS_BY_ROWS or per_group > _MOST_CHANNELS_BY_ROWS:
+    if input.element_size() == 2 or outputs < _OUTPUTS_BY_ROWS or per_group > _MOST_CHANNELS_BY_ROWS:
         return False
     return per_group <= _CHANNELS_BY_ROWS or pixels >= _MANY_PIXELS
 
@@ -161,7 +161,7 @@ def _in_planes(input, weight, relu, *options):
         return "torch is faster on 1 x 1 kernels of so many channels" if alone else None
     if gradients:
         return "torch is faster with gradients of so many channels"
-    if points and relu and per_group <= _POINTS_WITH_RELU:
+    if points and relu and per_group <= _POINTS_WITH_RELU and input.element_size() != 2:
         return None
     single = input.shape[0] == 1
     if points and single:
@@ -193,7 +193,7 @@ def slower_pooled(input, weight, bias, *rest):
         # 256 channels to 64 at 56 x 56 pixels 1.06 to 1.48; of more channels, whose windows are gathered, 0.85 to 1.04.
         if (
             kernel_h == kernel_w == 1
-            and per_group > max(outputs, _MOST_CHANNELS_BY_ROWS)
+            and per_group > (outputs if input.element_size() == 2 else max(outputs, _MOST_CHANNELS_BY_ROWS))
             and outputs >= _CHANNELS_BY_PIXELS
             and not _is_emulated(input)
         ):
@@ -277,7 +277,7 @@ def takes_packed(input, weight, relu, pooled, *options):
     registers = _library.in_tile_registers(input.dtype)
     if taps == 1 and not pooled:
         return relu or not registers or pixels <= _PIXELS_PACKED_IN_REGISTERS
-    if not registers and per_group <= _MOST_CHANNELS_BY_ROWS:
+    if input.element_size() != 2 and per_group <= _MOST_CHANNELS_BY_ROWS:
         return relu or pixels <= _FEW_PIXELS_PACKED_BY_ROWS
     deep = not registers and per_group * taps > _DEEP_PACKED
     return pixels <= (_FEW_PIXELS_PACKED_DEEP if deep else _FEW_PIXELS_PACKED)
