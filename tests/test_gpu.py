@@ -40,6 +40,7 @@ CALLS = [
     ("adaptive_max_pool2d", ((4, 7),), {"return_indices": True}),
 ]
 SHAPES = [(2, 19, 13, 17), (3, 16, 14, 14), (1, 64, 56, 56), (70000, 1, 7, 7)]
+LINEARS = [(1, 784, 10), (64, 784, 128), (3, 17, 5), (1000, 1023, 511), (4096, 1024, 4096)]
 
 
 class TestOnGpu:
@@ -71,9 +72,7 @@ class TestOnGpu:
         assert len(native) == 2
 
     @pytest.mark.parametrize("function", ["linear", "linear_relu"])
-    @pytest.mark.parametrize(
-        "sizes", [(1, 784, 10), (64, 784, 128), (3, 17, 5), (1000, 1023, 511), (4096, 1024, 4096)]
-    )
+    @pytest.mark.parametrize("sizes", LINEARS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_linear(self, dtype, sizes, function, native):
         rows, features, outputs = sizes
@@ -96,6 +95,24 @@ class TestOnGpu:
         for a, b, c in zip(results(), results(stock=True), results(double=True, stock=True), strict=True):
             assert_as_good(a, b, c)
         assert all(reason is None for _, reason in native)
+
+    @pytest.mark.parametrize("sizes", LINEARS, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_linear_gelu(self, dtype, sizes, native):
+        rows, features, outputs = sizes
+        shapes = ((rows, features), (outputs, features), (outputs,))
+        generator = torch.Generator().manual_seed(0)
+        given = [torch.randn(s, generator=generator).div(s[-1] ** 0.5).to("cuda", dtype) for s in shapes]
+        given[0] *= 2 * features**0.5
+        stock, exact = (TF.gelu(TF.linear(*(t.to(kind) for t in given))) for kind in (dtype, torch.float64))
+        assert_as_good(linear.linear_gelu(*given), stock, exact)
+        assert native == [("linear_gelu", None)]
+        for kernel in _declare.OPS["linear_gelu"].candidates.values():
+            assert_as_good(kernel(*given), stock, exact)
+        native.clear()
+        leaves = [t.clone().requires_grad_() for t in given]
+        torch.testing.assert_close(linear.linear_gelu(*leaves).detach(), linear.linear_gelu(*given))
+        assert native == [("linear", None), ("linear_gelu", None)]
 
     @pytest.mark.parametrize(
         ("sizes", "options"),
@@ -346,6 +363,13 @@ def test_triton(fake_gpu, native, monkeypatch):
         "mixed devices cuda:0 and cpu",
     ]
     assert [reason for _, reason in native] == reasons
+
+
+def test_linear_gelu(fake_gpu, native):
+    x, w = fake_gpu(2, 3), fake_gpu(4, 3)
+    assert linear.linear_gelu(x, w).shape == (2, 4)
+    linear.linear_gelu(x.double(), w.double())
+    assert native == [("linear_gelu", None), ("linear_gelu", "no Triton kernel for torch.float64")]
 
 
 def test_attention_with_dropout(fake_gpu, native):

@@ -51,11 +51,21 @@ def compiled(kernel, signature, constants, aligned, tile, architecture, folder) 
 
 # The constants of each launch; strides of 1 are constants as well.
 LAUNCHES = {
-    "forward": {"HAS_MASK": False, "HAS_BIAS": True, "RELU": True, "HAS_SUMS": False, "a_k": 1, "b_k": 1},
+    **{
+        f"forward, {activation}": {
+            "HAS_MASK": False,
+            "HAS_BIAS": True,
+            "ACTIVATION": activation,
+            "HAS_SUMS": False,
+            "a_k": 1,
+            "b_k": 1,
+        }
+        for activation in ("relu", "gelu")
+    },
     "input gradient": {
         "HAS_MASK": True,
         "HAS_BIAS": False,
-        "RELU": False,
+        "ACTIVATION": "none",
         "HAS_SUMS": False,
         "a_k": 1,
         "b_n": 1,
@@ -63,7 +73,7 @@ LAUNCHES = {
     "weight gradient": {
         "HAS_MASK": True,
         "HAS_BIAS": False,
-        "RELU": False,
+        "ACTIVATION": "none",
         "HAS_SUMS": True,
         "a_m": 1,
         "b_n": 1,
@@ -112,20 +122,23 @@ def test_linear_compiles(architecture, launch, aligned, dtype, rows, columns, tm
 
 
 PERSISTENT = {
-    "forward": {
-        "A_ACROSS": False,
-        "B_ACROSS": False,
-        "HAS_MASK": False,
-        "HAS_BIAS": True,
-        "RELU": True,
-        "HAS_SUMS": False,
+    **{
+        f"forward, {activation}": {
+            "A_ACROSS": False,
+            "B_ACROSS": False,
+            "HAS_MASK": False,
+            "HAS_BIAS": True,
+            "ACTIVATION": activation,
+            "HAS_SUMS": False,
+        }
+        for activation in ("relu", "gelu")
     },
     "input gradient": {
         "A_ACROSS": False,
         "B_ACROSS": True,
         "HAS_MASK": True,
         "HAS_BIAS": False,
-        "RELU": False,
+        "ACTIVATION": "none",
         "HAS_SUMS": False,
     },
     "weight gradient": {
@@ -133,7 +146,7 @@ PERSISTENT = {
         "B_ACROSS": True,
         "HAS_MASK": True,
         "HAS_BIAS": False,
-        "RELU": False,
+        "ACTIVATION": "none",
         "HAS_SUMS": True,
     },
 }

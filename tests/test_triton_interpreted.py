@@ -17,10 +17,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from fastnn.ops import attention as ops
+from fastnn.ops._declare import OPS
 from fastnn.triton import attention, linear
 
 # The interpreter's bfloat16 products are wrong.
 DTYPES = (torch.float32, torch.float16)
+ACTIVATIONS = {"none": lambda z: z, "relu": torch.relu, "gelu": TF.gelu}
 SIZES = [(1, 1, 1), (3, 17, 5), (33, 130, 65), (65, 40, 129), (70, 784, 10), (129, 100, 70)]
 
 
@@ -43,8 +45,13 @@ def test_persistent(sizes, masked):
     g = made(rows, outputs, dtype=dtype, seed=3)
     y = made(rows, outputs, dtype=dtype, seed=4).relu() if masked else None
     through = g.double() if y is None else torch.where(y <= 0, 0, g).double()
+    # Sums up to where GELU and its approximations differ most.
+    z = 3 * (x.double() @ w.double().t()) + b.double()
     products = [
-        (x, w.t(), {"bias": b, "relu": masked}, x.double() @ w.double().t() + b.double()),
+        *(
+            (3 * x, w.t(), {"bias": b, "activation": name}, activation(z))
+            for name, activation in ACTIVATIONS.items()
+        ),
         (g, w, {"mask": y}, through @ w.double()),
         (
             g.t(),
@@ -58,7 +65,6 @@ def test_persistent(sizes, masked):
         for programs in (1, 3):
             out = torch.full((a.shape[0], c.shape[1]), float("nan"), dtype=dtype)
             linear._multiply_persistent(a, c, out, programs, **options)
-            exact = exact.relu() if options.get("relu") else exact
             assert_as_good(out, exact.to(dtype), exact)
             if "sums" in options:
                 assert_as_good(options["sums"], through.sum(0).to(dtype), through.sum(0), roundings=2)
@@ -90,7 +96,7 @@ def test_linear(dtype, sizes, with_bias, relu):
         y = TF.linear(*tensors)
         return y.relu() if relu else y
 
-    ours = linear.linear_forward(x, w, b, relu)
+    ours = linear.linear_forward(x, w, b, "relu" if relu else "none")
     exact = stock(*(None if t is None else t.double() for t in (x, w, b)))
     assert_as_good(ours, stock(x, w, b), exact)
 
@@ -114,10 +120,56 @@ def test_linear(dtype, sizes, with_bias, relu):
         assert_as_good(a, s, e), name
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_gelu(dtype, sizes, with_bias):
+    rows, features, outputs = sizes
+    # Sums of about 2, where the approximation by tanh is off most.
+    x = made(rows, features, dtype=dtype) * (2 * features**0.5)
+    w = made(outputs, features, dtype=dtype, seed=1)
+    b = made(outputs, dtype=dtype, seed=2) if with_bias else None
+    exact = TF.gelu(TF.linear(*(None if t is None else t.double() for t in (x, w, b))))
+    assert_as_good(linear.linear_forward(x, w, b, "gelu"), TF.gelu(TF.linear(x, w, b)), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_at_the_ends(dtype):
+    most = torch.finfo(dtype).max
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, most, -most, 12.0, -12.0, 0.0], dtype=dtype)
+    # -inf times Phi(-inf), as torch has it.
+    exact = torch.tensor([torch.nan, torch.inf, torch.nan, most, 0, 12, 0, 0], dtype=dtype)
+    one = torch.ones(1, 1, dtype=dtype)
+    y = linear.linear_forward(x[:, None], one, None, "gelu")[:, 0]
+    torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
+    # Far below 0 it goes to 0 and never beyond.
+    x = torch.linspace(-12, 0, 400).to(dtype)
+    y = linear.linear_forward(x[:, None], one, None, "gelu")[:, 0]
+    assert (y <= 0).all()
+    torch.testing.assert_close(y, TF.gelu(x.double()).to(dtype), rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_relu", "linear_gelu"])
+def test_candidates_of_the_ops(name):
+    """Each gives what its op does, with and without a bias."""
+    x, w, b = (made(*shape, dtype=torch.float32) * 4 for shape in ((2, 9, 20), (30, 20), (30,)))
+    op = OPS[name]
+    assert list(op.candidates) == ["kernel", "plain", "persistent"]
+    for kernel in op.candidates.values():
+        for args in ((x, w, b), (x, w, None)):
+            torch.testing.assert_close(kernel(*args), op.stock(*args))
+
+
+def test_unknown_activation():
+    x = made(4, 4, dtype=torch.float32)
+    with pytest.raises(Exception, match="Assert"):
+        linear.linear_forward(x, x, None, "swish")
+
+
 def test_strides_and_leading_dimensions():
     x = made(4, 6, 40, dtype=torch.float32).transpose(0, 1)
     w = made(80, 14, dtype=torch.float32)[::2].t()
-    y = linear.linear_forward(x, w, None, True)
+    y = linear.linear_forward(x, w, None, "relu")
     assert y.shape == (6, 4, 14)
     torch.testing.assert_close(y, TF.linear(x, w).relu())
     # A gradient that was expanded has strides of 0.
@@ -132,7 +184,7 @@ def test_strides_and_leading_dimensions():
 def test_nan_and_what_is_wanted():
     x, w = made(40, 30, dtype=torch.float32), made(20, 30, dtype=torch.float32)
     x[3, 2] = torch.nan
-    y = linear.linear_forward(x, w, None, True)
+    y = linear.linear_forward(x, w, None, "relu")
     assert y[3].isnan().all()
     assert not y[4].isnan().any()
     grad = made(40, 20, dtype=torch.float32)

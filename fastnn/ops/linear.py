@@ -180,12 +180,12 @@ def _backward_grad(ctx, grad_grad_input, grad_grad_weight, grad_grad_bias):
 _DESIGNS = ("kernel", "plain", "persistent")
 
 
-def _forward_candidates(relu):
+def _forward_candidates(activation):
     def with_design(design):
         def forward(input, weight, bias=None):
             from fastnn.triton.linear import linear_forward
 
-            return linear_forward(input, weight, bias, relu, design)
+            return linear_forward(input, weight, bias, activation, design)
 
         return forward
 
@@ -275,7 +275,7 @@ _linear = declare(
     backward=_linear_grad,
     autocast=True,
     on_gpus="triton",
-    candidates=_forward_candidates(relu=False),
+    candidates=_forward_candidates("none"),
 )
 
 
@@ -298,7 +298,7 @@ _linear_relu = declare(
     backward=_linear_relu_grad,
     autocast=True,
     on_gpus="triton",
-    candidates=_forward_candidates(relu=True),
+    candidates=_forward_candidates("relu"),
 )
 
 _linear_gelu = declare(
@@ -309,6 +309,8 @@ _linear_gelu = declare(
     fake=fake,
     cost=cost,
     autocast=True,
+    on_gpus="triton",
+    candidates=_forward_candidates("gelu"),
 )
 
 

@@ -18,11 +18,24 @@ __all__ = ["linear_backward", "linear_forward", "pick", "pick_persistent", "prec
 
 
 @triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """One of "none", "relu" and "gelu", of float32 numbers; NaN stays NaN."""
+    if ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "gelu":
+        # x Phi(x), the factor first: no finite x overflows.
+        x = x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "none")
+    return x
+
+
+@triton.jit
 def product(
     a_ptr, mask_ptr, b_ptr, bias_ptr, c_ptr, sums_ptr,
     M, N, K,
     a_m, a_k, b_k, b_n, c_m,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, HAS_SUMS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SUMS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of C for each program; `mask_ptr` has A's strides, C's columns lie side by side."""
@@ -61,8 +74,7 @@ def product(
         b_at += BLOCK_K * b_k
     if HAS_BIAS:
         total += tl.load(bias_ptr + columns, columns < N, other=0.0).to(tl.float32)[None, :]
-    if RELU:
-        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    total = activated(total, ACTIVATION)
     c_at = rows.to(tl.int64)[:, None] * c_m + columns[None, :]
     tl.store(c_ptr + c_at, total.to(c_ptr.dtype.element_ty), a_in & b_in)
     if HAS_SUMS:
@@ -75,7 +87,7 @@ def persistent_product(
     a, mask, b, bias_ptr, c, sums_ptr,
     M, N, K,
     A_ACROSS: tl.constexpr, B_ACROSS: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, RELU: tl.constexpr, HAS_SUMS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_SUMS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The same from tensor descriptors, which the hardware copies tiles by; each program has many tiles, one after another.
@@ -113,8 +125,7 @@ def persistent_product(
         if HAS_BIAS:
             columns = column + tl.arange(0, BLOCK_N)
             total += tl.load(bias_ptr + columns, columns < N, other=0.0).to(tl.float32)[None, :]
-        if RELU:
-            total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        total = activated(total, ACTIVATION)
         c.store([row, column], total.to(c.dtype))
         if HAS_SUMS:
             rows = row + tl.arange(0, BLOCK_M)
@@ -184,7 +195,7 @@ def _device(index: int) -> tuple[int, int]:
     return properties.major, properties.multi_processor_count
 
 
-def _multiply_persistent(a, b, c, programs, *, mask=None, bias=None, sums=None, relu=False) -> None:
+def _multiply_persistent(a, b, c, programs, *, mask=None, bias=None, sums=None, activation="none") -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     tile = pick_persistent(mask is not None)
@@ -205,7 +216,7 @@ def _multiply_persistent(a, b, c, programs, *, mask=None, bias=None, sums=None, 
         a if sums is None else sums,
         a.shape[0], b.shape[1], a.shape[1],
         A_ACROSS=a_across, B_ACROSS=b_across,
-        HAS_MASK=mask is not None, HAS_BIAS=bias is not None, RELU=relu, HAS_SUMS=sums is not None,
+        HAS_MASK=mask is not None, HAS_BIAS=bias is not None, ACTIVATION=activation, HAS_SUMS=sums is not None,
         PRECISION=precision(), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -217,7 +228,7 @@ def precision() -> str:
     return "tf32" if allowed in ("tf32", "bf16") else "ieee"
 
 
-def _multiply(a, b, c, design, *, mask=None, bias=None, sums=None, relu=False) -> None:
+def _multiply(a, b, c, design, *, mask=None, bias=None, sums=None, activation="none") -> None:
     """`design`: "plain", "persistent" where that can be, or "kernel", which of them by the GPU and the shape."""
     rows, depth = a.shape
     columns = b.shape[1]
@@ -227,7 +238,9 @@ def _multiply(a, b, c, design, *, mask=None, bias=None, sums=None, relu=False) -
         generation, multiprocessors = _device(a.device.index)
         wanted = design == "persistent" or rows * columns >= _LEAST_PERSISTENT
         if wanted and generation >= 9 and _fits_persistent(a, b, c):
-            return _multiply_persistent(a, b, c, multiprocessors, mask=mask, bias=bias, sums=sums, relu=relu)
+            return _multiply_persistent(
+                a, b, c, multiprocessors, mask=mask, bias=bias, sums=sums, activation=activation
+            )
     pitches = [s for t in (a, b) for s in t.stride() if s != 1]
     aligned = all(s % 16 == 0 for s in (*pitches, rows, columns, depth))
     tile = pick(rows, columns, a.dtype, aligned)
@@ -236,19 +249,19 @@ def _multiply(a, b, c, design, *, mask=None, bias=None, sums=None, relu=False) -
         a, a if mask is None else mask, b, c if bias is None else bias, c, c if sums is None else sums,
         rows, columns, depth,
         a.stride(0), a.stride(1), b.stride(0), b.stride(1), c.stride(0),
-        HAS_MASK=mask is not None, HAS_BIAS=bias is not None, RELU=relu, HAS_SUMS=sums is not None,
+        HAS_MASK=mask is not None, HAS_BIAS=bias is not None, ACTIVATION=activation, HAS_SUMS=sums is not None,
         PRECISION=precision(), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=8,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def linear_forward(input, weight, bias=None, relu=False, design="kernel"):
-    """``input @ weight.T + bias``, and a ReLU if wanted, over the last dimension of a non-empty input."""
+def linear_forward(input, weight, bias=None, activation="none", design="kernel"):
+    """``input @ weight.T + bias`` over the last dimension of a non-empty input, then "none", "relu" or "gelu"."""
     x = input.reshape(-1, input.shape[-1])
     out = x.new_empty(x.shape[0], weight.shape[0])
     if bias is not None:
         bias = bias.contiguous()
-    _multiply(x, weight.t(), out, design, bias=bias, relu=relu)
+    _multiply(x, weight.t(), out, design, bias=bias, activation=activation)
     return out.view(*input.shape[:-1], weight.shape[0])
 
 
