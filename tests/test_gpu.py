@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as TF
 from conftest import assert_as_good
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnn.ops import _choice, _declare, _gpu, attention, conv, linear, pool
 
@@ -41,6 +42,19 @@ CALLS = [
 ]
 SHAPES = [(2, 19, 13, 17), (3, 16, 14, 14), (1, 64, 56, 56), (70000, 1, 7, 7)]
 LINEARS = [(1, 784, 10), (64, 784, 128), (3, 17, 5), (1000, 1023, 511), (4096, 1024, 4096)]
+
+
+def look_ups(monkeypatch, choices):
+    """Has calls of some ops run on what was chosen for them; the list gets the op of every look-up."""
+    seen = []
+
+    def chosen(op, args, device):
+        seen.append(op)
+        return choices.get(op)
+
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(_choice, "chosen", chosen)
+    return seen
 
 
 class TestOnGpu:
@@ -113,6 +127,13 @@ class TestOnGpu:
         leaves = [t.clone().requires_grad_() for t in given]
         torch.testing.assert_close(linear.linear_gelu(*leaves).detach(), linear.linear_gelu(*given))
         assert native == [("linear", None), ("linear_gelu", None)]
+
+    def test_choice_is_looked_up_once(self, monkeypatch):
+        x, w = torch.randn(64, 32, device="cuda"), torch.randn(16, 32, device="cuda", requires_grad=True)
+        looked_up = look_ups(monkeypatch, {"linear": "plain", "linear_backward": "kernel"})
+        y = linear.linear(x, w)
+        y.sum().backward()
+        assert looked_up == ["linear", "linear_backward"]
 
     @pytest.mark.parametrize(
         ("sizes", "options"),
@@ -370,6 +391,45 @@ def test_linear_gelu(fake_gpu, native):
     assert linear.linear_gelu(x, w).shape == (2, 4)
     linear.linear_gelu(x.double(), w.double())
     assert native == [("linear_gelu", None), ("linear_gelu", "no Triton kernel for torch.float64")]
+
+
+class InPlaceOfKernels(TorchDispatchMode):
+    """Notes which candidate each op would run, as its kernel on a GPU asks."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        space, name = function._schema.name.split("::")
+        if space == "fastnn":
+            self.ran.append((name, _declare.candidate(_declare.OPS[name], args)))
+        return function(*args, **(kwargs or {}))
+
+
+def test_choice_is_looked_up_once(fake_gpu, monkeypatch):
+    x, w = fake_gpu(2, 3), fake_gpu(4, 3)
+    images, kernels = fake_gpu(2, 8, 6, 6), fake_gpu(4, 8, 3, 3)
+    looked_up = look_ups(
+        monkeypatch, {"linear": "plain", "linear_relu": "torch", "conv2d": "64 x 64", "max_pool2d": "kernel"}
+    )
+    with InPlaceOfKernels() as kernels_run:
+        linear.linear(x, w)
+        linear.linear(x, w)
+        linear.linear_relu(x, w)
+        conv.conv2d(images, kernels)
+        pool.max_pool2d(images, 2)
+        assert looked_up == ["linear", "linear", "linear_relu", "conv2d", "max_pool2d"]
+        # A call that does not come from the routing has nothing to go by but its arguments.
+        torch.ops.fastnn.linear(x, w, None)
+        assert looked_up[5:] == ["linear"]
+    assert kernels_run.ran == [
+        ("linear", "plain"),
+        ("linear", "plain"),
+        ("conv2d", "64 x 64"),
+        ("max_pool2d", "kernel"),
+        ("linear", "plain"),
+    ]
 
 
 def test_attention_with_dropout(fake_gpu, native):

@@ -10,6 +10,7 @@ works in a process without Python.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -359,7 +360,7 @@ def declare(
         return stock(*args)
 
     def route_carefully(args):
-        original = args
+        original, chosen = args, None
         if _in_transform() is not None or forward_ad._current_level >= 0:
             reason = "inside a torch.func transform or forward-mode AD"
         else:
@@ -367,16 +368,23 @@ def declare(
                 device = args[0].device.type
                 if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
                     args = _cast_for_autocast(args, device)
-            reason = why_stock(args)
+            reason, chosen = decide(args)
         if recorder is not None:
             recorder(op, args, reason)
         if reason is not None:
             if _settings.log:
                 log.info("%s runs on torch: %s", name, reason)
             return stock(*original)
+        call = run
         if _is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:count]):
-            return function.apply(*args)
-        return run(*args)
+            call = function.apply
+        if chosen is None:
+            return call(*args)
+        _routed.choices[name] = chosen
+        try:
+            return call(*args)
+        finally:
+            _routed.choices.pop(name, None)
 
     def wanted_constant(args):
         for i in constants:
@@ -385,15 +393,22 @@ def declare(
         return None
 
     def why_stock(args):
+        return decide(args)[0]
+
+    def decide(args):
+        """Why a call is torch's, or None; and what was chosen for its class on a GPU, where that was looked up."""
         if _settings.disabled:
-            return "FASTNN_DISABLE is set"
+            return "FASTNN_DISABLE is set", None
+        chosen = None
         on_gpu = op.on_gpus is not None and isinstance(args[0], torch.Tensor) and args[0].is_cuda
-        if on_gpu and not prefer_kernels and (reason := _gpu.slower(name, args, args[0].device)):
-            return reason
+        if on_gpu and not prefer_kernels:
+            chosen = _choice.chosen(name, args, args[0].device)
+            if reason := _gpu.slower(chosen):
+                return reason, chosen
         reason = _unfit(args[:count], free, op.on_gpus, on_cpu) or wanted_constant(args) or uncovered(args)
         if reason is None and slower is not None and not prefer_kernels and not on_gpu:
-            return slower(*args)
-        return reason
+            reason = slower(*args)
+        return reason, chosen
 
     route.__name__ = route.__qualname__ = name
     route.op = op
@@ -403,9 +418,22 @@ def declare(
 _library = torch.library.Library("fastnn", "FRAGMENT")
 
 
+class _Routed(threading.local):
+    """By op, what the routing found chosen for the call that is on its way to a kernel, in this thread."""
+
+    def __init__(self):
+        self.choices: dict[str, str] = {}
+
+
+# The dispatcher between the two has no place for it, and to look it up again takes some microseconds.
+_routed = _Routed()
+
+
 def candidate(op: Op, args) -> str:
     """The name of the kernel for GPUs that takes a call."""
-    chosen = _choice.chosen(op.name, args, args[0].device) if len(op.candidates) > 1 else None
+    chosen = None
+    if len(op.candidates) > 1:
+        chosen = _routed.choices.get(op.name) or _choice.chosen(op.name, args, args[0].device)
     return chosen if chosen in op.candidates else next(iter(op.candidates))
 
 

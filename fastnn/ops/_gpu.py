@@ -61,9 +61,8 @@ def why_not(tensor: torch.Tensor, kind: str | None) -> str | None:
     return _unusable(kind, tensor.device.index)
 
 
-def slower(op: str, args, device: torch.device) -> str | None:
-    """Why a call that a kernel could take on a GPU stays with torch, or None."""
-    chosen = _choice.chosen(op, args, device)
+def slower(chosen: str | None) -> str | None:
+    """Why a call that a kernel could take on a GPU stays with torch, or None, by what was chosen for its class."""
     if chosen is None:
         return "not measured on this GPU: fastnn.tune measures"
     return "torch measured faster on this GPU" if chosen == _choice.TORCH else None
