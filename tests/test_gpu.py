@@ -432,6 +432,15 @@ def test_choice_is_looked_up_once(fake_gpu, monkeypatch):
     ]
 
 
+def test_what_is_slower_on_the_cpu_is_not_asked_about_a_gpu(fake_gpu, monkeypatch):
+    look_ups(monkeypatch, {"linear": "kernel", "conv2d": "kernel"})
+    monkeypatch.setattr(linear, "_MKL_AT_ITS_BEST", True)
+    with InPlaceOfKernels() as kernels_run:
+        linear.linear(fake_gpu(300, 70), fake_gpu(50, 70))
+        conv.conv2d(fake_gpu(8, 256, 56, 56), fake_gpu(256, 256, 3, 3))
+    assert kernels_run.ran == [("linear", "kernel"), ("conv2d", "kernel")]
+
+
 def test_attention_with_dropout(fake_gpu, native):
     q = fake_gpu(2, 4, 16, 32)
     y = attention.scaled_dot_product_attention(q, q, q, dropout_p=0.1)

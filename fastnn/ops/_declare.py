@@ -330,7 +330,8 @@ def declare(
                 reason = slower(*args)
             except Exception:
                 reason = None  # it makes no sense of the arguments: the op will refuse them
-            if reason is not None:
+            # The reasons are the CPU's; on a GPU route_carefully() asks what was chosen.
+            if reason is not None and args[0].is_cpu:
                 return stock(*args)
         if (
             _settings.disabled
