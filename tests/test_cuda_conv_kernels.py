@@ -29,7 +29,22 @@ LARGE = [
     (2, 8, 24, 24, 136, 3, 3, 1, 1, 1, 1, 1, 1, 1),
     (1, 136, 10, 9, 24, 3, 3, 2, 1, 1, 1, 1, 1, 1),
 ]
-SMALL_TILE, LARGE_TILE = 1, 2
+# So deep and so small that the depth of the product is cut into parts: forward, and of the input gradient.
+DEEP = [
+    (1, 176, 7, 7, 72, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (2, 264, 9, 8, 24, 3, 2, 2, 3, 1, 0, 1, 2, 1),  # strides, dilation
+    (1, 1544, 5, 4, 12, 1, 1, 1, 1, 0, 0, 1, 1, 1),  # parts of unlike length
+    (3, 352, 5, 6, 16, 3, 3, 1, 1, 1, 1, 1, 1, 2),  # groups
+    (1, 181, 5, 5, 13, 3, 3, 1, 1, 2, 2, 1, 1, 1),  # element by element
+]
+DEEP_GRADIENT = [
+    (1, 72, 7, 7, 176, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (1, 16, 9, 8, 176, 5, 5, 2, 2, 2, 2, 1, 1, 1),  # phases of 9, 6 and 4 taps
+    (2, 24, 11, 9, 320, 5, 3, 2, 3, 2, 1, 2, 1, 1),  # phases without a tap
+    (3, 32, 5, 6, 352, 3, 3, 1, 1, 1, 1, 1, 1, 2),
+    (1, 5, 7, 6, 181, 3, 3, 2, 1, 1, 1, 1, 1, 1),
+]
+AUTOMATIC_TILE, SMALL_TILE, LARGE_TILE = 0, 1, 2
 DEPTHWISE = [
     (2, 8, 7, 9, 8, 3, 3, 1, 1, 1, 1, 1, 1, 8),
     (1, 24, 9, 10, 24, 3, 3, 2, 2, 1, 1, 1, 1, 24),
@@ -86,6 +101,64 @@ def test_conv(case, dtype, tf32):
     ):
         terms = k * kh * kw if ours is gx else n * g.shape[1] * g.shape[2]
         assert np.all(np.abs(back(ours, True) - exact) <= allowed(dtype, tf32, terms, size))
+
+
+def with_tiles(cases):
+    return [(case, AUTOMATIC_TILE) for case in cases] + [(cases[0], LARGE_TILE)]
+
+
+def parts(workspace, result):
+    return workspace // (4 * result.size)
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=["float32", "tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("case", "tile"), with_tiles(DEEP), ids=str)
+def test_conv_in_parts(case, dtype, tf32, tile):
+    shape, (x64, w64, b64, _), (x, weight, bias, g) = arrays(case, dtype)
+    depth = case[1] // case[-1] * case[5] * case[6]
+    exact, scale = conv(case, x64, w64), conv(case, np.abs(x64), np.abs(w64))
+    y, again = np.full_like(g, np.nan), np.full_like(g, np.nan)
+    workspace = kernels.cuda_conv_forward(shape, tf32, tile, x, weight, None, False, False, y, None)
+    assert parts(workspace, y) > 1
+    assert np.all(np.abs(back(y, True) - exact) <= allowed(dtype, tf32, depth, scale))
+    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, None, False, False, again, None)
+    assert again.tobytes() == y.tobytes()
+
+    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, True, False, y, None)
+    want, scale = np.maximum(exact + b64[:, None, None], 0), scale + np.abs(b64)[:, None, None]
+    assert np.all(np.abs(back(y, True) - want) <= allowed(dtype, tf32, depth, scale))
+
+    best, where = max_pool(back(y, True), (2, 2, 2, 2, 0, 0))
+    where[best == 0] = 255
+    pooled = laid_out(best, True).astype(y.dtype)
+    ours, places = np.full_like(pooled, np.nan), np.full(pooled.shape, 77, np.uint8)
+    workspace = kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, True, True, ours, places)
+    assert parts(workspace, y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2]) > 1
+    assert ours.tobytes() == pooled.tobytes()
+    assert np.array_equal(back(places, True), where)
+    ours.fill(np.nan)
+    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, True, True, ours, None)
+    assert ours.tobytes() == pooled.tobytes()
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=["float32", "tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("case", "tile"), with_tiles(DEEP_GRADIENT), ids=str)
+def test_input_gradient_in_parts(case, dtype, tf32, tile):
+    shape, (x64, w64, _, g64), (x, weight, _, g) = arrays(case, dtype)
+    terms = case[4] // case[-1] * case[5] * case[6]
+    gx = np.full_like(x, np.nan)
+    workspace = kernels.cuda_conv_input_gradient(shape, tf32, tile, g, weight, gx)
+    assert parts(workspace, gx) > 1
+    exact, scale = (gradients(case, *of)[0] for of in ((x64, w64, g64), map(np.abs, (x64, w64, g64))))
+    assert np.all(np.abs(back(gx, True) - exact) <= allowed(dtype, tf32, terms, scale))
+
+
+def test_only_deep_products_of_few_tiles_are_in_parts():
+    for case in (CASES[1], (1, 88, 64, 92, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1)):
+        shape, _, (x, weight, _, g) = arrays(case, "float32")
+        how = (shape, False, AUTOMATIC_TILE)
+        assert kernels.cuda_conv_forward(*how, x, weight, None, False, False, g, None) == 0
+        assert kernels.cuda_conv_input_gradient(*how, g, weight, x) == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

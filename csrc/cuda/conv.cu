@@ -1,7 +1,11 @@
 // Convolutions, and their gradients with respect to the input, as implicit matrix products: of the source's
 // pixels, gathered tap by tap as the product goes along, with the weight. (S. Chetlur et al., cuDNN:
-// Efficient Primitives for Deep Learning, 2014, section 3.)
+// Efficient Primitives for Deep Learning, 2014, section 3.) Where the result is few tiles, the depth is cut
+// into parts, which a second kernel adds up.
 #include "cuda/conv.h"
+
+#include <algorithm>
+#include <numeric>
 
 #include "cuda/conv_tiles.h"
 
@@ -21,6 +25,7 @@ struct Gather {
   const void *source, *weight, *bias;
   void* output;
   uint8_t* locations;
+  float* workspace;  // [parts][groups and phases][rows][columns], null where there is one part
 };
 
 // A row of the product: where the window's first tap lies in the source, and where the result goes.
@@ -86,10 +91,20 @@ struct Walk {
     for (int i = 0; i < kw; ++i) across += columns.reaches<kPass>(i);
     return down * across * ((channels + step - 1) / step);
   }
+  __device__ void skip(int count) {
+    const int of_tap = (channels + step - 1) / step;
+    for (; count >= of_tap; count -= of_tap) next_tap();
+    channel = count * step;
+  }
   __device__ void advance() {
     channel += step;
     if (channel < channels) return;
     channel = 0;
+    next_tap();
+  }
+
+ private:
+  __device__ void next_tap() {
     do ++q;
     while (q < kw && !columns.reaches<kPass>(q));
     if (q < kw) return;
@@ -100,11 +115,40 @@ struct Walk {
   }
 };
 
+// The steps of the depth that are this block's.
+struct Steps {
+  int first, count;
+};
+__device__ inline Steps steps_of_part(int all) {
+  const int parts = static_cast<int>(gridDim.y), part = static_cast<int>(blockIdx.y);
+  const int each = all / parts, rest = all % parts;
+  return {part * each + (part < rest ? part : rest), each + (part < rest ? 1 : 0)};
+}
+
 template <class T>
 __device__ float activate(float value, bool relu) {
   // Rounded as it would be stored, since pooling compares what is stored. A NaN stays.
   value = widen(narrow<T>(value));
   return relu && value <= 0 ? 0.0f : value;
+}
+
+template <class T>
+struct Finished {
+  T value;
+  uint8_t location;
+};
+
+// An element of the output from sum(0) of the product, or from those of `together` that are pooled.
+template <class T, class Sum>
+__device__ Finished<T> finish(bool relu, int together, float bias, const Sum& sum) {
+  float best = activate<T>(sum(0) + bias, relu);
+  int at = 0;
+  for (int e = 1; e < together; ++e) {
+    const float value = activate<T>(sum(e) + bias, relu);
+    // Of several largest the first counts, and of several NaN the last.
+    if (value > best || value != value) best = value, at = e;
+  }
+  return {narrow<T>(best), static_cast<uint8_t>(best <= 0 ? kNoLocation : at)};
 }
 
 // kFlat: elements are fetched one by one, over taps and channels as one depth, which is what few channels or
@@ -139,9 +183,10 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
   float* staged;
   if constexpr (kFlat) {
     const int all = taps * depth;
+    const Steps mine = steps_of_part((all + A::kDepth - 1) / A::kDepth);
     const auto fetch = [&](T* a, T* b, int step) {
       constexpr int kPerPass = Tile::kBlock / A::kDepth;
-      const int column = thread % A::kDepth, d = step * A::kDepth + column;
+      const int column = thread % A::kDepth, first = (mine.first + step) * A::kDepth, d = first + column;
       uint32_t tap = static_cast<uint32_t>(d), r;
       const int channel = static_cast<int>(p.by_depth.split(tap));
       r = tap;
@@ -173,17 +218,19 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
         constexpr int kRowsPerPass = Tile::kBlock / Tile::kColumns;
         const int j = thread % Tile::kColumns;
         for (int i = thread / Tile::kColumns; i < B::kDepth; i += kRowsPerPass) {
-          uint32_t at = static_cast<uint32_t>(step * A::kDepth + i);
+          uint32_t at = static_cast<uint32_t>(first + i);
           const bool there = static_cast<int>(at) < all && first_column + j < width;
           const int k = static_cast<int>(p.by_depth.split(at));
           b[B::at(j, i)] = there ? weight[(int64_t{k} * taps + at) * width + first_column + j] : T{};
         }
       }
     };
-    staged = multiply<kMultiply, Tile, A, B>(memory, (all + A::kDepth - 1) / A::kDepth, fetch);
+    staged = multiply<kMultiply, Tile, A, B>(memory, mine.count, fetch);
   } else {
     Walk<kPass> walk{{s.sh, s.ph, s.dh, phase_y}, {s.sw, s.pw, s.dw, phase_x}, s.kh, s.kw, depth, A::kDepth};
     walk.start();
+    const Steps mine = steps_of_part(walk.steps());
+    walk.skip(mine.first);
     const auto fetch = [&](T* a, T* b, int) {
       constexpr int V = A::kVector, kAcross = A::kDepth / V, kPerPass = Tile::kBlock / kAcross;
       const int y = walk.rows.template distance<kPass>(walk.r),
@@ -224,7 +271,19 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
       }
       walk.advance();
     };
-    staged = multiply<kMultiply, Tile, A, B>(memory, walk.steps(), fetch);
+    staged = multiply<kMultiply, Tile, A, B>(memory, mine.count, fetch);
+  }
+
+  if (p.workspace != nullptr) {
+    const int64_t number = int64_t{blockIdx.y} * gridDim.z + blockIdx.z;
+    float* part = p.workspace + number * p.rows * p.columns + first_column;
+    for (int i = thread; i < Tile::kRows * Tile::kColumns; i += Tile::kBlock) {
+      const int row = i / Tile::kColumns, column = i % Tile::kColumns;
+      if (rows[row].to < 0 || first_column + column >= width) continue;
+      part[(int64_t{row_tile} * Tile::kRows + row) * p.columns + column] =
+          staged[row * kStagedPitch<Tile> + column];
+    }
+    return;
   }
 
   // The result, V columns to a thread at a time.
@@ -248,15 +307,10 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
     Vector<uint8_t, V> places;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      float best = activate<T>(from[v] + bias[v], p.relu);
-      int at = 0;
-      for (int e = 1; e < together; ++e) {
-        const float value = activate<T>(from[e * kPitch + v] + bias[v], p.relu);
-        // Of several largest the first counts, and of several NaN the last.
-        if (value > best || value != value) best = value, at = e;
-      }
-      out.element[v] = narrow<T>(best);
-      places.element[v] = static_cast<uint8_t>(best <= 0 ? kNoLocation : at);
+      const auto sum = [&](int e) { return from[e * kPitch + v]; };
+      const Finished<T> finished = finish<T>(p.relu, together, bias[v], sum);
+      out.element[v] = finished.value;
+      places.element[v] = finished.location;
     }
     T* output = static_cast<T*>(p.output) + to + channel;
     uint8_t* locations = p.locations == nullptr ? nullptr : p.locations + to + channel;
@@ -274,36 +328,107 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
   }
 }
 
-template <Pass kPass, Multiply kMultiply, class Tile, bool kFlat>
-const char* start(const Gather& p, int64_t products, Stream stream) {
-  using T = typename MultiplyTraits<kMultiply>::Element;
-  using A = Operand<T, Tile::kRows, true>;
-  using B = Operand<T, Tile::kColumns, kPass == Pass::forward>;
-  const int64_t tiles = ceil_div(p.rows, Tile::kRows) * p.by_columns.divisor;
-  return launch(gather_product<kPass, kMultiply, Tile, kFlat>,
-                dim3(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(products)), dim3(Tile::kBlock),
-                Tile::kRows * sizeof(Row) + shared_bytes<T, Tile, A, B>(), stream, p);
+// Adds up the parts in their order. Each thread has one element of the output: there are too few of them to
+// give it more.
+template <Pass kPass, class T, bool kFlat>
+__global__ void __launch_bounds__(kThreads) finish_parts(Gather p, Divisor by_columns, int parts) {
+  const int together = kPass == Pass::forward && p.pooled ? 4 : 1;
+  uint32_t i = blockIdx.x * kThreads + threadIdx.x, group = blockIdx.z;
+  const int column = static_cast<int>(by_columns.split(i));
+  const uint32_t first_row = i * together;
+  if (first_row >= p.rows) return;
+  const int64_t part = int64_t{p.rows} * p.columns * gridDim.z;
+  const float* from = p.workspace + (int64_t{group} * p.rows + first_row) * p.columns + column;
+  const int phase = static_cast<int>(p.by_phases.split(group));
+  const int64_t row = row_at<kPass, kFlat>(p, first_row, phase / p.s.sw, phase % p.s.sw).to;
+  if (row < 0) return;
+  const int channel = static_cast<int>(group * p.columns) + column;
+  const float bias = p.bias == nullptr ? 0.0f : widen(static_cast<const T*>(p.bias)[channel]);
+  const auto sum = [&](int e) {
+    float all = 0;
+#pragma unroll 8
+    for (int k = 0; k < parts; ++k) all += from[k * part + int64_t{e} * p.columns];
+    return all;
+  };
+  const Finished<T> finished = finish<T>(p.relu, together, bias, sum);
+  static_cast<T*>(p.output)[row + channel] = finished.value;
+  if (p.locations != nullptr) p.locations[row + channel] = finished.location;
+}
+
+// What the shape, and whether elements can be fetched 16 bytes at a time, make of a product.
+struct Plan {
+  Gather p;
+  bool flat, large;
+  int64_t products, tiles;  // groups and phases, and tiles of each
+  int parts;
+
+  size_t workspace() const { return parts == 1 ? 0 : sizeof(float) * parts * products * p.rows * p.columns; }
+};
+
+// Where tiles leave most of a large GPU (see takes_large_tile) idle: as many parts as fill it twice, of 16
+// steps of the depth, 1 KiB, at least. By count, fewer than three do not pay for the kernel that adds them
+// up.
+inline int parts_of(int64_t tiles, int64_t steps) {
+  constexpr int64_t kBlocks = 264, kLeastSteps = 16, kLeastParts = 3, kMostParts = 64;
+  const int64_t parts = std::min({kBlocks / tiles, steps / kLeastSteps, kMostParts});
+  return parts < kLeastParts ? 1 : static_cast<int>(parts);
+}
+
+// Taps of one axis that reach the phase that most of them reach.
+inline int64_t taps_of_phase(int taps, int stride, int dilation) {
+  return ceil_div(taps, stride / std::gcd(stride, dilation));
 }
 
 // `flat` in any case where elements cannot be fetched 16 bytes at a time.
 template <Pass kPass>
-const char* start(Gather p, DType dtype, bool tf32, TileSize tile, bool flat, Stream stream) {
-  const int phases = kPass == Pass::input_gradient && !flat ? p.s.sh * p.s.sw : 1;
-  const int64_t products = int64_t{p.s.groups} * phases;
-  p.by_phases = Divisor(phases);
+Plan plan_of(Gather p, DType dtype, TileSize tile, bool flat, void* workspace) {
+  const Conv& s = p.s;
+  const bool by_phases = kPass == Pass::input_gradient && !flat;
+  const int phases = by_phases ? s.sh * s.sw : 1;
+  const int64_t products = int64_t{s.groups} * phases;
   const bool large = !flat && takes_large_tile(tile, p.rows, p.columns, products);
-  p.by_columns =
-      Divisor(ceil_div(p.columns, large ? int64_t{LargeTile::kColumns} : int64_t{SmallTile::kColumns}));
+  const int64_t tile_rows = large ? LargeTile::kRows : SmallTile::kRows,
+                tile_columns = large ? LargeTile::kColumns : SmallTile::kColumns;
+  p.by_phases = Divisor(phases);
+  p.by_columns = Divisor(ceil_div(p.columns, tile_columns));
+  const int64_t tiles = ceil_div(p.rows, tile_rows) * p.by_columns.divisor;
+  const int64_t depth = kPass == Pass::forward ? s.group_c : s.group_k, step = 64 / size_of(dtype);
+  const int64_t taps =
+      by_phases ? taps_of_phase(s.kh, s.sh, s.dh) * taps_of_phase(s.kw, s.sw, s.dw) : int64_t{s.kh} * s.kw;
+  const int parts =
+      parts_of(tiles * products, flat ? ceil_div(taps * depth, step) : taps * ceil_div(depth, step));
+  p.workspace = parts == 1 ? nullptr : static_cast<float*>(workspace);
+  return {p, flat, large, products, tiles, parts};
+}
+
+template <Pass kPass, Multiply kMultiply, class Tile, bool kFlat>
+const char* start(const Plan& plan, Stream stream) {
+  using T = typename MultiplyTraits<kMultiply>::Element;
+  using A = Operand<T, Tile::kRows, true>;
+  using B = Operand<T, Tile::kColumns, kPass == Pass::forward>;
+  const Gather& p = plan.p;
+  const auto products = static_cast<unsigned>(plan.products);
+  const char* wrong =
+      launch(gather_product<kPass, kMultiply, Tile, kFlat>,
+             dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts), products),
+             dim3(Tile::kBlock), Tile::kRows * sizeof(Row) + shared_bytes<T, Tile, A, B>(), stream, p);
+  if (wrong != nullptr || p.workspace == nullptr) return wrong;
+  const int64_t elements = int64_t{p.rows} * p.columns / (p.pooled ? 4 : 1);
+  return launch(finish_parts<kPass, T, kFlat>,
+                dim3(static_cast<unsigned>(ceil_div(elements, kThreads)), 1, products), dim3(kThreads), 0,
+                stream, p, Divisor(p.columns), plan.parts);
+}
+
+template <Pass kPass>
+const char* start(const Plan& plan, DType dtype, bool tf32, Stream stream) {
   return with_multiply(dtype, tf32, [&]<Multiply kMultiply>() {
-    return flat    ? start<kPass, kMultiply, SmallTile, true>(p, products, stream)
-           : large ? start<kPass, kMultiply, LargeTile, false>(p, products, stream)
-                   : start<kPass, kMultiply, SmallTile, false>(p, products, stream);
+    return plan.flat    ? start<kPass, kMultiply, SmallTile, true>(plan, stream)
+           : plan.large ? start<kPass, kMultiply, LargeTile, false>(plan, stream)
+                        : start<kPass, kMultiply, SmallTile, false>(plan, stream);
   });
 }
 
-}  // namespace
-
-const char* conv_forward(const ConvForwardArgs& a, Stream stream) {
+Plan plan_of(const ConvForwardArgs& a) {
   const Conv s(a.shape);
   const int vector = 16 / size_of(a.dtype);
   const int height = a.pooled ? s.oh / 2 : s.oh, width = a.pooled ? s.ow / 2 : s.ow;
@@ -325,12 +450,13 @@ const char* conv_forward(const ConvForwardArgs& a, Stream stream) {
                  a.weight,
                  a.bias,
                  a.output,
-                 a.locations};
+                 a.locations,
+                 nullptr};
   const bool flat = s.group_c % vector != 0 || !is_aligned(a.input, 16) || !is_aligned(a.weight, 16);
-  return start<Pass::forward>(p, a.dtype, a.tf32, a.tile, flat, stream);
+  return plan_of<Pass::forward>(p, a.dtype, a.tile, flat, a.workspace);
 }
 
-const char* conv_input_gradient(const ConvInputGradientArgs& a, Stream stream) {
+Plan plan_of(const ConvInputGradientArgs& a) {
   const Conv s(a.shape);
   const int vector = 16 / size_of(a.dtype);
   const bool flat = s.group_c % vector != 0 || s.group_k % vector != 0 || !is_aligned(a.grad, 16) ||
@@ -355,8 +481,22 @@ const char* conv_input_gradient(const ConvInputGradientArgs& a, Stream stream) {
                  a.weight,
                  nullptr,
                  a.grad_input,
+                 nullptr,
                  nullptr};
-  return start<Pass::input_gradient>(p, a.dtype, a.tf32, a.tile, flat, stream);
+  return plan_of<Pass::input_gradient>(p, a.dtype, a.tile, flat, a.workspace);
+}
+
+}  // namespace
+
+size_t forward_workspace(const ConvForwardArgs& args) { return plan_of(args).workspace(); }
+size_t input_gradient_workspace(const ConvInputGradientArgs& args) { return plan_of(args).workspace(); }
+
+const char* conv_forward(const ConvForwardArgs& args, Stream stream) {
+  return start<Pass::forward>(plan_of(args), args.dtype, args.tf32, stream);
+}
+
+const char* conv_input_gradient(const ConvInputGradientArgs& args, Stream stream) {
+  return start<Pass::input_gradient>(plan_of(args), args.dtype, args.tf32, stream);
 }
 
 }  // namespace fastnn::cuda

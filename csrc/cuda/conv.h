@@ -31,6 +31,7 @@ struct ConvForwardArgs {
   bool pooled;         // behind it a max-pooling of 2 x 2 windows side by side
   void* output;        // [n, oh, ow, k], pooled [n, oh / 2, ow / 2, k]
   uint8_t* locations;  // pooled: where in its window each maximum stood, kNoLocation where it is 0; or null
+  void* workspace;     // of forward_workspace's bytes
 };
 
 struct ConvInputGradientArgs {
@@ -41,6 +42,7 @@ struct ConvInputGradientArgs {
   const void* grad;
   const void* weight;
   void* grad_input;
+  void* workspace;  // of input_gradient_workspace's bytes
 };
 
 struct ConvWeightGradientArgs {
@@ -54,8 +56,10 @@ struct ConvWeightGradientArgs {
   void* workspace;  // of the bytes that weight_gradient_workspace says
 };
 
-// The depth of the weight gradient's product is cut into parts, each added up on its own, as many as its
-// shape says: the same sums on every GPU.
+// Where tiles are few, the depth of a product is cut into parts, each added up on its own, as many as shape
+// and dtype say: the same sums on every GPU. 0 bytes where there is one part.
+size_t forward_workspace(const ConvForwardArgs& args);
+size_t input_gradient_workspace(const ConvInputGradientArgs& args);
 size_t weight_gradient_workspace(const ConvShape& shape, TileSize tile);
 
 const char* conv_forward(const ConvForwardArgs& args, Stream stream);

@@ -21,6 +21,12 @@ Tensor bytes(const Tensor& like, size_t count) {
   return empty_like(like, ScalarType::Byte, {static_cast<int64_t>(count)});
 }
 
+// None where a kernel needs none, as most do not: even a tensor without elements takes a call of torch.
+std::optional<Tensor> workspace_of(const Tensor& like, size_t count) {
+  if (count == 0) return std::nullopt;
+  return bytes(like, count);
+}
+
 uint8_t* byte_data(Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
 
 // An uninitialised tensor that lies in memory as channels_last, for a kernel to fill; with the strides of
@@ -110,17 +116,20 @@ std::tuple<Tensor, Tensor> _conv2d_on_gpu(Tensor input, Tensor weight, std::opti
   Pooled out = fused ? empty_pooled(input, s.n, s.k, s.oh, s.ow, format)
                      : Pooled{empty_channels_last(input, input.scalar_type(), {s.n, s.k, s.oh, s.ow}, format),
                               bytes(input, 0)};
-  const cuda::ConvForwardArgs args{dtype_of(input, "input"),
-                                   s,
-                                   tf32,
-                                   tile_size(tile),
-                                   x.const_data_ptr(),
-                                   w.const_data_ptr(),
-                                   data_or_null(b),
-                                   relu,
-                                   fused,
-                                   out.values.mutable_data_ptr(),
-                                   fused ? byte_data(out.locations) : nullptr};
+  cuda::ConvForwardArgs args{dtype_of(input, "input"),
+                             s,
+                             tf32,
+                             tile_size(tile),
+                             x.const_data_ptr(),
+                             w.const_data_ptr(),
+                             data_or_null(b),
+                             relu,
+                             fused,
+                             out.values.mutable_data_ptr(),
+                             fused ? byte_data(out.locations) : nullptr,
+                             nullptr};
+  const std::optional<Tensor> workspace = workspace_of(x, depthwise ? 0 : cuda::forward_workspace(args));
+  if (workspace.has_value()) args.workspace = workspace->mutable_data_ptr();
   run_on_gpu(depthwise ? cuda::depthwise_forward : cuda::conv_forward, input, args);
   if (pooled && depthwise) {
     std::tie(out.values, out.locations) = _bias_relu_max_pool2d_on_gpu(out.values, std::nullopt);
@@ -182,13 +191,17 @@ std::tuple<Tensor, Tensor, Tensor> _conv2d_backward_on_gpu(Tensor grad, Tensor i
   Tensor grad_input = made(input_grad, input, images), grad_weight = made(weight_grad, weight, weights);
   if (input_grad) {
     const Tensor w = dense(weight, kLast);
-    const cuda::ConvInputGradientArgs args{dtype,
-                                           s,
-                                           tf32,
-                                           tile_size(tile),
-                                           dy.const_data_ptr(),
-                                           w.const_data_ptr(),
-                                           grad_input.mutable_data_ptr()};
+    cuda::ConvInputGradientArgs args{dtype,
+                                     s,
+                                     tf32,
+                                     tile_size(tile),
+                                     dy.const_data_ptr(),
+                                     w.const_data_ptr(),
+                                     grad_input.mutable_data_ptr(),
+                                     nullptr};
+    const std::optional<Tensor> workspace =
+        workspace_of(dy, depthwise ? 0 : cuda::input_gradient_workspace(args));
+    if (workspace.has_value()) args.workspace = workspace->mutable_data_ptr();
     run_on_gpu(depthwise ? cuda::depthwise_input_gradient : cuda::conv_input_gradient, input, args);
     grad_input = dense(grad_input, images);
   }

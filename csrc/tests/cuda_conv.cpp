@@ -28,30 +28,43 @@ struct Workspace {
   void* memory;
 };
 
-void forward(const Ints& shape, bool tf32, int tile, const py::array& x, const py::array& w,
-             const py::object& bias, bool relu, bool pooled, py::array y, const py::object& locations) {
+// Forward and the input gradient tell how many bytes of workspace they had.
+size_t forward(const Ints& shape, bool tf32, int tile, const py::array& x, const py::array& w,
+               const py::object& bias, bool relu, bool pooled, py::array y, const py::object& locations) {
   const ConvShape s = shape_of(shape);
-  const cuda::ConvForwardArgs args{dtype_of(x),
-                                   s,
-                                   tf32,
-                                   static_cast<cuda::TileSize>(tile),
-                                   x.data(),
-                                   w.data(),
-                                   in(bias),
-                                   relu,
-                                   pooled,
-                                   y.mutable_data(),
-                                   static_cast<uint8_t*>(out(locations))};
-  succeed(cuda::is_depthwise(s) ? cuda::depthwise_forward(args, nullptr) : cuda::conv_forward(args, nullptr));
+  cuda::ConvForwardArgs args{dtype_of(x),
+                             s,
+                             tf32,
+                             static_cast<cuda::TileSize>(tile),
+                             x.data(),
+                             w.data(),
+                             in(bias),
+                             relu,
+                             pooled,
+                             y.mutable_data(),
+                             static_cast<uint8_t*>(out(locations)),
+                             nullptr};
+  const bool depthwise = cuda::is_depthwise(s);
+  const size_t bytes = depthwise ? 0 : cuda::forward_workspace(args);
+  const Workspace workspace(bytes);
+  args.workspace = workspace.memory;
+  succeed(depthwise ? cuda::depthwise_forward(args, nullptr) : cuda::conv_forward(args, nullptr));
+  return bytes;
 }
 
-void input_gradient(const Ints& shape, bool tf32, int tile, const py::array& grad, const py::array& w,
-                    py::array gx) {
+size_t input_gradient(const Ints& shape, bool tf32, int tile, const py::array& grad, const py::array& w,
+                      py::array gx) {
   const ConvShape s = shape_of(shape);
-  const cuda::ConvInputGradientArgs args{
-      dtype_of(grad), s, tf32, static_cast<cuda::TileSize>(tile), grad.data(), w.data(), gx.mutable_data()};
-  succeed(cuda::is_depthwise(s) ? cuda::depthwise_input_gradient(args, nullptr)
-                                : cuda::conv_input_gradient(args, nullptr));
+  cuda::ConvInputGradientArgs args{
+      dtype_of(grad),    s,      tf32, static_cast<cuda::TileSize>(tile), grad.data(), w.data(),
+      gx.mutable_data(), nullptr};
+  const bool depthwise = cuda::is_depthwise(s);
+  const size_t bytes = depthwise ? 0 : cuda::input_gradient_workspace(args);
+  const Workspace workspace(bytes);
+  args.workspace = workspace.memory;
+  succeed(depthwise ? cuda::depthwise_input_gradient(args, nullptr)
+                    : cuda::conv_input_gradient(args, nullptr));
+  return bytes;
 }
 
 void weight_gradient(const Ints& shape, bool tf32, int tile, const py::array& grad, const py::array& x,

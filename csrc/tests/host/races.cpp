@@ -37,8 +37,10 @@ const char* run(DType dtype, bool tf32, cuda::TileSize tile, const ConvShape& s)
                                       true,
                                       !depthwise,
                                       y.data(),
-                                      static_cast<uint8_t*>(locations.data())};
-  const cuda::ConvInputGradientArgs input{dtype, s, tf32, tile, y.data(), w.data(), x.data()};
+                                      static_cast<uint8_t*>(locations.data()),
+                                      workspace.data()};
+  const cuda::ConvInputGradientArgs input{dtype,    s,        tf32,     tile,
+                                          y.data(), w.data(), x.data(), workspace.data()};
   const cuda::ConvWeightGradientArgs weight{dtype,    s,        tf32,     tile,
                                             y.data(), x.data(), w.data(), workspace.data()};
   const cuda::MaskAndSumArgs mask{
@@ -67,7 +69,9 @@ int main(int count, char** arguments) {
   }
   constexpr ConvShape kByVectors{1, 16, 6, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 6, 6},
       kOneByOne{1, 3, 6, 6, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 6, 6},
-      kDepthwise{1, 8, 6, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1, 8, 6, 6};
+      kDepthwise{1, 8, 6, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1, 8, 6, 6},
+      // As many taps as make a product in parts.
+      kParts{1, 8, 6, 6, 8, 7, 7, 1, 1, 3, 3, 1, 1, 1, 6, 6};
   constexpr cuda::TileSize kSmall = cuda::TileSize::small, kLarge = cuda::TileSize::large;
   const char* wrong = nullptr;
   for (const DType dtype : {DType::bf16, DType::f32}) {
@@ -75,6 +79,7 @@ int main(int count, char** arguments) {
       if (wrong == nullptr) wrong = run(dtype, false, kSmall, s);
     }
   }
+  if (wrong == nullptr) wrong = run(DType::bf16, false, kSmall, kParts);
   if (wrong == nullptr) wrong = run(DType::f16, false, kLarge, kByVectors);
   if (wrong == nullptr) wrong = run(DType::f32, true, kLarge, kByVectors);
   if (wrong != nullptr) std::fprintf(stderr, "%s\n", wrong);
