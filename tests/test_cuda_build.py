@@ -13,6 +13,8 @@ CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc")
 TILED = ("conv", "conv_weight_gradient", "depthwise")
+# A block of warpgroups has a multiprocessor to itself, and its threads share out their registers on their own.
+WARPGROUPS = ("attention",)
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
 
@@ -24,6 +26,8 @@ def usage(source, architecture, folder):
         [*command, str(source), "-o", str(folder / "out.cubin")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    # Such products would wait for one another.
+    assert "wgmma.mma_async instructions are serialized" not in done.stderr
     found = re.findall(
         r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
@@ -42,7 +46,7 @@ def test_no_spills(source, architecture, tmp_path):
         assert (stack, stores, loads) == (0, 0, 0), f"{name} on sm_{architecture}"
         # Blocks of 256 threads on a multiprocessor: three, whose loads hide one another's latency, and two of those that
         # hold a tile of a product.
-        most = 128 if source.stem in TILED else 80
+        most = 168 if source.stem in WARPGROUPS else 128 if source.stem in TILED else 80
         assert registers <= most, f"{name} on sm_{architecture}: {registers} registers"
 
 

@@ -1,16 +1,13 @@
-#include "cpu/attention.h"
+#include "ops/attention.h"
 
 #include <math.h>
 
 #include <utility>
 
-#include "ops/common.h"
-
 namespace fastnn::ops {
-namespace {
 
-AttentionShape check(const Tensor& query, const Tensor& key, const Tensor& value,
-                     const std::optional<Tensor>& mask, bool is_causal) {
+AttentionShape check_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                               const std::optional<Tensor>& mask, bool is_causal) {
   dtype_of(query, "query");
   check_like(query, key, "key");
   check_like(query, value, "value");
@@ -51,10 +48,12 @@ AttentionShape check(const Tensor& query, const Tensor& key, const Tensor& value
   return s;
 }
 
+HeadStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+
+namespace {
+
 // Rows that are dense along the width.
 Tensor rows(const Tensor& t) { return t.size(3) == 1 || t.stride(3) == 1 ? t : dense(t); }
-
-HeadStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
 // An empty tensor [a, b, c, width] whose dimensions lie in the same order as those of `like`.
 Tensor empty_in_order(const Tensor& like, const Sizes& sizes) {
@@ -101,7 +100,7 @@ double scale_of(const std::optional<double>& scale, const AttentionShape& s) {
 
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
                                      bool is_causal, std::optional<double> scale) {
-  const AttentionShape s = check(query, key, value, mask, is_causal);
+  const AttentionShape s = check_attention(query, key, value, mask, is_causal);
   const Sizes sizes{s.batch, s.heads, s.queries, s.value_width};
   Tensor output = s.value_width == s.width && query.stride(3) == 1 ? empty_in_order(query, sizes)
                                                                    : empty_like(query, sizes);
@@ -121,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query,
                                                       std::optional<Tensor> mask, Tensor output,
                                                       Tensor logsumexp, bool is_causal,
                                                       std::optional<double> scale) {
-  const AttentionShape s = check(query, key, value, mask, is_causal);
+  const AttentionShape s = check_attention(query, key, value, mask, is_causal);
   const Sizes sizes{s.batch, s.heads, s.queries, s.value_width};
   check_like(query, grad, "grad");
   check_like(query, output, "output");

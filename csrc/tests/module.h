@@ -35,6 +35,7 @@ namespace py = pybind11;
 // Each family's file adds its functions.
 void bind_attention(py::module_& m);
 void bind_conv(py::module_& m);
+void bind_cuda_attention(py::module_& m);
 void bind_cuda_conv(py::module_& m);
 void bind_layer_norm(py::module_& m);
 void bind_linear(py::module_& m);

@@ -25,6 +25,11 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU is one of compute capability 9.0 and the library holds the kernels that only such GPUs run."""
+    return "90a-real" in architectures().split() and _capability(device.index) == (9, 0)
+
+
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/attention.h"
 #include "cuda/depthwise.h"
 #include "cuda/runtime.h"
 
@@ -58,6 +59,16 @@ const char* run(DType dtype, bool tf32, cuda::TileSize tile, const ConvShape& s)
   return cuda::mask_and_sum(mask, nullptr);
 }
 
+const char* run_attention() {
+  Memory q, k, v, output, sums;
+  const HeadStrides queries{0, 0, 64}, keys{0, 0, 64};
+  const AttentionShape s{1, 1, 1, 70, 390, 64, 64};
+  return cuda::attention_forward_on_hopper(
+      {DType::bf16, s, true, 1.0f, q.data(), k.data(), v.data(), queries, keys, keys, output.data(), queries,
+       static_cast<float*>(sums.data())},
+      nullptr);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -82,6 +93,7 @@ int main(int count, char** arguments) {
   if (wrong == nullptr) wrong = run(DType::bf16, false, kSmall, kParts);
   if (wrong == nullptr) wrong = run(DType::f16, false, kLarge, kByVectors);
   if (wrong == nullptr) wrong = run(DType::f32, true, kLarge, kByVectors);
+  if (wrong == nullptr) wrong = run_attention();
   if (wrong != nullptr) std::fprintf(stderr, "%s\n", wrong);
   return wrong != nullptr;
 }

@@ -1,0 +1,33 @@
+// Scaled dot product attention on GPUs of compute capability 9.0. Starts its kernel on the stream and returns
+// at once, with null or what went wrong.
+#pragma once
+
+#include "cpu/attention.h"
+#include "cuda/stream.h"
+
+namespace fastnn::cuda {
+
+struct AttentionForwardOnHopperArgs {
+  DType dtype;  // bf16 or f16
+  AttentionShape shape;
+  bool causal;
+  float scale;  // above 0
+  // Rows are dense, and begin at multiples of 16 bytes.
+  const void *query, *key, *value;
+  HeadStrides query_strides, key_strides, value_strides;
+  void* output;
+  HeadStrides output_strides;
+  float* logsumexp;  // [batch, heads, queries]
+};
+
+// Whether the kernel has tiles for these sizes: widths of up to 256 that are multiples of 8.
+inline bool fits_hopper(const AttentionShape& s) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  const bool widths = s.width % 8 == 0 && s.value_width % 8 == 0 && s.width <= 256 && s.value_width <= 256;
+  return widths && s.queries <= kMost && s.keys <= kMost && s.batch <= kMost && s.heads <= kMost &&
+         s.batch * s.heads <= kMost && (s.queries + 127) / 128 * s.batch * s.heads <= kMost;
+}
+
+const char* attention_forward_on_hopper(const AttentionForwardOnHopperArgs& args, Stream stream);
+
+}  // namespace fastnn::cuda

@@ -1,0 +1,121 @@
+"""The warp-specialised attention kernel on a model of a GPU, without torch, under sanitizers too."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from kernel_module import DTYPES, EPS, kernels
+
+# batch, heads, key heads, queries, keys, width, width of the values. Tiles have 128 or 192 queries, and 64 or 128 keys.
+CASES = [
+    (1, 1, 1, 1, 1, 8, 8),
+    (1, 2, 1, 130, 300, 64, 40),
+    (2, 4, 2, 193, 260, 32, 64),
+    (1, 1, 1, 192, 128, 64, 64),
+    (1, 1, 1, 192, 600, 64, 64),
+    (1, 1, 1, 128, 640, 128, 128),
+    (2, 2, 1, 130, 257, 128, 72),
+    (1, 1, 1, 70, 390, 96, 80),
+    (1, 1, 1, 129, 310, 256, 256),
+    (1, 1, 1, 20, 65, 136, 8),
+]
+SIXTEEN_BITS = ("bfloat16", "float16")
+
+
+def arrays(case, dtype, seed=0):
+    batch, heads, key_heads, queries, keys, width, value_width = case
+    rng = np.random.default_rng(sum(case) + seed)
+    shapes = (
+        (batch, heads, queries, width),
+        (batch, key_heads, keys, width),
+        (batch, key_heads, keys, value_width),
+    )
+    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
+
+
+def oracle(q, k, v, causal, scale):
+    """The result, the logarithms of the sums, and what roundings of the result may scale with."""
+    q, k, v = (t.astype(np.float64) for t in (q, k, v))
+    k, v = (np.repeat(t, q.shape[1] // t.shape[1], axis=1) for t in (k, v))
+    scores = q @ k.swapaxes(-1, -2) * scale
+    if causal:
+        scores = np.where(np.tril(np.ones(scores.shape[2:], bool)), scores, -np.inf)
+    most = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - most)
+    sums = weights.sum(-1, keepdims=True)
+    return weights / sums @ v, (most + np.log(sums))[..., 0], weights / sums @ np.abs(v)
+
+
+def attend(q, k, v, causal, scale, at_once=False, output=None):
+    """The kernel's result, into `output` if given, and its logarithms of sums."""
+    shape = (*q.shape[:3], v.shape[3])
+    output = np.empty(shape, q.dtype) if output is None else output
+    output[:] = np.nan
+    sums = np.full(q.shape[:3], np.nan, np.float32)
+    kernels.attention_forward_on_hopper(q, k, v, causal, scale, output, sums, at_once)
+    return output, sums
+
+
+def assert_right(made, q, k, v, causal, scale, dtype):
+    y, sums = made
+    want, logsumexp, size = oracle(q, k, v, causal, scale)
+    # Weights and result are each rounded to 16 bits, by half of EPS at most; sums are in float.
+    assert np.all(np.abs(y.astype(np.float64) - want) <= (EPS[dtype] + 1e-5) * size)
+    assert np.all(np.abs(sums - logsumexp) <= 1e-5 * (1 + np.abs(logsumexp)))
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["copies late", "copies at once"])
+@pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(case, dtype, causal, at_once):
+    q, k, v = arrays(case, dtype)
+    scale = case[5] ** -0.5
+    assert_right(attend(q, k, v, causal, scale, at_once), q, k, v, causal, scale, dtype)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_order_of_dimensions(order):
+    """Batch, heads and rows may lie in memory in any order, with room between them."""
+
+    def laid_out(t):
+        memory = np.full([t.shape[d] + 1 for d in order] + [t.shape[3] + 8], np.nan).astype(t.dtype)
+        view = memory.transpose([*np.argsort(order), 3])[: t.shape[0], : t.shape[1], : t.shape[2], : t.shape[3]]
+        view[:] = t
+        return view
+
+    q, k, v = (laid_out(t) for t in arrays((2, 2, 2, 40, 50, 64, 64), "float16"))
+    y, sums = attend(q, k, v, False, 0.3, output=laid_out(np.zeros(q.shape, np.float16)))
+    assert_right((y, sums), q, k, v, False, 0.3, "float16")
+    assert np.isnan(y.base.astype(np.float32)).sum() == y.base.size - y.size
+
+
+def test_large_scores():
+    """Sums of exponentials of scores that float could not hold themselves."""
+    q, k, v = arrays((1, 1, 1, 64, 300, 64, 64), "float16")
+    assert_right(attend(q, k, v, True, 40.0), q, k, v, True, 40.0, "float16")
+
+
+def test_what_is_not_finite():
+    q, k, v = arrays((1, 1, 1, 20, 300, 64, 64), "float16")
+    q[0, 0, 3] = np.nan
+    v[0, 0, 7, 5] = np.inf
+    y, sums = attend(q, k, v, False, 0.125)
+    assert np.isnan(y[0, 0, 3]).all()
+    assert np.isnan(sums[0, 0, 3])
+    others = np.delete(y[0, 0], 3, axis=0)
+    assert np.isinf(others[:, 5]).all()
+    assert np.isfinite(np.delete(others, 5, axis=1)).all()
+
+
+def test_same_bits_again():
+    q, k, v = arrays((1, 2, 2, 200, 300, 64, 64), "bfloat16")
+    assert attend(q, k, v, True, 0.125)[0].tobytes() == attend(q, k, v, True, 0.125)[0].tobytes()
+
+
+def test_shapes_without_tiles_are_refused():
+    q, k, v = arrays((1, 1, 1, 8, 8, 12, 8), "float16")
+    with pytest.raises(ValueError, match="no tiles"):
+        attend(q, k, v, False, 1.0)
