@@ -122,6 +122,17 @@ def test_cublaslt_gives_the_layer():
     assert check.Reference(case).disagreement(check.results(function, tensors, None)) is None
 
 
+def test_build_that_fails_beside_a_library(tmp_path, monkeypatch):
+    """One that was built elsewhere is measured all the same."""
+    monkeypatch.setattr(gpu, "build_commands", lambda: [[sys.executable, "-c", "raise SystemExit(2)"]])
+    monkeypatch.setattr(gpu, "test_command", lambda: [sys.executable, "-c", "print('3 passed')"])
+    monkeypatch.setattr(gpu, "families", lambda: ["pool"])
+    assert gpu.main(["--out", str(tmp_path), "--minutes", "1"]) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [s["status"] for s in found["steps"].values()][:2] == ["exit status 2", "ok"]
+    assert "suite" in found["steps"]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
     """The one command for a GPU machine, with the steps in its place that this machine can run."""
@@ -129,6 +140,10 @@ def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
         gpu, "build_commands", lambda: [[sys.executable, "-c", f"raise SystemExit({int(fails)})"]]
     )
     monkeypatch.setattr(gpu, "families", lambda: ["pool"])
+    # In one process, which takes less where there is nothing to run.
+    monkeypatch.setattr(gpu, "test_command", lambda command=gpu.test_command(): command[:7])
+    if fails:
+        monkeypatch.setattr(gpu, "LIBRARY", tmp_path / "none")
     status = gpu.main(["--out", str(tmp_path), "--minutes", "2"])
     found = json.loads((tmp_path / "gpu.json").read_text())
     if fails:
@@ -167,3 +182,15 @@ def interrupt_a_step(report):
     assert not report.step("long", [[sys.executable, "-u", "-c", code]], seconds=3)
     assert report.steps["long"]["status"] == "out of time (3 s)"
     assert "a partial result" in report.steps["long"]["output"]
+
+
+def test_step_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    """A grandchild that heeds nothing would hold the pipe, as a build does whose driver alone was told."""
+    monkeypatch.setattr(gpu, "GRACE", 1, raising=False)
+    report = gpu.Report(tmp_path)
+    grandchild = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(45)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}]); time.sleep(45)"
+    start = time.monotonic()
+    assert not report.step("long", [[sys.executable, "-c", code]], seconds=2)
+    assert time.monotonic() - start < 30
+    assert report.steps["long"]["status"] == "out of time (2 s)"
