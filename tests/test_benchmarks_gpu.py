@@ -81,6 +81,17 @@ def test_row_on_a_gpu(monkeypatch):
     assert set(row.graph.ratios) == {"eager"}
 
 
+def test_relu_that_tf32_decides():
+    """On a GPU stock's own convolution is off by so much that the ReLU's way would be chance."""
+    case = Case(CONV, "fp32", "nchw", "forward+backward")
+    tensors = [torch.zeros(2, 3, 9, 9), torch.zeros(4, 3, 3, 3)]
+    tensors[0][0], tensors[0][1] = 1, 1e-3
+    tensors[1][:, 0, 1, 1] = 1
+    assert not check._undecided(case, tensors).any()
+    on_gpu = check._undecided(replace(case, device="cuda"), tensors)
+    assert on_gpu[1].all() and not on_gpu[0].any()
+
+
 def test_device_that_is_not_there(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["run", "--device", "cuda"]) == 2
