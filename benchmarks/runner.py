@@ -17,7 +17,7 @@ from benchmarks.cases import Case
 from benchmarks.check import Reference, results
 from benchmarks.clock import HostClock
 from benchmarks.fresh import FreshProcess
-from benchmarks.limits import Limit, Limits, limit
+from benchmarks.limits import Limit, Limits, limit, precision_of
 from benchmarks.peers import FastNN, Peer
 from benchmarks.samples import Samples
 
@@ -121,7 +121,7 @@ def run_case(
         else:
             row.peer_notes[peer.name] = f"{status}: {wrong}"
     if limits is not None and row.bytes is not None:
-        row.limit = limit(limits, case.dtype, row.flops or 0.0, row.bytes)
+        row.limit = limit(limits, precision_of(case), row.flops or 0.0, row.bytes)
     # Beyond the caches every call is cold.
     cold = row.limit is not None and row.limit.bandwidth and row.bytes < clock.SWEEP_BYTES[case.device] / 2
     start = time.perf_counter()

@@ -89,7 +89,24 @@ def test_relu_that_tf32_decides():
     tensors[1][:, 0, 1, 1] = 1
     assert not check._undecided(case, tensors).any()
     on_gpu = check._undecided(replace(case, device="cuda"), tensors)
-    assert on_gpu[1].all() and not on_gpu[0].any()
+    assert on_gpu[1].all()
+    assert not on_gpu[0].any()
+
+
+def test_limit_of_a_convolution_in_tf32(monkeypatch):
+    """It would come out beyond the limit of full precision."""
+    case = Case(CONV, "fp32", "nchw", "forward", "cuda")
+    known = {"fp32": (1.0, "x"), "tf32": (8.0, "x")}
+    bound = limits.Limits(1, known, (limits.Level("memory", 1 << 62, 1e9, 1e9),))
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for precision, peak in (("tf32", "tf32"), ("ieee", "fp32")):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            assert limits.limit(bound, limits.precision_of(case), 16.0, 1.0).name == f"{peak} peak"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    for other in (replace(case, device="cpu"), replace(case, workload=LINEAR)):
+        assert limits.precision_of(other) == "fp32"
 
 
 def test_device_that_is_not_there(capsys, monkeypatch):
@@ -152,7 +169,8 @@ def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
     )
     monkeypatch.setattr(gpu, "families", lambda: ["pool"])
     # In one process, which takes less where there is nothing to run.
-    monkeypatch.setattr(gpu, "test_command", lambda command=gpu.test_command(): command[:7])
+    command = gpu.test_command()[:7]
+    monkeypatch.setattr(gpu, "test_command", lambda: command)
     if fails:
         monkeypatch.setattr(gpu, "LIBRARY", tmp_path / "none")
     status = gpu.main(["--out", str(tmp_path), "--minutes", "2"])
