@@ -47,6 +47,15 @@ def test_events_time_a_block(monkeypatch):
     assert 0.002 <= seconds < 0.1
 
 
+def test_cold_call_finds_the_host_ahead(monkeypatch):
+    """The device is kept busy between the sweep and the call."""
+    monkeypatch.setattr(clock.CudaClock, "device", "cpu")
+    waits = []
+    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
+    clock.CudaClock().sweeper()()
+    assert waits == [clock.AHEAD]
+
+
 def test_row_on_a_gpu(monkeypatch):
     """The protocol of a row on a GPU, with the host in its place: cold calls and replayed graphs beside the warm ones."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -58,7 +67,7 @@ def test_row_on_a_gpu(monkeypatch):
         if len(replays) == 2:
             raise RuntimeError("this cannot be captured")
         replays.append(call)
-        return call
+        return lambda: [call() for _ in range(clock.CALLS_IN_GRAPH)]
 
     monkeypatch.setattr(clock, "captured", captured)
     monkeypatch.setattr(
@@ -78,6 +87,9 @@ def test_row_on_a_gpu(monkeypatch):
     )
     assert row.cold.timings.keys() == row.warm.timings.keys()
     assert row.graph.timings.keys() == {"fastnn", "eager"}
+    # Of a call, not of a graph that has several in it.
+    assert row.graph.ours.least < 3 * row.warm.ours.median
+    assert not row.overhead
     assert set(row.graph.ratios) == {"eager"}
 
 
