@@ -121,6 +121,15 @@ def test_limit_of_a_convolution_in_tf32(monkeypatch):
         assert limits.precision_of(other) == "fp32"
 
 
+def test_bf16_images_on_a_gpu_lie_in_channels_last():
+    usual = {d: [c for c in cases.all_cases(device=d) if cases.is_usual(c)] for d in ("cpu", "cuda")}
+    assert len(usual["cpu"]) == len(usual["cuda"])
+    for device, expected in (("cpu", {"nchw"}), ("cuda", {"channels_last"})):
+        bf16 = [c for c in usual[device] if c.dtype == "bf16"]
+        assert {c.layout for c in bf16 if c.workload.images} == expected
+        assert {c.layout for c in bf16 if not c.workload.images} == {"nchw"}
+
+
 def test_device_that_is_not_there(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["run", "--device", "cuda"]) == 2
