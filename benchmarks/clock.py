@@ -65,6 +65,17 @@ def clock(device: str) -> HostClock:
     return CudaClock() if device == "cuda" else HostClock()
 
 
+def is_lost(device: str) -> bool:
+    """Whether no call of this process can run on a device any more: an access out of bounds leaves a GPU's context so."""
+    if device == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
 def captured(call: Callable[[], object]) -> Callable[[], object]:
     """The replay of a CUDA graph of `CALLS_IN_GRAPH` calls: the work on the device, without the time that the host takes to start it."""
     stream = torch.cuda.Stream()

@@ -312,6 +312,9 @@ def run_cases(
         beside += max(0.0, now() - start - seconds)
         rows.append(row)
         on_row(row)
+        # Every further row would have the same error.
+        if row.status == "error" and clock.is_lost(case.device):
+            return
     todo = [r for r in rows if r.warm.by_peer]
     for number in range(2, PASSES + AGAIN + 1):
         if number > PASSES:

@@ -121,6 +121,26 @@ def test_limit_of_a_convolution_in_tf32(monkeypatch):
         assert limits.precision_of(other) == "fp32"
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_run_ends_with_the_device(monkeypatch, lost):
+    """After an access out of bounds nothing runs in this process; after any other error the next case does."""
+    failing = Exception("CUDA error: an illegal memory access was encountered")
+
+    def synchronize():
+        if lost:
+            raise failing
+
+    def run_case(*args, **options):
+        raise failing
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(runner, "run_case", run_case)
+    rows = []
+    two = [Case(CONV, "fp32", layout, "forward", "cuda") for layout in cases.LAYOUTS]
+    runner.run_cases(two, FAST, budget=5.0, row_seconds=1.0, on_row=rows.append)
+    assert [r.status for r in rows] == ["error"] * (1 if lost else 2)
+
+
 def test_bf16_images_on_a_gpu_lie_in_channels_last():
     usual = {d: [c for c in cases.all_cases(device=d) if cases.is_usual(c)] for d in ("cpu", "cuda")}
     assert len(usual["cpu"]) == len(usual["cuda"])
