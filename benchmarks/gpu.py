@@ -45,8 +45,19 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     tested = report.step("tests", [test_command()], args.minutes * 60 * TESTS_SHARE)
     suite = [sys.executable, "-m", "benchmarks", "run", "--device", "cuda", "--prefer-kernels"]
-    for family in families():
-        suite += ["--family", family]
+    try:
+        for family in families():
+            suite += ["--family", family]
+    except subprocess.CalledProcessError as error:
+        # The library cannot be loaded, say.
+        report.steps["suite"] = {
+            "status": f"exit status {error.returncode}",
+            "seconds": 0.0,
+            "output": error.stderr,
+        }
+        report.save()
+        print(report.text())
+        return 1
     for peer in fast_rivals():
         suite += ["--peer", peer]
     left = end - time.monotonic() - 10

@@ -202,6 +202,18 @@ def test_build_that_fails_beside_a_library(tmp_path, monkeypatch):
     assert "suite" in found["steps"]
 
 
+def test_library_that_cannot_be_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "build_commands", lambda: [[sys.executable, "-c", "pass"]])
+    monkeypatch.setattr(gpu, "test_command", lambda: [sys.executable, "-c", "pass"])
+
+    def families():
+        raise subprocess.CalledProcessError(1, "python", stderr="undefined symbol")
+
+    monkeypatch.setattr(gpu, "families", families)
+    assert gpu.main(["--out", str(tmp_path), "--minutes", "1"]) == 1
+    assert "undefined symbol" in (tmp_path / "report.txt").read_text()
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
     """The one command for a GPU machine, with the steps in its place that this machine can run."""
