@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -123,12 +124,9 @@ class Case:
 
     def tensors(self) -> list[torch.Tensor]:
         """The inputs, the same at every call."""
-        # A generator per shape: the same numbers, up to rounding, in every dtype, layout and direction.
-        seed = zlib.crc32(f"{self.workload.op} {self.workload.shape}".encode())
-        generator = torch.Generator().manual_seed(seed)
         made = []
-        for spec in self.workload.inputs:
-            t = _make(spec, generator)
+        for spec, numbers in zip(self.workload.inputs, _numbers(self.workload), strict=True):
+            t = numbers.clone()
             if t.is_floating_point():
                 t = t.to(DTYPES[self.dtype])
             if self.layout == "channels_last" and t.dim() == 4:
@@ -157,6 +155,16 @@ def _least(load: Workload) -> tuple[Input, ...]:
         rank = len(inputs[0].shape) - 2
         smallest = [(1, 1, *(size if isinstance(size, tuple) else (size,) * rank))]
     return tuple(replace(i, shape=shape) for i, shape in zip(inputs, smallest, strict=False))
+
+
+# As many workloads as a run that mixes the families has under way.
+@lru_cache(maxsize=8)
+def _numbers(load: Workload) -> tuple[torch.Tensor, ...]:
+    """The inputs of a workload, drawn once: for large ones that takes longer than a GPU takes for a row."""
+    # A generator per shape: the same numbers, up to rounding, in every dtype, layout and direction.
+    seed = zlib.crc32(f"{load.op} {load.shape}".encode())
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(_make(spec, generator) for spec in load.inputs)
 
 
 _MASKS = ("padding", "additive")
@@ -297,8 +305,12 @@ def is_quick(case: Case) -> bool:
 
 
 def is_usual(case: Case) -> bool:
-    """Whether a run has the case unless it is asked for: bf16 has torch's default layout, backward is not timed alone."""
-    return case.direction in USUAL and (case.dtype == "fp32" or case.layout == LAYOUTS[0])
+    """Whether a run has the case unless it is asked for: bf16 has one layout, backward is not timed alone.
+
+    The layout is torch's default one, of images on a GPU channels_last: its units for bf16 want it, and so do all rivals there.
+    """
+    layout = LAYOUTS[1 if case.device == "cuda" and case.workload.images else 0]
+    return case.direction in USUAL and (case.dtype == "fp32" or case.layout == layout)
 
 
 class UnknownFilter(ValueError):

@@ -10,6 +10,10 @@ import torch
 
 # Beyond every cache: of a processor, and the second-level cache of a GPU.
 SWEEP_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
+# Calls that a captured graph has in it: a replay of its own takes microseconds to start, as long as a small kernel runs.
+CALLS_IN_GRAPH = 10
+# A GPU's cycles in which the host gets a call ready, about half a millisecond.
+AHEAD = 1 << 20
 
 
 class HostClock:
@@ -44,6 +48,16 @@ class CudaClock(HostClock):
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / count
 
+    def sweeper(self):
+        sweep = super().sweeper()
+
+        def sweep_and_wait():
+            sweep()
+            # Else the single call that follows would be timed from before the host has started its first kernel.
+            torch.cuda._sleep(AHEAD)
+
+        return sweep_and_wait
+
 
 @cache
 def clock(device: str) -> HostClock:
@@ -51,8 +65,19 @@ def clock(device: str) -> HostClock:
     return CudaClock() if device == "cuda" else HostClock()
 
 
+def is_lost(device: str) -> bool:
+    """Whether no call of this process can run on a device any more: an access out of bounds leaves a GPU's context so."""
+    if device == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a CUDA graph of a call: its work on the device, without the time that the host takes to start it."""
+    """The replay of a CUDA graph of `CALLS_IN_GRAPH` calls: the work on the device, without the time that the host takes to start it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -61,7 +86,8 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = call()
-    # The graph writes into its results: they live as long as it does.
+        for _ in range(CALLS_IN_GRAPH):
+            kept = call()
+    # The graph writes into its results: the last live as long as it does.
     graph.results = kept
     return graph.replay

@@ -77,6 +77,13 @@ def limit(limits: Limits, dtype: str, flops: float, moved: float) -> Limit:
     return max(candidates, key=lambda x: x.seconds)
 
 
+def precision_of(case) -> str:
+    """What a case's products are multiplied in: its dtype, or TF32 where torch's own would be too."""
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    rounds = case.device == "cuda" and case.dtype == "fp32" and case.workload.family == "conv" and tf32
+    return "tf32" if rounds else case.dtype
+
+
 @cache
 def probe_module():
     """The probe, built by ninja into torch's folder of extensions at first use (about 20 seconds)."""
@@ -125,11 +132,17 @@ def measure_gpu() -> Limits:
 
     peaks = {}
     size = 8192
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    for name, dtype in (("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)):
         # Random numbers: products of zeros draw less power and run faster.
         a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
-        rate = 2.0 * size**3 / best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        products.fp32_precision = "tf32" if name == "tf32" else "ieee"
+        try:
+            rate = 2.0 * size**3 / best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        finally:
+            products.fp32_precision = before
         peaks[name] = (rate, f"{size}^3 product")
     source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
     copied = 2.0 * source.nbytes / best(lambda: target.copy_(source))

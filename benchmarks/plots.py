@@ -230,6 +230,7 @@ def _roofline(record: Record):
     low, high = x.min() / 2, max(x.max() * 2, 100)
     span = np.geomspace(low, high, 200)
     drawn = {r.case.dtype for r in rows} | {"fp32"}
+    drawn |= {r.limit.name.removesuffix(" peak") for r in rows if r.limit}
     peaks = {name: peak for name, peak in limits.peaks.items() if name in drawn}
     top = max(rate for rate, _ in peaks.values())
     for name, (rate, by) in peaks.items():

@@ -17,7 +17,7 @@ from benchmarks.cases import Case
 from benchmarks.check import Reference, results
 from benchmarks.clock import HostClock
 from benchmarks.fresh import FreshProcess
-from benchmarks.limits import Limit, Limits, limit
+from benchmarks.limits import Limit, Limits, limit, precision_of
 from benchmarks.peers import FastNN, Peer
 from benchmarks.samples import Samples
 
@@ -121,7 +121,7 @@ def run_case(
         else:
             row.peer_notes[peer.name] = f"{status}: {wrong}"
     if limits is not None and row.bytes is not None:
-        row.limit = limit(limits, case.dtype, row.flops or 0.0, row.bytes)
+        row.limit = limit(limits, precision_of(case), row.flops or 0.0, row.bytes)
     # Beyond the caches every call is cold.
     cold = row.limit is not None and row.limit.bandwidth and row.bytes < clock.SWEEP_BYTES[case.device] / 2
     start = time.perf_counter()
@@ -132,7 +132,8 @@ def run_case(
         replays = _captured({p.name: ready[p.name] for p in peers if p.name in ready and not p.slow})
         if peers[0].name in replays:
             row.graph.add(_interleave(replays, time.perf_counter() + seconds, timer))
-    if row.warm.ours.median < SHORT_SECONDS:
+    # On a GPU the graphs tell what the host adds, and kernels for sizes of 1 would be compiled for nothing else.
+    elif row.warm.ours.median < SHORT_SECONDS:
         row.overhead = _overhead(case, [p for p in peers if p.name in ready and not p.slow])
     return row
 
@@ -154,10 +155,11 @@ def measure(case: Case, peers: list[Peer], known: dict[str, float], seconds: flo
 
 @dataclass
 class Ready:
-    """A call that is prepared and checked, and what is set around its blocks."""
+    """A call that is prepared and checked, what is set around its blocks, and how many calls it stands for."""
 
     call: Callable[[], object]
     settings: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    calls: int = 1
 
 
 def prepare(peer: Peer, case: Case, reference: Reference):
@@ -189,7 +191,7 @@ def _captured(ready: dict[str, Ready]) -> dict[str, Ready]:
     replays = {}
     for name, one in ready.items():
         with contextlib.suppress(Exception), one.settings():
-            replays[name] = Ready(clock.captured(one.call))
+            replays[name] = Ready(clock.captured(one.call), calls=clock.CALLS_IN_GRAPH)
     return replays
 
 
@@ -238,7 +240,7 @@ def _interleave(
                 with ready[name].settings():
                     elapsed = timer.seconds(call, count)
                 if number >= 0:
-                    samples[name].append(elapsed)
+                    samples[name].append(elapsed / ready[name].calls)
     return samples
 
 
@@ -310,6 +312,9 @@ def run_cases(
         beside += max(0.0, now() - start - seconds)
         rows.append(row)
         on_row(row)
+        # Every further row would have the same error.
+        if row.status == "error" and clock.is_lost(case.device):
+            return
     todo = [r for r in rows if r.warm.by_peer]
     for number in range(2, PASSES + AGAIN + 1):
         if number > PASSES:

@@ -47,6 +47,15 @@ def test_events_time_a_block(monkeypatch):
     assert 0.002 <= seconds < 0.1
 
 
+def test_cold_call_finds_the_host_ahead(monkeypatch):
+    """The device is kept busy between the sweep and the call."""
+    monkeypatch.setattr(clock.CudaClock, "device", "cpu")
+    waits = []
+    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
+    clock.CudaClock().sweeper()()
+    assert waits == [clock.AHEAD]
+
+
 def test_row_on_a_gpu(monkeypatch):
     """The protocol of a row on a GPU, with the host in its place: cold calls and replayed graphs beside the warm ones."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -58,7 +67,7 @@ def test_row_on_a_gpu(monkeypatch):
         if len(replays) == 2:
             raise RuntimeError("this cannot be captured")
         replays.append(call)
-        return call
+        return lambda: [call() for _ in range(clock.CALLS_IN_GRAPH)]
 
     monkeypatch.setattr(clock, "captured", captured)
     monkeypatch.setattr(
@@ -78,7 +87,67 @@ def test_row_on_a_gpu(monkeypatch):
     )
     assert row.cold.timings.keys() == row.warm.timings.keys()
     assert row.graph.timings.keys() == {"fastnn", "eager"}
+    # Of a call, not of a graph that has several in it.
+    assert row.graph.ours.least < 3 * row.warm.ours.median
+    assert not row.overhead
     assert set(row.graph.ratios) == {"eager"}
+
+
+def test_relu_that_tf32_decides():
+    """On a GPU stock's own convolution is off by so much that the ReLU's way would be chance."""
+    case = Case(CONV, "fp32", "nchw", "forward+backward")
+    tensors = [torch.zeros(2, 3, 9, 9), torch.zeros(4, 3, 3, 3)]
+    tensors[0][0], tensors[0][1] = 1, 1e-3
+    tensors[1][:, 0, 1, 1] = 1
+    assert not check._undecided(case, tensors).any()
+    on_gpu = check._undecided(replace(case, device="cuda"), tensors)
+    assert on_gpu[1].all()
+    assert not on_gpu[0].any()
+
+
+def test_limit_of_a_convolution_in_tf32(monkeypatch):
+    """It would come out beyond the limit of full precision."""
+    case = Case(CONV, "fp32", "nchw", "forward", "cuda")
+    known = {"fp32": (1.0, "x"), "tf32": (8.0, "x")}
+    bound = limits.Limits(1, known, (limits.Level("memory", 1 << 62, 1e9, 1e9),))
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for precision, peak in (("tf32", "tf32"), ("ieee", "fp32")):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            assert limits.limit(bound, limits.precision_of(case), 16.0, 1.0).name == f"{peak} peak"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    for other in (replace(case, device="cpu"), replace(case, workload=LINEAR)):
+        assert limits.precision_of(other) == "fp32"
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_run_ends_with_the_device(monkeypatch, lost):
+    """After an access out of bounds nothing runs in this process; after any other error the next case does."""
+    failing = Exception("CUDA error: an illegal memory access was encountered")
+
+    def synchronize():
+        if lost:
+            raise failing
+
+    def run_case(*args, **options):
+        raise failing
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(runner, "run_case", run_case)
+    rows = []
+    two = [Case(CONV, "fp32", layout, "forward", "cuda") for layout in cases.LAYOUTS]
+    runner.run_cases(two, FAST, budget=5.0, row_seconds=1.0, on_row=rows.append)
+    assert [r.status for r in rows] == ["error"] * (1 if lost else 2)
+
+
+def test_bf16_images_on_a_gpu_lie_in_channels_last():
+    usual = {d: [c for c in cases.all_cases(device=d) if cases.is_usual(c)] for d in ("cpu", "cuda")}
+    assert len(usual["cpu"]) == len(usual["cuda"])
+    for device, expected in (("cpu", {"nchw"}), ("cuda", {"channels_last"})):
+        bf16 = [c for c in usual[device] if c.dtype == "bf16"]
+        assert {c.layout for c in bf16 if c.workload.images} == expected
+        assert {c.layout for c in bf16 if not c.workload.images} == {"nchw"}
 
 
 def test_device_that_is_not_there(capsys, monkeypatch):
@@ -122,6 +191,29 @@ def test_cublaslt_gives_the_layer():
     assert check.Reference(case).disagreement(check.results(function, tensors, None)) is None
 
 
+def test_build_that_fails_beside_a_library(tmp_path, monkeypatch):
+    """One that was built elsewhere is measured all the same."""
+    monkeypatch.setattr(gpu, "build_commands", lambda: [[sys.executable, "-c", "raise SystemExit(2)"]])
+    monkeypatch.setattr(gpu, "test_command", lambda: [sys.executable, "-c", "print('3 passed')"])
+    monkeypatch.setattr(gpu, "families", lambda: ["pool"])
+    assert gpu.main(["--out", str(tmp_path), "--minutes", "1"]) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [s["status"] for s in found["steps"].values()][:2] == ["exit status 2", "ok"]
+    assert "suite" in found["steps"]
+
+
+def test_library_that_cannot_be_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "build_commands", lambda: [[sys.executable, "-c", "pass"]])
+    monkeypatch.setattr(gpu, "test_command", lambda: [sys.executable, "-c", "pass"])
+
+    def families():
+        raise subprocess.CalledProcessError(1, "python", stderr="undefined symbol")
+
+    monkeypatch.setattr(gpu, "families", families)
+    assert gpu.main(["--out", str(tmp_path), "--minutes", "1"]) == 1
+    assert "undefined symbol" in (tmp_path / "report.txt").read_text()
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
     """The one command for a GPU machine, with the steps in its place that this machine can run."""
@@ -129,6 +221,11 @@ def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
         gpu, "build_commands", lambda: [[sys.executable, "-c", f"raise SystemExit({int(fails)})"]]
     )
     monkeypatch.setattr(gpu, "families", lambda: ["pool"])
+    # In one process, which takes less where there is nothing to run.
+    command = gpu.test_command()[:7]
+    monkeypatch.setattr(gpu, "test_command", lambda: command)
+    if fails:
+        monkeypatch.setattr(gpu, "LIBRARY", tmp_path / "none")
     status = gpu.main(["--out", str(tmp_path), "--minutes", "2"])
     found = json.loads((tmp_path / "gpu.json").read_text())
     if fails:
@@ -167,3 +264,15 @@ def interrupt_a_step(report):
     assert not report.step("long", [[sys.executable, "-u", "-c", code]], seconds=3)
     assert report.steps["long"]["status"] == "out of time (3 s)"
     assert "a partial result" in report.steps["long"]["output"]
+
+
+def test_step_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    """A grandchild that heeds nothing would hold the pipe, as a build does whose driver alone was told."""
+    monkeypatch.setattr(gpu, "GRACE", 1, raising=False)
+    report = gpu.Report(tmp_path)
+    grandchild = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(45)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}]); time.sleep(45)"
+    start = time.monotonic()
+    assert not report.step("long", [[sys.executable, "-c", code]], seconds=2)
+    assert time.monotonic() - start < 30
+    assert report.steps["long"]["status"] == "out of time (2 s)"

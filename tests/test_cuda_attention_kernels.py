@@ -82,7 +82,9 @@ def test_order_of_dimensions(order):
 
     def laid_out(t):
         memory = np.full([t.shape[d] + 1 for d in order] + [t.shape[3] + 8], np.nan).astype(t.dtype)
-        view = memory.transpose([*np.argsort(order), 3])[: t.shape[0], : t.shape[1], : t.shape[2], : t.shape[3]]
+        view = memory.transpose([*np.argsort(order), 3])[
+            : t.shape[0], : t.shape[1], : t.shape[2], : t.shape[3]
+        ]
         view[:] = t
         return view
 

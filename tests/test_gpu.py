@@ -442,6 +442,13 @@ def test_what_is_slower_on_the_cpu_is_not_asked_about_a_gpu(fake_gpu, monkeypatc
     assert kernels_run.ran == [("linear", "kernel"), ("conv2d", "kernel")]
 
 
+def test_attention_of_more_heads_than_a_grid_has(fake_gpu, native):
+    for batch in (4095, 4096):
+        q = fake_gpu(batch, 16, 4, 32)
+        assert attention.scaled_dot_product_attention(q, q, q).shape == q.shape
+    assert native == [("attention", None), ("attention", "more than 65535 heads of all sequences on a GPU")]
+
+
 def test_attention_with_dropout(fake_gpu, native):
     q = fake_gpu(2, 4, 16, 32)
     y = attention.scaled_dot_product_attention(q, q, q, dropout_p=0.1)

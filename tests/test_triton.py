@@ -233,3 +233,82 @@ def test_attention_compiles(architecture, name, mask, causal, dropout, dtype, wi
     assert used.shared <= {80: 163, 90: 227, 100: 227}[architecture] * 1024
     if dtype != "fp32" and min(tile.m, tile.n) >= 64:
         assert {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}[architecture] in used.ptx
+
+
+class Device:
+    """Stands in for a GPU of compute capability 9.0 where kernels are compiled and not started. No real one has its number."""
+
+    def get_current_device(self):
+        return 1 << 20
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The kernels of the launches, compiled for their real arguments and not started."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    made, run = [], JITFunction.run
+
+    def compile_alone(self, *args, warmup, **options):
+        made.append((self.__name__, run(self, *args, warmup=True, **options).metadata.shared))
+
+    monkeypatch.setattr(JITFunction, "run", compile_alone)
+    # Not by its own functions, which would look for a real one afterwards.
+    monkeypatch.setattr(driver, "_active", Device())
+    return made
+
+
+@pytest.mark.parametrize("sizes", [(64, 784, 128), (3, 17, 5), (1, 1, 1), (256, 128, 256)], ids=str)
+def test_launch_of_linear(sizes, launches):
+    """What is passed is what Triton takes: descriptors, numbers that it makes constants, and one tensor in place of another."""
+    from fastnn.triton import linear
+
+    rows, features, outputs = sizes
+    x, w = (torch.randn(s, dtype=torch.bfloat16) for s in ((rows, features), (outputs, features)))
+    y = linear.linear_forward(x, w, w.new_empty(outputs), relu=True, design="plain")
+    linear.linear_backward(y, x, w, y, True, True, True, design="plain")
+    expected = ["product"] * 3
+    if rows == 256:
+        options = {"mask": y.t(), "sums": w.new_empty(outputs)}
+        linear._multiply_persistent(x, w.t(), y, 132, bias=w.new_empty(outputs), relu=True)
+        linear._multiply_persistent(y.t(), x, torch.empty_like(w), 132, **options)
+        expected += ["persistent_product"] * 2
+    assert [name for name, _ in launches] == expected
+    assert max(shared for _, shared in launches) <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mask", "causal", "dropout_p"),
+    [
+        ((2, 4, 2, 197, 130, 64), None, False, 0.2),
+        ((1, 1, 1, 1, 1, 1), None, True, 0.0),
+        ((2, 2, 2, 65, 40, 48), torch.bool, False, 0.0),
+    ],
+    ids=str,
+)
+def test_launch_of_attention(sizes, mask, causal, dropout_p, launches):
+    from fastnn.triton import attention
+
+    batch, heads, key_heads, queries, keys, width = sizes
+    q, k, v = (
+        torch.randn(s, dtype=torch.bfloat16)
+        for s in ((batch, heads, queries, width), *((batch, key_heads, keys, width),) * 2)
+    )
+    seed = torch.tensor([1]) if dropout_p else None
+    if mask is not None:
+        mask = torch.ones(batch, 1, 1, keys, dtype=mask)
+    out = torch.empty_like(q)
+    sums = attention.attention_forward(q, k, v, mask, causal, None, out, dropout_p, seed)
+    gradients = tuple(map(torch.empty_like, (q, k, v)))
+    attention.attention_backward(out, q, k, v, mask, out, sums, causal, None, gradients, dropout_p, seed)
+    assert [name for name, _ in launches] == ["forward", "dots", "backward_keys", "backward_queries"]
+    assert max(shared for _, shared in launches) <= 227 * 1024

@@ -81,6 +81,10 @@ def test_what_descriptors_cannot_tell_of():
     ):
         assert not linear._fits_persistent(odd, whole, whole)
     assert not linear._fits_persistent(whole, whole, whole.t())
+    # A mask may begin where its gradient does not.
+    assert linear._fits_persistent(whole, whole, whole, mask=whole)
+    apart = torch.zeros(whole.numel() + 1, dtype=whole.dtype)[1:].view(whole.shape)
+    assert not linear._fits_persistent(whole, whole, whole, mask=apart)
 
 
 @pytest.mark.parametrize("relu", [False, True])

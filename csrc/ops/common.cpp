@@ -3,6 +3,8 @@
 #endif
 #include "ops/common.h"
 
+#include <torch/headeronly/util/shim_utils.h>
+
 #include <array>
 #include <cstdlib>
 #include <sstream>
@@ -68,7 +70,8 @@ cuda::Stream current_stream(const Tensor& t) {
 #else
   FASTNN_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  // Not the macro whose name begins with STABLE, which torch before 2.13 lacks.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return stream;
 #endif
 }
@@ -131,9 +134,8 @@ Tensor empty_strided_on(int32_t device_type, int32_t device_index, ScalarType dt
                         const Sizes& strides) {
   AtenTensorHandle made = nullptr;
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), code, device_type, device_index,
-                                                         &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), code, device_type, device_index, &made));
   return Tensor(made);
 }
 

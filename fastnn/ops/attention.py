@@ -152,13 +152,16 @@ def _triton_backward(
 
 def _unsupported_on_gpus(query, key, value, mask, is_causal, scale):
     reason = _unsupported(query, key, value, mask, is_causal, scale)
-    if reason is None and query.is_cuda and max(query.shape[3], value.shape[3]) > _WIDEST_ON_GPUS:
-        return f"heads wider than {_WIDEST_ON_GPUS} on a GPU"
+    if reason is None and query.is_cuda:
+        if max(query.shape[3], value.shape[3]) > _WIDEST_ON_GPUS:
+            return f"heads wider than {_WIDEST_ON_GPUS} on a GPU"
+        if query.shape[0] * query.shape[1] > _MOST_ON_GPUS:
+            return f"more than {_MOST_ON_GPUS} heads of all sequences on a GPU"
     return reason
 
 
-# A row of a tile lies in registers.
-_WIDEST_ON_GPUS = 256
+# A row of a tile lies in registers, and the second dimension of a grid goes through the heads.
+_WIDEST_ON_GPUS, _MOST_ON_GPUS = 256, 65535
 
 attention_backward = declare(
     "attention_backward",

@@ -172,8 +172,8 @@ def pick_persistent(masked: bool) -> Tile:
 _LEAST_PERSISTENT = 128 * 128 * 66
 
 
-def _fits_persistent(a, b, c) -> bool:
-    """Whether the tensor descriptors of a GPU can tell of all three: 16-byte aligned rows, side by side."""
+def _fits_persistent(a, b, c, mask=None) -> bool:
+    """Whether the tensor descriptors of a GPU can tell of all: 16-byte aligned rows, side by side."""
 
     def fits(t):
         rows, row = (0, 1) if t.stride(1) == 1 else (1, 0)
@@ -185,7 +185,9 @@ def _fits_persistent(a, b, c) -> bool:
             and max(t.shape) < 1 << 31
         )
 
-    return a.element_size() == 2 and fits(a) and fits(b) and fits(c) and c.stride(1) == 1
+    # A mask has the strides of `a`, but lies elsewhere.
+    described = (a, b, c) if mask is None else (a, b, c, mask)
+    return a.element_size() == 2 and all(map(fits, described)) and c.stride(1) == 1
 
 
 @cache
@@ -237,7 +239,7 @@ def _multiply(a, b, c, design, *, mask=None, bias=None, sums=None, activation="n
     if design != "plain" and a.is_cuda:
         generation, multiprocessors = _device(a.device.index)
         wanted = design == "persistent" or rows * columns >= _LEAST_PERSISTENT
-        if wanted and generation >= 9 and _fits_persistent(a, b, c):
+        if wanted and generation >= 9 and _fits_persistent(a, b, c, mask):
             return _multiply_persistent(
                 a, b, c, multiprocessors, mask=mask, bias=bias, sums=sums, activation=activation
             )
