@@ -79,3 +79,13 @@ def assert_as_good(ours, stock, exact, roundings=1):
     error = (ours.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
     allowed = 2 * ((stock.double() - exact)[finite].abs().max().item() if finite.any() else 0.0) + floor
     assert error <= allowed, f"error {error:.3g}, stock's bound {allowed:.3g}"
+
+
+@pytest.fixture(params=["late", "at once"])
+def copies(request):
+    """When asynchronous copies of the CUDA kernels arrive in the host's model, and which threads go on first."""
+    from kernel_module import kernels
+
+    kernels.copies_arrive_at_once(request.param == "at once")
+    yield
+    kernels.copies_arrive_at_once(False)

@@ -48,13 +48,13 @@ def oracle(q, k, v, causal, scale):
     return weights / sums @ v, (most + np.log(sums))[..., 0], weights / sums @ np.abs(v)
 
 
-def attend(q, k, v, causal, scale, at_once=False, output=None):
+def attend(q, k, v, causal, scale, output=None):
     """The kernel's result, into `output` if given, and its logarithms of sums."""
     shape = (*q.shape[:3], v.shape[3])
     output = np.empty(shape, q.dtype) if output is None else output
     output[:] = np.nan
     sums = np.full(q.shape[:3], np.nan, np.float32)
-    kernels.attention_forward_on_hopper(q, k, v, causal, scale, output, sums, at_once)
+    kernels.attention_forward_on_hopper(q, k, v, causal, scale, output, sums)
     return output, sums
 
 
@@ -66,14 +66,14 @@ def assert_right(made, q, k, v, causal, scale, dtype):
     assert np.all(np.abs(sums - logsumexp) <= 1e-5 * (1 + np.abs(logsumexp)))
 
 
-@pytest.mark.parametrize("at_once", [False, True], ids=["copies late", "copies at once"])
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention(case, dtype, causal, at_once):
+def test_attention(case, dtype, causal):
     q, k, v = arrays(case, dtype)
     scale = case[5] ** -0.5
-    assert_right(attend(q, k, v, causal, scale, at_once), q, k, v, causal, scale, dtype)
+    assert_right(attend(q, k, v, causal, scale), q, k, v, causal, scale, dtype)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)

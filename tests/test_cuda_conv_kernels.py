@@ -44,7 +44,7 @@ DEEP_GRADIENT = [
     (3, 32, 5, 6, 352, 3, 3, 1, 1, 1, 1, 1, 1, 2),
     (1, 5, 7, 6, 181, 3, 3, 2, 1, 1, 1, 1, 1, 1),
 ]
-AUTOMATIC_TILE, SMALL_TILE, LARGE_TILE = 0, 1, 2
+AUTOMATIC_TILE, SMALL_TILE, LARGE_TILE, WARPGROUPS = 0, 1, 2, 3
 DEPTHWISE = [
     (2, 8, 7, 9, 8, 3, 3, 1, 1, 1, 1, 1, 1, 8),
     (1, 24, 9, 10, 24, 3, 3, 2, 2, 1, 1, 1, 1, 24),
@@ -77,7 +77,32 @@ def allowed(dtype, tf32, terms, scale):
 @pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=["float32", "tf32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", CASES + LARGE + DEPTHWISE, ids=str)
 def test_conv(case, dtype, tf32):
-    tile = LARGE_TILE if case in LARGE else SMALL_TILE
+    check_conv(case, dtype, tf32, LARGE_TILE if case in LARGE else SMALL_TILE)
+
+
+# By vectors of 16 bytes; the tiles of 64, 128 and 256 columns, whole and not, and several of them.
+BY_WARPGROUPS = [
+    *CASES[1:6],
+    *LARGE,
+    (1, 64, 12, 12, 128, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (1, 72, 9, 9, 264, 2, 2, 1, 1, 1, 1, 1, 1, 1),
+    (1, 128, 6, 6, 256, 1, 1, 1, 1, 0, 0, 1, 1, 1),
+]
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", BY_WARPGROUPS, ids=str)
+def test_conv_by_warpgroups(case, dtype):
+    check_conv(case, dtype, False, WARPGROUPS)
+
+
+@pytest.mark.parametrize(("case", "dtype"), [(CASES[0], "float16"), (CASES[1], "float32")], ids=str)
+def test_what_warpgroups_do_not_take_is_for_other_tiles(case, dtype):
+    check_conv(case, dtype, False, WARPGROUPS)
+
+
+def check_conv(case, dtype, tf32, tile):
     n, c, _, _, k, kh, kw = case[:7]
     shape, (x64, w64, b64, g64), (x, weight, bias, g) = arrays(case, dtype)
     depth = c // case[-1] * kh * kw
@@ -104,7 +129,7 @@ def test_conv(case, dtype, tf32):
 
 
 def with_tiles(cases):
-    return [(case, AUTOMATIC_TILE) for case in cases] + [(cases[0], LARGE_TILE)]
+    return [(case, AUTOMATIC_TILE) for case in cases] + [(cases[0], LARGE_TILE), (cases[0], WARPGROUPS)]
 
 
 def parts(workspace, result):
@@ -161,10 +186,15 @@ def test_only_deep_products_of_few_tiles_are_in_parts():
         assert kernels.cuda_conv_input_gradient(*how, g, weight, x) == 0
 
 
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("case", [*CASES[:4], LARGE[0]], ids=str)
-def test_conv_relu_max_pool(case, dtype):
-    tile = LARGE_TILE if case in LARGE else SMALL_TILE
+@pytest.mark.parametrize(
+    ("case", "tile"),
+    [*((case, SMALL_TILE) for case in CASES[:4]), (LARGE[0], LARGE_TILE)]
+    + [(case, WARPGROUPS) for case in (CASES[2], LARGE[0], BY_WARPGROUPS[-2])],
+    ids=str,
+)
+def test_conv_relu_max_pool(case, tile, dtype):
     shape, _, (x, weight, bias, g) = arrays(case, dtype)
     y = np.full_like(g, np.nan)
     kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, True, False, y, None)

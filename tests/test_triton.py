@@ -274,12 +274,12 @@ def test_launch_of_linear(sizes, launches):
 
     rows, features, outputs = sizes
     x, w = (torch.randn(s, dtype=torch.bfloat16) for s in ((rows, features), (outputs, features)))
-    y = linear.linear_forward(x, w, w.new_empty(outputs), relu=True, design="plain")
+    y = linear.linear_forward(x, w, w.new_empty(outputs), activation="relu", design="plain")
     linear.linear_backward(y, x, w, y, True, True, True, design="plain")
     expected = ["product"] * 3
     if rows == 256:
         options = {"mask": y.t(), "sums": w.new_empty(outputs)}
-        linear._multiply_persistent(x, w.t(), y, 132, bias=w.new_empty(outputs), relu=True)
+        linear._multiply_persistent(x, w.t(), y, 132, bias=w.new_empty(outputs), activation="relu")
         linear._multiply_persistent(y.t(), x, torch.empty_like(w), 132, **options)
         expected += ["persistent_product"] * 2
     assert [name for name, _ in launches] == expected

@@ -20,7 +20,7 @@ struct Tiles {
                        kQueryBytes = kParts * kQueryPart, kKeyBytes = kParts * kKeyPart;
   // The registers of a thread that copies and of one that multiplies: 64 Ki in all.
   static constexpr int kProducerRegisters = kGiven, kConsumerRegisters = kTaken;
-  static_assert(kGiven + kConsumers * kTaken <= 65536 / kWarpgroup && kGiven % 8 == 0 && kTaken % 8 == 0);
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kWarpgroup);
 };
 using Tiles64 = Tiles<64, 128, 3, 32, 160>;
 using Tiles128 = Tiles<128, 128, 2, 24, 240>;
@@ -178,11 +178,17 @@ struct Consumer {
     if (lane_id() == 0) arrive(read);
   }
 
+  // Whether a tile reaches beyond the last key, or beyond the first query's own.
+  __device__ bool at_edge(int tile) const {
+    const int end = (tile + 1) * Tiles::kKeys;
+    return end > p.keys || (kCausal && end > work.tile * Tiles::kQueries + 64 * group + 1);
+  }
+
   // Makes weights of the scores of tile `tile` and gives by what the sums so far shrink.
+  template <bool kAtEdge>
   __device__ void exponentials(int tile, float (&shrink)[2]) {
-    const int first = tile * Tiles::kKeys + lane_id() % 4 * 2;
-    if ((tile + 1) * Tiles::kKeys > p.keys ||
-        (kCausal && (tile + 1) * Tiles::kKeys > row(0) - lane_id() / 4)) {
+    if constexpr (kAtEdge) {
+      const int first = tile * Tiles::kKeys + lane_id() % 4 * 2;
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         const int key = first + i / 4 * 8 + i % 2;
@@ -231,6 +237,37 @@ struct Consumer {
     for (int step = 0; step < kSteps; ++step) hold(weight[step]);
   }
 
+  // The scores of the i-th tile, and the values of the one before with its weights.
+  template <bool kAtEdge>
+  __device__ void step(int i) {
+    auto& barriers = *memory.barriers;
+    const int stage = i % Tiles::kStages, before = (i - 1) % Tiles::kStages;
+    wait(&barriers.keys_there[stage], i / Tiles::kStages % 2);
+    take_turn();
+    hold(score);
+    hold_weights();
+    hold_totals();
+    start_scores(stage);
+    wait(&barriers.values_there[before], (i - 1) / Tiles::kStages % 2);
+    start_values(before);
+    pass_turn();
+    wait_for_products<1>();
+    hold(score);
+    release(&barriers.keys_read[stage]);
+    float shrink[2];
+    exponentials<kAtEdge>(work.key_tiles - 1 - i, shrink);
+    wait_for_products<0>();
+    hold_weights();
+    hold_totals();
+    release(&barriers.values_read[before]);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+      for (int j = 0; j < kSums; ++j) total[half][j] *= shrink[j / 2 % 2];
+    }
+    narrow_weights();
+  }
+
   __device__ void run() {
     auto& barriers = *memory.barriers;
     if (group == Tiles::kConsumers - 1) pass_turn();
@@ -243,34 +280,12 @@ struct Consumer {
     hold(score);
     release(&barriers.keys_read[0]);
     float shrink[2];
-    exponentials(work.key_tiles - 1, shrink);
+    exponentials<true>(work.key_tiles - 1, shrink);
     narrow_weights();
-    for (int i = 1; i < work.key_tiles; ++i) {
-      const int stage = i % Tiles::kStages, before = (i - 1) % Tiles::kStages;
-      wait(&barriers.keys_there[stage], i / Tiles::kStages % 2);
-      take_turn();
-      hold(score);
-      hold_weights();
-      hold_totals();
-      start_scores(stage);
-      wait(&barriers.values_there[before], (i - 1) / Tiles::kStages % 2);
-      start_values(before);
-      pass_turn();
-      wait_for_products<1>();
-      hold(score);
-      release(&barriers.keys_read[stage]);
-      exponentials(work.key_tiles - 1 - i, shrink);
-      wait_for_products<0>();
-      hold_weights();
-      hold_totals();
-      release(&barriers.values_read[before]);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-        for (int j = 0; j < kSums; ++j) total[half][j] *= shrink[j / 2 % 2];
-      }
-      narrow_weights();
-    }
+    // Tiles come from the last to the first: those at an edge are done before any other.
+    int i = 1;
+    for (; i < work.key_tiles && at_edge(work.key_tiles - 1 - i); ++i) step<true>(i);
+    for (; i < work.key_tiles; ++i) step<false>(i);
     const int last = (work.key_tiles - 1) % Tiles::kStages;
     wait(&barriers.values_there[last], (work.key_tiles - 1) / Tiles::kStages % 2);
     hold_weights();
@@ -354,6 +369,9 @@ __global__ void __launch_bounds__(Tiles::kBlock, 1) attend(const __grid_constant
     take_registers<Tiles::kConsumerRegisters>();
     Consumer<T, Tiles, kCausal>(p, memory, work, group - 1).run();
   }
+#else
+  // Nobody starts it on such a GPU.
+  __trap();
 #endif
 }
 

@@ -154,15 +154,15 @@ __device__ Finished<T> finish(bool relu, int together, float bias, const Sum& su
 // kFlat: elements are fetched one by one, over taps and channels as one depth, which is what few channels or
 // odd numbers of them ask for.
 template <Pass kPass, Multiply kMultiply, class Tile, bool kFlat>
-__global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_product(Gather p) {
+__global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) gather_product(Gather p) {
   using T = typename MultiplyTraits<kMultiply>::Element;
   constexpr bool kForward = kPass == Pass::forward;
-  using A = Operand<T, Tile::kRows, true>;
-  using B = Operand<T, Tile::kColumns, kForward>;
+  using A = typename OperandOf<Tile, T, Tile::kRows, true>::Type;
+  using B = typename OperandOf<Tile, T, Tile::kColumns, kForward>::Type;
   const Conv& s = p.s;
   const int thread = static_cast<int>(threadIdx.x);
   Row* rows = shared_memory<Row>();
-  T* memory = reinterpret_cast<T*>(rows + Tile::kRows);
+  auto* memory = reinterpret_cast<unsigned char*>(rows + Tile::kRows);
 
   uint32_t row_tile = blockIdx.x, group = blockIdx.z;
   const int first_column = static_cast<int>(p.by_columns.split(row_tile)) * Tile::kColumns;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
     const int all = taps * depth;
     const Steps mine = steps_of_part((all + A::kDepth - 1) / A::kDepth);
     const auto fetch = [&](T* a, T* b, int step) {
-      constexpr int kPerPass = Tile::kBlock / A::kDepth;
+      constexpr int kPerPass = Tile::kCopiers / A::kDepth;
       const int column = thread % A::kDepth, first = (mine.first + step) * A::kDepth, d = first + column;
       uint32_t tap = static_cast<uint32_t>(d), r;
       const int channel = static_cast<int>(p.by_depth.split(tap));
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
           b[B::at(i, column)] = there ? weight[int64_t{first_column + i} * all + d] : T{};
         }
       } else {
-        constexpr int kRowsPerPass = Tile::kBlock / Tile::kColumns;
+        constexpr int kRowsPerPass = Tile::kCopiers / Tile::kColumns;
         const int j = thread % Tile::kColumns;
         for (int i = thread / Tile::kColumns; i < B::kDepth; i += kRowsPerPass) {
           uint32_t at = static_cast<uint32_t>(first + i);
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
     const Steps mine = steps_of_part(walk.steps());
     walk.skip(mine.first);
     const auto fetch = [&](T* a, T* b, int) {
-      constexpr int V = A::kVector, kAcross = A::kDepth / V, kPerPass = Tile::kBlock / kAcross;
+      constexpr int V = A::kVector, kAcross = A::kDepth / V, kPerPass = Tile::kCopiers / kAcross;
       const int y = walk.rows.template distance<kPass>(walk.r),
                 x = walk.columns.template distance<kPass>(walk.q);
       const int tap = walk.r * s.kw + walk.q;
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
         }
       }
       if constexpr (!kForward) {
-        constexpr int kWeightAcross = Tile::kColumns / V, kRowsPerPass = Tile::kBlock / kWeightAcross;
+        constexpr int kWeightAcross = Tile::kColumns / V, kRowsPerPass = Tile::kCopiers / kWeightAcross;
         const int column = thread % kWeightAcross * V;
 #pragma unroll
         for (int i = 0; i < B::kDepth; i += kRowsPerPass) {
@@ -274,10 +274,12 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
     staged = multiply<kMultiply, Tile, A, B>(memory, mine.count, fetch);
   }
 
+  if (staged == nullptr) return;
+  const int worker = thread - (Tile::kBlock - Tile::kWorkers);
   if (p.workspace != nullptr) {
     const int64_t number = int64_t{blockIdx.y} * gridDim.z + blockIdx.z;
     float* part = p.workspace + number * p.rows * p.columns + first_column;
-    for (int i = thread; i < Tile::kRows * Tile::kColumns; i += Tile::kBlock) {
+    for (int i = worker; i < Tile::kRows * Tile::kColumns; i += Tile::kWorkers) {
       const int row = i / Tile::kColumns, column = i % Tile::kColumns;
       if (rows[row].to < 0 || first_column + column >= width) continue;
       part[(int64_t{row_tile} * Tile::kRows + row) * p.columns + column] =
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
 
   // The result, V columns to a thread at a time.
   constexpr int V = 16 / sizeof(T), kAcross = Tile::kColumns / V, kPitch = kStagedPitch<Tile>;
-  const int column = thread % kAcross * V, valid = width - first_column - column;
+  const int column = worker % kAcross * V, valid = width - first_column - column;
   if (valid <= 0) return;
   const int channel = static_cast<int>(group) * width + first_column + column;
   float bias[V] = {};
@@ -299,7 +301,7 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) gather_produ
     }
   }
   const int together = kForward && p.pooled ? 4 : 1;
-  for (int i = thread / kAcross * together; i < Tile::kRows; i += Tile::kBlock / kAcross * together) {
+  for (int i = worker / kAcross * together; i < Tile::kRows; i += Tile::kWorkers / kAcross * together) {
     const int64_t to = rows[i].to;
     if (to < 0) continue;
     const float* from = staged + i * kPitch + column;
@@ -358,19 +360,21 @@ __global__ void __launch_bounds__(kThreads) finish_parts(Gather p, Divisor by_co
 // What the shape, and whether elements can be fetched 16 bytes at a time, make of a product.
 struct Plan {
   Gather p;
-  bool flat, large;
+  bool flat;
+  TileKind tile;
   int64_t products, tiles;  // groups and phases, and tiles of each
   int parts;
 
   size_t workspace() const { return parts == 1 ? 0 : sizeof(float) * parts * products * p.rows * p.columns; }
 };
 
-// Where tiles leave most of a large GPU (see takes_large_tile) idle: as many parts as fill it twice, of 16
-// steps of the depth, 1 KiB, at least. By count, fewer than three do not pay for the kernel that adds them
-// up.
-inline int parts_of(int64_t tiles, int64_t steps) {
-  constexpr int64_t kBlocks = 264, kLeastSteps = 16, kLeastParts = 3, kMostParts = 64;
-  const int64_t parts = std::min({kBlocks / tiles, steps / kLeastSteps, kMostParts});
+// Where tiles leave most of a large GPU idle: as many parts as fill it, with two blocks to a multiprocessor
+// but for those of warpgroups, of 1 KiB of the depth at least. By count, fewer than three do not pay for the
+// kernel that adds them up.
+inline int parts_of(TileKind tile, int64_t tiles, int64_t steps) {
+  constexpr int64_t kLeastBytes = 1024, kLeastParts = 3, kMostParts = 64;
+  const int64_t blocks = is_of_warpgroups(tile) ? kMultiprocessors : 2 * kMultiprocessors;
+  const int64_t parts = std::min({blocks / tiles, steps * step_bytes(tile) / kLeastBytes, kMostParts});
   return parts < kLeastParts ? 1 : static_cast<int>(parts);
 }
 
@@ -386,26 +390,26 @@ Plan plan_of(Gather p, DType dtype, TileSize tile, bool flat, void* workspace) {
   const bool by_phases = kPass == Pass::input_gradient && !flat;
   const int phases = by_phases ? s.sh * s.sw : 1;
   const int64_t products = int64_t{s.groups} * phases;
-  const bool large = !flat && takes_large_tile(tile, p.rows, p.columns, products);
-  const int64_t tile_rows = large ? LargeTile::kRows : SmallTile::kRows,
-                tile_columns = large ? LargeTile::kColumns : SmallTile::kColumns;
+  const TileKind kind = flat ? TileKind::small : tile_kind(tile, dtype, p.rows, p.columns, products);
+  const TileExtent extent = extent_of(kind);
   p.by_phases = Divisor(phases);
-  p.by_columns = Divisor(ceil_div(p.columns, tile_columns));
-  const int64_t tiles = ceil_div(p.rows, tile_rows) * p.by_columns.divisor;
-  const int64_t depth = kPass == Pass::forward ? s.group_c : s.group_k, step = 64 / size_of(dtype);
+  p.by_columns = Divisor(ceil_div(p.columns, extent.columns));
+  const int64_t tiles = ceil_div(p.rows, extent.rows) * p.by_columns.divisor;
+  const int64_t depth = kPass == Pass::forward ? s.group_c : s.group_k,
+                step = step_bytes(kind) / size_of(dtype);
   const int64_t taps =
       by_phases ? taps_of_phase(s.kh, s.sh, s.dh) * taps_of_phase(s.kw, s.sw, s.dw) : int64_t{s.kh} * s.kw;
   const int parts =
-      parts_of(tiles * products, flat ? ceil_div(taps * depth, step) : taps * ceil_div(depth, step));
+      parts_of(kind, tiles * products, flat ? ceil_div(taps * depth, step) : taps * ceil_div(depth, step));
   p.workspace = parts == 1 ? nullptr : static_cast<float*>(workspace);
-  return {p, flat, large, products, tiles, parts};
+  return {p, flat, kind, products, tiles, parts};
 }
 
 template <Pass kPass, Multiply kMultiply, class Tile, bool kFlat>
 const char* start(const Plan& plan, Stream stream) {
   using T = typename MultiplyTraits<kMultiply>::Element;
-  using A = Operand<T, Tile::kRows, true>;
-  using B = Operand<T, Tile::kColumns, kPass == Pass::forward>;
+  using A = typename OperandOf<Tile, T, Tile::kRows, true>::Type;
+  using B = typename OperandOf<Tile, T, Tile::kColumns, kPass == Pass::forward>::Type;
   const Gather& p = plan.p;
   const auto products = static_cast<unsigned>(plan.products);
   const char* wrong =
@@ -422,9 +426,9 @@ const char* start(const Plan& plan, Stream stream) {
 template <Pass kPass>
 const char* start(const Plan& plan, DType dtype, bool tf32, Stream stream) {
   return with_multiply(dtype, tf32, [&]<Multiply kMultiply>() {
-    return plan.flat    ? start<kPass, kMultiply, SmallTile, true>(plan, stream)
-           : plan.large ? start<kPass, kMultiply, LargeTile, false>(plan, stream)
-                        : start<kPass, kMultiply, SmallTile, false>(plan, stream);
+    if (plan.flat) return start<kPass, kMultiply, SmallTile, true>(plan, stream);
+    return with_tile<kMultiply>(
+        plan.tile, [&]<class Tile>() { return start<kPass, kMultiply, Tile, false>(plan, stream); });
   });
 }
 

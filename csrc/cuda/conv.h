@@ -16,8 +16,9 @@ inline bool fits(const ConvShape& s) {
          s.n * (s.h + s.sh) * (s.w + s.sw) <= kMost && s.n <= kMost && s.sh * s.sw * s.groups <= 65535;
 }
 
-// Tiles of the product that a block computes: of 64 x 64 or 128 x 128 elements, or as the shape says.
-enum class TileSize { automatic, small, large };
+// Tiles of the product that a block computes: of 64 x 64 or 128 x 128 elements, or as the shape says; or, on
+// GPUs of compute capability 9.0 and of elements of 2 bytes, large ones by warpgroups.
+enum class TileSize { automatic, small, large, warpgroups };
 
 struct ConvForwardArgs {
   DType dtype;  // not f64
@@ -60,7 +61,7 @@ struct ConvWeightGradientArgs {
 // and dtype say: the same sums on every GPU. 0 bytes where there is one part.
 size_t forward_workspace(const ConvForwardArgs& args);
 size_t input_gradient_workspace(const ConvInputGradientArgs& args);
-size_t weight_gradient_workspace(const ConvShape& shape, TileSize tile);
+size_t weight_gradient_workspace(const ConvShape& shape, DType dtype, TileSize tile);
 
 const char* conv_forward(const ConvForwardArgs& args, Stream stream);
 const char* conv_input_gradient(const ConvInputGradientArgs& args, Stream stream);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/conv.h"
-#include "cuda/product.h"
+#include "cuda/warpgroup_product.h"
 
 namespace fastnn::cuda {
 
@@ -37,32 +37,79 @@ struct Conv {
 
 using LargeTile = Tile<128, 128, 64, 32>;
 using SmallTile = Tile<64, 64, 32, 32>;
+// By number of columns.
+using WideTile = WarpgroupTile<128, 256>;
+using TallTile = WarpgroupTile<256, 128>;
+using NarrowTile = WarpgroupTile<256, 64>;
+enum class TileKind { small, large, wide, tall, narrow };
 
-// The large tile where it leaves no multiprocessor of a large GPU (an H200 has 132) without a block.
-inline bool takes_large_tile(TileSize asked, int64_t rows, int64_t columns, int64_t products) {
-  constexpr int64_t kBlocks = 132;
-  if (asked != TileSize::automatic) return asked == TileSize::large;
-  return columns > SmallTile::kColumns &&
-         ceil_div(rows, LargeTile::kRows) * ceil_div(columns, LargeTile::kColumns) * products >= kBlocks;
+// An H200 has 132.
+constexpr int64_t kMultiprocessors = 132;
+
+// Of warpgroups for 2-byte elements where they are asked for, in which case the GPU has to have them. Else
+// the large tile where it leaves no multiprocessor of a large GPU without a block.
+inline TileKind tile_kind(TileSize asked, DType dtype, int64_t rows, int64_t columns, int64_t products) {
+  if (asked == TileSize::warpgroups && size_of(dtype) == 2) {
+    if (columns <= NarrowTile::kColumns) return TileKind::narrow;
+    const int64_t by_wide = ceil_div(columns, WideTile::kColumns) * WideTile::kColumns,
+                  by_tall = ceil_div(columns, TallTile::kColumns) * TallTile::kColumns;
+    return by_wide > by_tall ? TileKind::tall : TileKind::wide;
+  }
+  if (asked == TileSize::small || asked == TileSize::large) {
+    return asked == TileSize::large ? TileKind::large : TileKind::small;
+  }
+  const int64_t large = ceil_div(rows, LargeTile::kRows) * ceil_div(columns, LargeTile::kColumns) * products;
+  return columns > SmallTile::kColumns && large >= kMultiprocessors ? TileKind::large : TileKind::small;
+}
+
+inline bool is_of_warpgroups(TileKind kind) { return kind > TileKind::large; }
+
+// Bytes of depth of a step.
+inline int64_t step_bytes(TileKind kind) { return is_of_warpgroups(kind) ? 128 : 64; }
+
+// Calls f.operator()<Tile>().
+template <Multiply kMultiply, class F>
+auto with_tile(TileKind kind, F&& f) {
+  if constexpr (sizeof(typename MultiplyTraits<kMultiply>::Element) == 2) {
+    if (kind == TileKind::wide) return f.template operator()<WideTile>();
+    if (kind == TileKind::tall) return f.template operator()<TallTile>();
+    if (kind == TileKind::narrow) return f.template operator()<NarrowTile>();
+  }
+  return kind == TileKind::large ? f.template operator()<LargeTile>() : f.template operator()<SmallTile>();
+}
+
+struct TileExtent {
+  int64_t rows, columns;
+};
+inline TileExtent extent_of(TileKind kind) {
+  TileExtent extent;
+  with_tile<Multiply::bf16>(kind, [&]<class Tile>() { extent = {Tile::kRows, Tile::kColumns}; });
+  return extent;
 }
 
 // Stages of the depth in shared memory: one is multiplied while the others arrive.
 constexpr int kStages = 4;
-// From row to row of a finished tile in shared memory, in floats.
-template <class Tile>
-constexpr int kStagedPitch = Tile::kColumns + 4;
+
+template <class Tile, class T, int kExtent, bool kDepthInside>
+struct OperandOf {
+  using Type = Operand<T, kExtent, kDepthInside>;
+};
+template <class Tile, class T, int kExtent, bool kDepthInside>
+  requires Tile::kOfWarpgroups
+struct OperandOf<Tile, T, kExtent, kDepthInside> {
+  using Type = WarpgroupOperand<T, kExtent, kDepthInside>;
+};
 
 template <class T, class Tile, class A, class B>
 constexpr size_t shared_bytes() {
   constexpr size_t stages = sizeof(T) * kStages * (A::kElements + B::kElements),
                    staged = sizeof(float) * Tile::kRows * kStagedPitch<Tile>;
-  return stages > staged ? stages : staged;
+  return (Tile::kOfWarpgroups ? kWarpgroupExtra : 0) + (stages > staged ? stages : staged);
 }
 
-// Multiplies `steps` steps of the depth; fetch(a, b, step) has the block fetch one of them, in order, and
-// leaves the finished tile in shared memory, rows of kStagedPitch floats, for all threads to read.
-template <Multiply kMultiply, class Tile, class A, class B, class T, class Fetch>
-__device__ inline float* multiply(T* memory, int steps, const Fetch& fetch) {
+template <Multiply kMultiply, class Tile, class A, class B, class Fetch>
+__device__ inline float* multiply_in_warps(unsigned char* shared, int steps, const Fetch& fetch) {
+  auto* memory = reinterpret_cast<typename MultiplyTraits<kMultiply>::Element*>(shared);
   constexpr int kStage = A::kElements + B::kElements;
   Product<kMultiply, Tile, A, B> product;
   for (int step = 0; step < kStages - 1; ++step) {
@@ -74,10 +121,10 @@ __device__ inline float* multiply(T* memory, int steps, const Fetch& fetch) {
     __syncthreads();
     // Into the stage that all have multiplied by now.
     const int next = step + kStages - 1;
-    T* free = memory + next % kStages * kStage;
+    auto* free = memory + next % kStages * kStage;
     if (next < steps) fetch(free, free + A::kElements, next);
     commit_copies();
-    const T* stage = memory + step % kStages * kStage;
+    const auto* stage = memory + step % kStages * kStage;
     product.add(stage, stage + A::kElements);
   }
   wait_for_copies<0>();
@@ -88,6 +135,18 @@ __device__ inline float* multiply(T* memory, int steps, const Fetch& fetch) {
   return staged;
 }
 
+// Multiplies `steps` steps of the depth; fetch(a, b, step) has the block fetch one of them, in order, and
+// leaves the finished tile in shared memory, rows of kStagedPitch floats, for the Tile's workers to read;
+// null to the other threads, which have nothing left to do.
+template <Multiply kMultiply, class Tile, class A, class B, class Fetch>
+__device__ inline float* multiply(unsigned char* shared, int steps, const Fetch& fetch) {
+  if constexpr (Tile::kOfWarpgroups) {
+    return multiply_in_warpgroups<typename MultiplyTraits<kMultiply>::Element, Tile, A, B>(shared, steps,
+                                                                                           fetch);
+  } else {
+    return multiply_in_warps<kMultiply, Tile, A, B>(shared, steps, fetch);
+  }
+}
 // Calls f.operator()<kMultiply>() for a dtype.
 template <class F>
 const char* with_multiply(DType dtype, bool tf32, F&& f) {

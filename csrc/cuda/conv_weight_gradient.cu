@@ -42,10 +42,10 @@ __device__ inline int64_t place(const WeightGradient& p, uint32_t i, const Colum
 }
 
 template <Multiply kMultiply, class Tile, bool kFlat>
-__global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) weight_product(WeightGradient p) {
+__global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) weight_product(WeightGradient p) {
   using T = typename MultiplyTraits<kMultiply>::Element;
-  using A = Operand<T, Tile::kRows, false>;
-  using B = Operand<T, Tile::kColumns, false>;
+  using A = typename OperandOf<Tile, T, Tile::kRows, false>::Type;
+  using B = typename OperandOf<Tile, T, Tile::kColumns, false>::Type;
   const Conv& s = p.s;
   const int thread = static_cast<int>(threadIdx.x);
   uint32_t row_tile = blockIdx.x, group = blockIdx.z;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) weight_produ
   const auto fetch = [&](T* a, T* b, int step) {
     const int from = first + step * A::kDepth;
 #pragma unroll
-    for (int i = 0; i < A::kDepth; i += Tile::kBlock / kDown) {
+    for (int i = 0; i < A::kDepth; i += Tile::kCopiers / kDown) {
       const int at = i + thread / kDown, pixel = from + at;
       const bool there = pixel < pixels && row < s.group_k;
       T* to = a + A::at(thread % kDown * V, at);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) weight_produ
       }
     }
 #pragma unroll
-    for (int i = 0; i < B::kDepth; i += Tile::kBlock / kAcross) {
+    for (int i = 0; i < B::kDepth; i += Tile::kCopiers / kAcross) {
       const int at = i + thread / kAcross, pixel = from + at;
       const int64_t element =
           pixel < pixels && column < columns ? place(p, static_cast<uint32_t>(pixel), mine) : -1;
@@ -90,10 +90,12 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) weight_produ
   };
   const int left = (pixels - first + A::kDepth - 1) / A::kDepth;
   const int steps = left < p.steps_per_part ? (left > 0 ? left : 0) : p.steps_per_part;
-  const float* staged = multiply<kMultiply, Tile, A, B>(shared_memory<T>(), steps, fetch);
+  const float* staged = multiply<kMultiply, Tile, A, B>(shared_memory<unsigned char>(), steps, fetch);
+  if (staged == nullptr) return;
 
   const int64_t part_at = int64_t{part} * s.k * columns;
-  for (int i = thread; i < Tile::kRows * Tile::kColumns; i += Tile::kBlock) {
+  for (int i = thread - (Tile::kBlock - Tile::kWorkers); i < Tile::kRows * Tile::kColumns;
+       i += Tile::kWorkers) {
     const int r = i / Tile::kColumns, c = i % Tile::kColumns;
     if (first_row + r >= s.group_k || first_column + c >= columns) continue;
     const float value = staged[r * kStagedPitch<Tile> + c];
@@ -107,22 +109,35 @@ __global__ void __launch_bounds__(Tile::kBlock, 512 / Tile::kBlock) weight_produ
 }
 
 struct Parts {
-  bool large;
+  TileKind tile;
   int64_t columns, tiles;
   int count;
 };
 
-// As many parts as fill a large GPU twice, of 1024 pixels at least.
-Parts parts_of(const ConvShape& s, TileSize tile) {
+// Whether elements can be fetched 16 bytes at a time.
+bool is_flat(const ConvShape& s, DType dtype) {
+  const int64_t vector = 16 / size_of(dtype);
+  return s.c / s.groups % vector != 0 || s.k / s.groups % vector != 0;
+}
+
+// As many parts as fill a large GPU twice, once with warpgroups, of 1024 pixels at least.
+Parts parts_of(const ConvShape& s, DType dtype, TileSize tile) {
   Parts p;
   const int64_t rows = s.k / s.groups;
   p.columns = s.kh * s.kw * (s.c / s.groups);
-  p.large = tile == TileSize::automatic ? rows > SmallTile::kRows && p.columns > SmallTile::kColumns
-                                        : tile == TileSize::large;
-  const int64_t size = p.large ? LargeTile::kRows : SmallTile::kRows;
-  p.tiles = ceil_div(rows, size) * ceil_div(p.columns, size);
-  constexpr int64_t kBlocks = 264, kLeastPixels = 1024, kMostParts = 128;
-  const int64_t wanted = ceil_div(kBlocks, p.tiles * s.groups),
+  if (tile == TileSize::warpgroups && size_of(dtype) == 2 && !is_flat(s, dtype)) {
+    p.tile = tile_kind(tile, dtype, rows, p.columns, 1);
+  } else if (tile == TileSize::small || tile == TileSize::large) {
+    p.tile = tile == TileSize::large ? TileKind::large : TileKind::small;
+  } else {
+    const bool large = rows > SmallTile::kRows && p.columns > SmallTile::kColumns;
+    p.tile = large ? TileKind::large : TileKind::small;
+  }
+  const TileExtent extent = extent_of(p.tile);
+  p.tiles = ceil_div(rows, extent.rows) * ceil_div(p.columns, extent.columns);
+  constexpr int64_t kLeastPixels = 1024, kMostParts = 128;
+  const int64_t blocks = is_of_warpgroups(p.tile) ? kMultiprocessors : 2 * kMultiprocessors;
+  const int64_t wanted = ceil_div(blocks, p.tiles * s.groups),
                 room = ceil_div(s.n * s.oh * s.ow, kLeastPixels);
   const int64_t most = wanted < room ? wanted : room;
   p.count = static_cast<int>(most < kMostParts ? most : kMostParts);
@@ -132,8 +147,8 @@ Parts parts_of(const ConvShape& s, TileSize tile) {
 template <Multiply kMultiply, class Tile, bool kFlat>
 const char* start(WeightGradient p, const Parts& parts, Stream stream) {
   using T = typename MultiplyTraits<kMultiply>::Element;
-  using A = Operand<T, Tile::kRows, false>;
-  using B = Operand<T, Tile::kColumns, false>;
+  using A = typename OperandOf<Tile, T, Tile::kRows, false>::Type;
+  using B = typename OperandOf<Tile, T, Tile::kColumns, false>::Type;
   const int64_t pixels = int64_t{p.s.n} * p.s.oh * p.s.ow;
   p.by_columns = Divisor(ceil_div(parts.columns, Tile::kColumns));
   p.steps_per_part = static_cast<int>(ceil_div(ceil_div(pixels, A::kDepth), parts.count));
@@ -149,14 +164,14 @@ const char* start(WeightGradient p, const Parts& parts, Stream stream) {
 
 }  // namespace
 
-size_t weight_gradient_workspace(const ConvShape& shape, TileSize tile) {
-  const Parts parts = parts_of(shape, tile);
+size_t weight_gradient_workspace(const ConvShape& shape, DType dtype, TileSize tile) {
+  const Parts parts = parts_of(shape, dtype, tile);
   return parts.count == 1 ? 0 : sizeof(float) * parts.count * shape.k * parts.columns;
 }
 
 const char* conv_weight_gradient(const ConvWeightGradientArgs& a, Stream stream) {
   const Conv s(a.shape);
-  const Parts parts = parts_of(a.shape, a.tile);
+  const Parts parts = parts_of(a.shape, a.dtype, a.tile);
   const WeightGradient p{s,
                          static_cast<uint32_t>(parts.columns),
                          parts.count,
@@ -171,13 +186,11 @@ const char* conv_weight_gradient(const ConvWeightGradientArgs& a, Stream stream)
                          a.input,
                          a.grad_weight,
                          parts.count == 1 ? nullptr : static_cast<float*>(a.workspace)};
-  const int vector = 16 / size_of(a.dtype);
-  const bool flat = s.group_c % vector != 0 || s.group_k % vector != 0 || !is_aligned(a.grad, 16) ||
-                    !is_aligned(a.input, 16);
+  const bool flat = is_flat(a.shape, a.dtype) || !is_aligned(a.grad, 16) || !is_aligned(a.input, 16);
   return with_multiply(a.dtype, a.tf32, [&]<Multiply kMultiply>() {
-    return flat          ? start<kMultiply, SmallTile, true>(p, parts, stream)
-           : parts.large ? start<kMultiply, LargeTile, false>(p, parts, stream)
-                         : start<kMultiply, SmallTile, false>(p, parts, stream);
+    if (flat) return start<kMultiply, SmallTile, true>(p, parts, stream);
+    return with_tile<kMultiply>(
+        parts.tile, [&]<class Tile>() { return start<kMultiply, Tile, false>(p, parts, stream); });
   });
 }
 

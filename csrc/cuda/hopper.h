@@ -282,8 +282,6 @@ __device__ inline uint32_t narrow_pair(float low, float high) {
 
 #endif  // FASTNN_CUDA_ON_HOST
 
-#ifdef FASTNN_HOPPER
-
 namespace fastnn::cuda {
 
 // Where an operand's part lies and how its rows follow each other. (PTX ISA, "Matrix Descriptor Format".)
@@ -293,6 +291,8 @@ __device__ inline uint64_t descriptor(uint32_t address, uint32_t across) {
   return kSwizzle128 << 62 | (kEightRows >> 4) << 32 | static_cast<uint64_t>((across & 0x3ffff) >> 4) << 16 |
          (address & 0x3ffff) >> 4;
 }
+
+#ifdef FASTNN_HOPPER
 
 template <class T, bool kDepthInsideA, bool kDepthInsideB, int N>
 __device__ inline void multiply_group(float (&d)[N], uint64_t a, uint64_t b, bool accumulate) {
@@ -311,6 +311,6 @@ __device__ inline void multiply_group(float (&d)[N], const uint32_t (&a)[4], uin
   }
 }
 
-}  // namespace fastnn::cuda
+#endif  // FASTNN_HOPPER
 
-#endif
+}  // namespace fastnn::cuda

@@ -28,6 +28,10 @@ struct Tile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kWarpRows = kWarpRows_,
                        kWarpColumns = kWarpColumns_, kWarpsAcross = kColumns / kWarpColumns,
                        kBlock = kRows / kWarpRows * kWarpsAcross * kWarp;
+  // All threads copy, and all write the result. A multiprocessor has 512 of them, whose loads hide one
+  // another's latency.
+  static constexpr int kCopiers = kBlock, kWorkers = kBlock, kBlocks = 512 / kBlock;
+  static constexpr bool kOfWarpgroups = false;
 };
 
 // An operand in shared memory, 64 bytes of depth at a time. kDepthInside: elements of neighbouring depth lie

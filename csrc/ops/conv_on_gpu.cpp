@@ -48,7 +48,7 @@ Pooled empty_pooled(const Tensor& like, int64_t n, int64_t k, int64_t h, int64_t
 }
 
 cuda::TileSize tile_size(int64_t tile) {
-  FASTNN_CHECK(tile >= 0 && tile <= 2, "expected a tile size from 0 to 2, got ", tile);
+  FASTNN_CHECK(tile >= 0 && tile <= 3, "expected a tile size from 0 to 3, got ", tile);
   return static_cast<cuda::TileSize>(tile);
 }
 
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> _conv2d_backward_on_gpu(Tensor grad, Tensor i
   if (weight_grad) {
     const Tensor x = dense(input, kLast);
     Tensor workspace = bytes(input, depthwise ? cuda::depthwise_workspace(s)
-                                              : cuda::weight_gradient_workspace(s, tile_size(tile)));
+                                              : cuda::weight_gradient_workspace(s, dtype, tile_size(tile)));
     const cuda::ConvWeightGradientArgs args{dtype,
                                             s,
                                             tf32,

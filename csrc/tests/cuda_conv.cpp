@@ -71,9 +71,9 @@ void weight_gradient(const Ints& shape, bool tf32, int tile, const py::array& gr
                      py::array gw) {
   const ConvShape s = shape_of(shape);
   const bool depthwise = cuda::is_depthwise(s);
-  const Workspace workspace(depthwise
-                                ? cuda::depthwise_workspace(s)
-                                : cuda::weight_gradient_workspace(s, static_cast<cuda::TileSize>(tile)));
+  const Workspace workspace(
+      depthwise ? cuda::depthwise_workspace(s)
+                : cuda::weight_gradient_workspace(s, dtype_of(x), static_cast<cuda::TileSize>(tile)));
   const cuda::ConvWeightGradientArgs args{
       dtype_of(x),     s, tf32, static_cast<cuda::TileSize>(tile), grad.data(), x.data(), gw.mutable_data(),
       workspace.memory};
@@ -147,6 +147,7 @@ void bind_cuda_conv(py::module_& m) {
   m.def("cuda_bias_relu", &bias_relu);
   m.def("cuda_mask_and_sum", &mask_and_sum);
   m.def("cuda_run_wrong", &run_wrong);
+  m.def("copies_arrive_at_once", [](bool at_once) { cuda::host::copies_arrive_at_once = at_once; });
 }
 
 }  // namespace fastnn::tests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastnn.ops import _gpu
 from fastnn.ops._conv_shapes import NO_LOCATION, memory_format_of, output_shape, stock_conv2d
 
 _ops = torch.ops.fastnn
@@ -41,14 +42,19 @@ def allows_tf32():
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-# The tiles of the products, in elements; "kernel" has them chosen by the shape.
-TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2}
+# The tiles of the products, in elements; "kernel" has them chosen by the shape. Those by warpgroups are for bfloat16 and float16 on
+# GPUs of compute capability 9.0; what they do not take is as with "kernel".
+TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2, "warpgroups": 3}
+
+
+def tile_of(name, tensor):
+    return 0 if name == "warpgroups" and not _gpu.is_hopper(tensor.device) else TILES[name]
 
 
 def kernel(relu, pooled=False, tile="kernel"):
     def forward(input, weight, bias, *rest):
         fused = pooled and rest[7:] == WINDOW
-        options = (*rest[:7], relu, fused, allows_tf32(), TILES[tile])
+        options = (*rest[:7], relu, fused, allows_tf32(), tile_of(tile, input))
         made = _ops._conv2d_on_gpu(input, weight, bias, *options)
         if fused:
             return made
@@ -96,7 +102,7 @@ def backward_candidates(split):
                 grad = _ops.max_pool2d_backward(grad, locations, *size, *window, 1, 1, False)
                 locations = None
             return _ops._conv2d_backward_on_gpu(
-                grad, input, weight, output, locations, *options, *wanted, allows_tf32(), TILES[tile]
+                grad, input, weight, output, locations, *options, *wanted, allows_tf32(), tile_of(tile, input)
             )
 
         return backward

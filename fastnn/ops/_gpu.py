@@ -27,7 +27,11 @@ def _capability(index: int) -> tuple[int, int]:
 
 def is_hopper(device: torch.device) -> bool:
     """Whether a GPU is one of compute capability 9.0 and the library holds the kernels that only such GPUs run."""
-    return "90a-real" in architectures().split() and _capability(device.index) == (9, 0)
+    return (
+        device.type == "cuda"
+        and "90a-real" in architectures().split()
+        and _capability(device.index) == (9, 0)
+    )
 
 
 @cache

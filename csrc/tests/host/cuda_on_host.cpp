@@ -1,6 +1,9 @@
 #include "tests/host/block.h"
 
 namespace fastnn::cuda::host {
+
+bool copies_arrive_at_once = false;
+
 namespace {
 
 #ifndef FASTNN_THREADS
@@ -226,11 +229,29 @@ void wait_until(std::function<bool()> ready) {
 
 void* shared_memory() { return block_now->shared; }
 
+namespace {
+
+void arrive(const Copy& c) {
+  Thread& t = block_now->threads[thread_now];
+  if (c.valid != 0) std::memcpy(c.to, c.from, c.valid);
+  std::memset(static_cast<unsigned char*>(c.to) + c.valid, 0, c.bytes - c.valid);
+  const auto place = static_cast<size_t>(static_cast<unsigned char*>(c.to) - block_now->shared);
+  std::memset(block_now->hidden.data() + place, 1, c.bytes);
+  t.hidden.emplace_back(place, c.bytes);
+}
+
+}  // namespace
+
 void copy_later(void* to, const void* from, size_t bytes, size_t valid) {
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
     block_now->fail("an asynchronous copy that is not aligned");
   }
-  block_now->threads[thread_now].open.push_back({to, from, bytes, valid});
+  const Copy copy{to, from, bytes, valid};
+  if (copies_arrive_at_once) {
+    arrive(copy);
+  } else {
+    block_now->threads[thread_now].open.push_back(copy);
+  }
 }
 
 void commit_copies() {
@@ -242,13 +263,7 @@ void commit_copies() {
 void wait_for_copies(int groups_in_flight) {
   Thread& t = block_now->threads[thread_now];
   while (static_cast<int>(t.groups.size()) > groups_in_flight) {
-    for (const Copy& c : t.groups.front()) {
-      if (c.valid != 0) std::memcpy(c.to, c.from, c.valid);
-      std::memset(static_cast<unsigned char*>(c.to) + c.valid, 0, c.bytes - c.valid);
-      const auto place = static_cast<size_t>(static_cast<unsigned char*>(c.to) - block_now->shared);
-      std::memset(block_now->hidden.data() + place, 1, c.bytes);
-      t.hidden.emplace_back(place, c.bytes);
-    }
+    for (const Copy& c : t.groups.front()) arrive(c);
     t.groups.pop_front();
   }
 }

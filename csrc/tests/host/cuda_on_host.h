@@ -2,7 +2,7 @@
 // a GPU: the names that csrc/cuda uses, and a launch that runs a grid block by block. The threads of a block
 // are fibers that take turns at barriers and warp collectives, in an order in which what a barrier should
 // have kept apart is not; under ThreadSanitizer they are threads. Shared memory is of exactly the size asked
-// for and starts as NaN; asynchronous copies arrive only when they are waited for.
+// for and starts as NaN; asynchronous copies arrive when they are waited for, or at once.
 #pragma once
 
 #include <array>
@@ -51,6 +51,10 @@ const Slot* exchange(const char* name, const void* mine, size_t size);
 
 // Calls body(closure) for each thread of a grid. Returns null or what went wrong.
 const char* run(dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* closure);
+
+// Whether copies arrive as soon as they start and threads that arrive somewhere go on first, or copies only
+// when they are waited for and other threads go on first: a test tries both, since neither may matter.
+extern bool copies_arrive_at_once;
 
 void copy_later(void* to, const void* from, size_t bytes, size_t valid);
 void commit_copies();

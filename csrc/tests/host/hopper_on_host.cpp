@@ -2,9 +2,6 @@
 
 namespace fastnn::cuda {
 namespace host {
-
-bool copies_arrive_at_once = false;
-
 namespace {
 
 #ifdef FASTNN_THREADS
@@ -135,7 +132,8 @@ void make_barrier(uint64_t* barrier, int arrivals) {
 void arrive(uint64_t* barrier) {
   host::arrive_with(barrier, 0);
 #ifndef FASTNN_THREADS
-  // All others go on first, with what they take to be free now.
+  // All others go on first, with what they take to be free now; or else this thread, as far as it gets.
+  if (host::copies_arrive_at_once) return;
   host::wait_until([first = true]() mutable { return !std::exchange(first, false); });
 #endif
 }

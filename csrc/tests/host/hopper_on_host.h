@@ -89,11 +89,4 @@ uint32_t narrow_pair(float low, float high) {
   return static_cast<uint32_t>(narrow<T>(high).bits) << 16 | narrow<T>(low).bits;
 }
 
-namespace host {
-
-// Whether tiles arrive as soon as their copies start, or only when they are waited for.
-extern bool copies_arrive_at_once;
-
-}  // namespace host
-
 }  // namespace fastnn::cuda

@@ -83,7 +83,8 @@ int main(int count, char** arguments) {
       kDepthwise{1, 8, 6, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1, 8, 6, 6},
       // As many taps as make a product in parts.
       kParts{1, 8, 6, 6, 8, 7, 7, 1, 1, 3, 3, 1, 1, 1, 6, 6};
-  constexpr cuda::TileSize kSmall = cuda::TileSize::small, kLarge = cuda::TileSize::large;
+  constexpr cuda::TileSize kSmall = cuda::TileSize::small, kLarge = cuda::TileSize::large,
+                           kWarpgroups = cuda::TileSize::warpgroups;
   const char* wrong = nullptr;
   for (const DType dtype : {DType::bf16, DType::f32}) {
     for (const ConvShape& s : {kByVectors, kOneByOne, kDepthwise}) {
@@ -93,6 +94,7 @@ int main(int count, char** arguments) {
   if (wrong == nullptr) wrong = run(DType::bf16, false, kSmall, kParts);
   if (wrong == nullptr) wrong = run(DType::f16, false, kLarge, kByVectors);
   if (wrong == nullptr) wrong = run(DType::f32, true, kLarge, kByVectors);
+  if (wrong == nullptr) wrong = run(DType::bf16, false, kWarpgroups, kByVectors);
   if (wrong == nullptr) wrong = run_attention();
   if (wrong != nullptr) std::fprintf(stderr, "%s\n", wrong);
   return wrong != nullptr;
