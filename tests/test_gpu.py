@@ -11,7 +11,7 @@ from conftest import assert_as_good
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnn.ops import _choice, _declare, _gpu, attention, conv, linear, pool
+from fastnn.ops import _choice, _conv_on_gpus, _declare, _gpu, attention, conv, linear, pool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -269,6 +269,79 @@ class TestOnGpu:
         again = attention.scaled_dot_product_attention(*given, dropout_p=0.2, enable_gqa=True)
         assert torch.equal(first, again)
         assert not torch.equal(first, second)
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+    @pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            (2, 4, 2, 300, 500, 128, 128),
+            (1, 2, 2, 1000, 1000, 64, 40),
+            (1, 2, 1, 130, 700, 256, 256),
+            (1, 1, 1, 1, 1, 8, 8),
+            (1, 16, 16, 4096, 4096, 128, 128),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("name", list(attention._attention.op.candidates))
+    def test_attention_candidates(self, name, sizes, causal, dtype):
+        batch, heads, key_heads, queries, keys, width, value_width = sizes
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def tokens(heads, rows, width):
+            flat = torch.randn(batch, rows, heads, width, generator=generator, device="cuda", dtype=dtype)
+            return flat.transpose(1, 2)
+
+        q, k, v = (
+            tokens(heads, queries, width),
+            tokens(key_heads, keys, width),
+            tokens(key_heads, keys, value_width),
+        )
+        y, logsumexp = attention._attention.op.candidates[name](q, k, v, None, causal, None)
+        again, _ = attention._attention.op.candidates[name](q, k, v, None, causal, None)
+        assert torch.equal(y, again)
+        stock, exact = (
+            TF.scaled_dot_product_attention(
+                *(t.to(kind) for t in (q, k, v)), is_causal=causal, enable_gqa=True
+            )
+            for kind in (dtype, torch.float64 if queries < 4096 else torch.float32)
+        )
+        assert_as_good(y, stock, exact.double(), roundings=8)
+        assert logsumexp.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+    @pytest.mark.parametrize(
+        ("image", "kernel", "options"),
+        [
+            ((2, 64, 30, 31), (64, 64, 3, 3), (1, 1, 1, 1, 1, 1, 1)),
+            ((8, 128, 28, 28), (128, 128, 3, 3), (2, 2, 1, 1, 1, 1, 1)),
+            ((4, 256, 14, 15), (264, 128, 3, 2), (1, 2, 1, 0, 2, 1, 2)),
+            ((1, 512, 7, 7), (512, 512, 3, 3), (1, 1, 1, 1, 1, 1, 1)),
+            ((16, 256, 56, 56), (64, 256, 1, 1), (1, 1, 0, 0, 1, 1, 1)),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("name", _conv_on_gpus.TILES)
+    def test_conv_tiles(self, name, image, kernel, options, dtype):
+        generator = torch.Generator().manual_seed(0)
+        x, w = (
+            torch.randn(s, generator=generator)
+            .to("cuda", dtype)
+            .contiguous(memory_format=torch.channels_last)
+            for s in (image, kernel)
+        )
+        y = _conv_on_gpus.kernel(False, tile=name)(x, w, None, *options)
+        g = torch.randn(y.shape, generator=generator).to(y).contiguous(memory_format=torch.channels_last)
+        backward = _conv_on_gpus.backward_candidates(lambda *args: args)[name]
+        ours = y, *backward(g, x, w, None, None, options, (), (True, True, False))[:2]
+
+        def results(kind):
+            leaves = [t.to(kind).requires_grad_() for t in (x, w)]
+            z = TF.conv2d(*leaves, None, options[:2], options[2:4], options[4:6], options[6])
+            return [z.detach(), *torch.autograd.grad(z, leaves, g.to(kind))]
+
+        for a, b, c in zip(ours, results(dtype), results(torch.float64), strict=True):
+            assert_as_good(a, b, c, roundings=8)
 
     def test_storage_that_is_not_aligned(self):
         buffer = torch.randn(8 * 16 * 6 * 6 + 1, device="cuda", dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_as_good
 
-from fastnn.ops import _conv_on_gpus, _conv_shapes, conv, pool
+from fastnn.ops import _conv_on_gpus, _conv_shapes, _gpu, attention, conv, pool
 
 FOLDER = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
 LIBRARY = FOLDER / "libops_on_host.so"
@@ -187,6 +187,90 @@ def test_storage_that_is_not_aligned(in_place_of_a_gpu, ops, groups, dtype):
             torch.testing.assert_close(ours, theirs)
         assert torch.equal(ops.max_pool2d(a, *WINDOW), ops.max_pool2d(a.clone(), *WINDOW))
     assert shifted(x).data_ptr() % 16 != 0
+
+
+@pytest.fixture
+def in_place_of_hopper(in_place_of_a_gpu, ops, monkeypatch):
+    monkeypatch.setattr(attention, "_ops", ops)
+    monkeypatch.setattr(_gpu, "is_hopper", lambda device: True)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_conv_by_warpgroups(in_place_of_hopper, dtype, layout):
+    x, w, b = (t.to(dtype) for t in (random(2, 16, 9, 8, seed=1, layout=FORMATS[layout]), *weights(24, 16)))
+    options, upstream = (1, 1, 1, 1, 1, 1, 1), random(2, 24, 9, 8, seed=4, layout=FORMATS[layout]).to(dtype)
+    kernels = [_conv_on_gpus.kernel(True, tile=tile)(x, w, b, *options) for tile in ("warpgroups", "64 x 64")]
+    torch.testing.assert_close(*kernels)
+    assert kernels[0].stride() == kernels[1].stride()
+    args = (upstream, x, w, None, None, options, (), (True, True, True))
+    candidates = _conv_on_gpus.backward_candidates(lambda *args: args)
+    for ours, others in zip(candidates["warpgroups"](*args), candidates["64 x 64"](*args), strict=True):
+        torch.testing.assert_close(ours, others)
+
+
+def weights(outputs, channels):
+    return random(outputs, channels, 3, 3, seed=2), random(outputs, seed=3)
+
+
+def tokens(*shape, seed, dtype, shift=0):
+    """Of shape (batch, heads, rows, width), the heads side by side in memory as a projection leaves them."""
+    batch, heads, rows, width = shape
+    flat = random(batch * rows * heads * width + shift, seed=seed).to(dtype)[shift:]
+    return flat.view(batch, rows, heads, width).transpose(1, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_warp_specialised_attention(in_place_of_hopper, dtype, causal):
+    q = tokens(2, 4, 70, 64, seed=1, dtype=dtype)
+    k, v = (tokens(2, 2, 150, 64, seed=seed, dtype=dtype) for seed in (2, 3))
+    # Rows that no tile's copy can take: they are not aligned, or not dense, or heads are repeated.
+    calls = [
+        (q, k, v),
+        (tokens(2, 4, 70, 64, seed=1, dtype=dtype, shift=1), k, v),
+        (q, k.mT.contiguous().mT, v),
+        (q, k[:, :1].expand(2, 2, 150, 64), v[:, :1].expand(2, 2, 150, 64)),
+    ]
+    for q, k, v in calls:
+        y, logsumexp = attention._warp_specialised(q, k, v, None, causal, None)
+        like, sums = attention._fake(q, k, v, None, causal, None)
+        assert (y.stride(), logsumexp.shape, logsumexp.dtype) == (like.stride(), sums.shape, sums.dtype)
+        stock, exact = (
+            F.scaled_dot_product_attention(
+                *(t.to(kind) for t in (q, k, v)), is_causal=causal, enable_gqa=True
+            )
+            for kind in (dtype, torch.float64)
+        )
+        assert_as_good(y, stock, exact, roundings=2)
+
+
+def test_attention_that_the_warpgroups_do_not_take(in_place_of_hopper, ops, monkeypatch):
+    taken = []
+    monkeypatch.setattr(attention, "_triton", lambda *args: taken.append(args))
+    q = tokens(1, 2, 8, 64, seed=1, dtype=torch.float16)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    others = [
+        (q, q, q, mask, False, None),
+        (q, q, q, None, False, -1.0),
+        (q, q, q, None, False, 0.0),
+        (q[..., :60], q[..., :60], q, None, False, None),
+        (q, q, q[..., :4], None, False, None),
+        (q.float(), q.float(), q.float(), None, False, None),
+    ]
+    for args in others:
+        attention._warp_specialised(*args)
+    assert len(taken) == len(others)
+    output = torch.empty(1, 2, 8, 64, dtype=torch.float16)
+    for args, message in (
+        ((q.float(), q.float(), q.float(), output.float(), False, 1.0), "bfloat16 or float16"),
+        ((q[..., :60], q[..., :60], q, output, False, 1.0), "in eights"),
+        ((q, q, q, output, False, -1.0), "scale above 0"),
+        ((q, q, q, output[:, :1], False, 1.0), "output of aligned rows"),
+        ((q, q, q[:, :, :4], output, False, 1.0), "heads and rows"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops._attention_on_hopper(*args)
 
 
 def test_refused(in_place_of_a_gpu, ops):

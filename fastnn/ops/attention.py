@@ -12,6 +12,8 @@ from fastnn.ops._declare import Cost, declare, tensor_bytes
 
 __all__ = ["scaled_dot_product_attention"]
 
+_ops = torch.ops.fastnn
+
 
 def _unsupported(query, key, value, mask, is_causal, scale):
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
@@ -126,7 +128,7 @@ def _warp_specialised(query, key, value, mask, is_causal, scale):
         return _triton(query, key, value, mask, is_causal, scale)
     output, _ = _fake(query, key, value, mask, is_causal, scale)
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    made = torch.ops.fastnn._attention_on_hopper(query, key, value, output, is_causal, scale)
+    made = _ops._attention_on_hopper(query, key, value, output, is_causal, scale)
     return output, made
 
 

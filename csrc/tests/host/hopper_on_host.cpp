@@ -221,6 +221,8 @@ void wait_for_products(int groups_in_flight) {
     host::compute(t.products[done++].second);
   }
   t.products.erase(t.products.begin(), t.products.begin() + static_cast<std::ptrdiff_t>(done));
+  // The lanes of a warp wait together.
+  host::exchange("wgmma.wait_group", 0);
 }
 
 }  // namespace fastnn::cuda
