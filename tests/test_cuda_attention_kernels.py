@@ -76,6 +76,74 @@ def test_attention(case, dtype, causal):
     assert_right(attend(q, k, v, causal, scale), q, k, v, causal, scale, dtype)
 
 
+def gradients(q, k, v, g, causal, scale):
+    """Those of query, key and value in float64, and what the errors of their sums may scale with."""
+    q, k, v, g = (t.astype(np.float64) for t in (q, k, v, g))
+    shared = q.shape[1] // k.shape[1]
+
+    def of_shared(t):
+        return t.reshape(t.shape[0], -1, shared, *t.shape[2:]).sum(2)
+
+    k, v = (np.repeat(t, shared, axis=1) for t in (k, v))
+    scores = q @ k.swapaxes(-1, -2) * scale
+    if causal:
+        scores = np.where(np.tril(np.ones(scores.shape[2:], bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    y = weights @ v
+    by_weight, product = g @ v.swapaxes(-1, -2), (g * y).sum(-1, keepdims=True)
+    by_score = weights * (by_weight - product)
+    # The output that the product is made of is rounded, and so are weights and gradients of scores.
+    size = weights * (np.abs(by_weight) + np.abs(product) + (np.abs(g) * np.abs(y)).sum(-1, keepdims=True))
+    exact = (
+        by_score @ k * scale,
+        of_shared(by_score.swapaxes(-1, -2) @ q * scale),
+        of_shared(weights.swapaxes(-1, -2) @ g),
+    )
+    sizes = (
+        size @ np.abs(k) * scale,
+        of_shared(size.swapaxes(-1, -2) @ np.abs(q) * scale),
+        of_shared(weights.swapaxes(-1, -2) @ np.abs(g)),
+    )
+    return exact, sizes
+
+
+# Tiles have 128 rows of their own and 64 of the others.
+BACKWARD = [
+    (1, 1, 1, 1, 1, 8, 8),
+    (1, 2, 1, 130, 300, 64, 40),
+    (2, 4, 2, 193, 140, 32, 64),
+    (1, 1, 1, 128, 256, 128, 128),
+    (2, 2, 1, 330, 130, 128, 72),
+    (1, 1, 1, 40, 260, 96, 80),  # of a causal call, keys that no query sees
+    (1, 3, 1, 65, 70, 72, 128),
+]
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
+def test_gradients(case, dtype, causal):
+    q, k, v = arrays(case, dtype)
+    scale = case[5] ** -0.5
+    y, sums = attend(q, k, v, causal, scale)
+    g = arrays((*case[:5], case[6], 8), dtype, seed=1)[0]
+    ours, again = ([np.full_like(t, np.nan) for t in (q, k, v)] for _ in range(2))
+    kernels.attention_backward_on_hopper(g, q, k, v, y, sums, causal, scale, *ours)
+    for mine, exact, size in zip(ours, *gradients(q, k, v, g, causal, scale), strict=True):
+        assert np.all(np.abs(mine.astype(np.float64) - exact) <= (1.5 * EPS[dtype] + 1e-5) * size)
+    kernels.attention_backward_on_hopper(g, q, k, v, y, sums, causal, scale, *again)
+    assert [a.tobytes() for a in again] == [a.tobytes() for a in ours]
+
+
+def test_gradients_of_no_tiles_are_refused():
+    q, k, v = arrays((1, 1, 1, 8, 8, 136, 136), "float16")
+    y, sums = attend(q, k, v, False, 1.0)
+    with pytest.raises(ValueError, match="no tiles"):
+        kernels.attention_backward_on_hopper(y, q, k, v, y, sums, False, 1.0, q, k, v)
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_order_of_dimensions(order):
     """Batch, heads and rows may lie in memory in any order, with room between them."""

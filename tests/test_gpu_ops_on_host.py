@@ -244,10 +244,23 @@ def test_warp_specialised_attention(in_place_of_hopper, dtype, causal):
         )
         assert_as_good(y, stock, exact, roundings=2)
 
+        upstream = tokens(*y.shape, seed=4, dtype=dtype)
+
+        def gradients(kind, q=q, k=k, v=v, upstream=upstream):
+            leaves = [t.to(kind).requires_grad_() for t in (q, k, v)]
+            z = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
+            return torch.autograd.grad(z, leaves, upstream.to(kind))
+
+        ours = attention._warp_specialised_backward(upstream, q, k, v, None, y, logsumexp, causal, None)
+        for a, b, c, t in zip(ours, gradients(dtype), gradients(torch.float64), (q, k, v), strict=True):
+            assert a.stride() == attention._in_order(t, t.shape).stride()
+            assert_as_good(a, b, c, roundings=8)
+
 
 def test_attention_that_the_warpgroups_do_not_take(in_place_of_hopper, ops, monkeypatch):
     taken = []
-    monkeypatch.setattr(attention, "_triton", lambda *args: taken.append(args))
+    for name in ("_triton", "_triton_backward"):
+        monkeypatch.setattr(attention, name, lambda *args: taken.append(args))
     q = tokens(1, 2, 8, 64, seed=1, dtype=torch.float16)
     mask = torch.ones(8, 8, dtype=torch.bool)
     others = [
@@ -258,19 +271,34 @@ def test_attention_that_the_warpgroups_do_not_take(in_place_of_hopper, ops, monk
         (q, q, q[..., :4], None, False, None),
         (q.float(), q.float(), q.float(), None, False, None),
     ]
-    for args in others:
-        attention._warp_specialised(*args)
-    assert len(taken) == len(others)
+    for q_, k_, v_, *rest in others:
+        attention._warp_specialised(q_, k_, v_, *rest)
+        attention._warp_specialised_backward(q_, q_, k_, v_, rest[0], q_, None, *rest[1:])
+    wide = tokens(1, 2, 8, 136, seed=1, dtype=torch.float16)
+    attention._warp_specialised_backward(wide, wide, wide, wide, None, wide, None, False, None)
+    assert len(taken) == 2 * len(others) + 1
     output = torch.empty(1, 2, 8, 64, dtype=torch.float16)
     for args, message in (
         ((q.float(), q.float(), q.float(), output.float(), False, 1.0), "bfloat16 or float16"),
         ((q[..., :60], q[..., :60], q, output, False, 1.0), "in eights"),
         ((q, q, q, output, False, -1.0), "scale above 0"),
-        ((q, q, q, output[:, :1], False, 1.0), "output of aligned rows"),
+        ((q, q, q, output[:, :1], False, 1.0), "output to have aligned rows"),
         ((q, q, q[:, :, :4], output, False, 1.0), "heads and rows"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops._attention_on_hopper(*args)
+    sums = torch.zeros(1, 2, 8)
+    given = {"grad": q, "query": q, "key": q, "value": q, "output": q, "logsumexp": sums}
+    made = {name: torch.empty_like(output) for name in ("grad_query", "grad_key", "grad_value")}
+    for wrong, message in (
+        ({"grad": q[:, :1]}, "of one shape"),
+        ({"output": q.float()}, "dtype"),
+        ({"logsumexp": sums.double()}, "logsumexp for each query"),
+        ({"grad_key": output[:, :1]}, "grad_key to have aligned rows"),
+        ({"grad_value": output.float()}, "dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops._attention_backward_on_hopper(**{**given, **made, **wrong}, is_causal=False, scale=1.0)
 
 
 def test_refused(in_place_of_a_gpu, ops):

@@ -6,7 +6,7 @@
 // products of another (J. Shah et al., FlashAttention-3, 2024).
 #include "cuda/attention.h"
 
-#include "cuda/hopper.h"
+#include "cuda/attention_tiles.h"
 
 namespace fastnn::cuda {
 namespace {
@@ -25,8 +25,6 @@ struct Tiles {
 using Tiles64 = Tiles<64, 128, 3, 32, 160>;
 using Tiles128 = Tiles<128, 128, 2, 24, 240>;
 using Tiles256 = Tiles<256, 64, 2, 24, 240>;
-
-constexpr int kTileAlignment = 1024;
 
 struct Forward {
   TensorMap query, key, value;
@@ -59,8 +57,7 @@ struct Memory {
   Barriers<Tiles::kStages>* barriers;
 
   __device__ Memory() {
-    auto* first = shared_memory<unsigned char>();
-    query = first + (kTileAlignment - shared_address(first) % kTileAlignment) % kTileAlignment;
+    query = first_tile();
     keys = query + Tiles::kQueryBytes;
     values = keys + Tiles::kStages * Tiles::kKeyBytes;
     barriers = reinterpret_cast<Barriers<Tiles::kStages>*>(values + Tiles::kStages * Tiles::kKeyBytes);
@@ -168,16 +165,12 @@ struct Consumer {
         multiply_group<T>(
             total[half], weight[step],
             descriptor(b + half * Tiles::kParts / kHalves * Tiles::kKeyPart + 16 * kPartPitch * step,
-                       Tiles::kKeyPart));
+                       Tiles::kKeyPart),
+            true);
       }
     }
     commit_products();
   }
-  // All warps have read a tile.
-  __device__ void release(uint64_t* read) const {
-    if (lane_id() == 0) arrive(read);
-  }
-
   // Whether a tile reaches beyond the last key, or beyond the first query's own.
   __device__ bool at_edge(int tile) const {
     const int end = (tile + 1) * Tiles::kKeys;
@@ -296,7 +289,6 @@ struct Consumer {
     store();
   }
 
-  // Through the warp's own rows of the queries' tile, so that rows are written 16 bytes at a time.
   __device__ void store() {
     float factor[2];
 #pragma unroll
@@ -305,37 +297,15 @@ struct Consumer {
       sum[half] += from_lane_xor(sum[half], 2);
       // 0 where no key takes part.
       factor[half] = sum[half] == 0.0f ? 1.0f : 1.0f / sum[half];
-      constexpr float kLn2 = 0.69314718f;
       if (lane_id() % 4 == 0 && row(half) < p.queries) {
         p.logsumexp[(int64_t{work.batch} * p.heads + work.head) * p.queries + row(half)] =
             most[half] * p.scale * kLn2 + logf(sum[half]);
       }
     }
     const int first_row = 64 * group + 16 * warp();
-    const auto place = [&](int row, int part, int piece) {
-      return memory.query + part * Tiles::kQueryPart + (first_row + row) * kPartPitch +
-             (piece ^ row % 8) * 16;
-    };
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-      for (int j = 0; j < kSums; j += 2) {
-        const int row_half = j / 2 % 2, column = half * 128 + j / 4 * 8;
-        auto* to =
-            place(lane_id() / 4 + 8 * row_half, column / kPartColumns, column / 8 % 8) + lane_id() % 4 * 4;
-        *reinterpret_cast<uint32_t*>(to) =
-            narrow_pair<T>(total[half][j] * factor[row_half], total[half][j + 1] * factor[row_half]);
-      }
-    }
-    meet_warp();
-    constexpr int kPieces = Tiles::kWidth / 8;
     auto* output = static_cast<T*>(p.output) + work.batch * p.output_batch + work.head * p.output_head;
-    for (int i = lane_id(); i < 16 * kPieces; i += kWarp) {
-      const int r = i / kPieces, piece = i % kPieces, query = work.tile * Tiles::kQueries + first_row + r;
-      if (query >= p.queries || piece * 8 >= p.value_width) continue;
-      *reinterpret_cast<Vector<T, 8>*>(output + query * p.output_row + piece * 8) =
-          *reinterpret_cast<const Vector<T, 8>*>(place(r, piece / 8, piece % 8));
-    }
+    const RowsToStore rows{work.tile * Tiles::kQueries + first_row, p.queries, p.value_width, p.output_row};
+    store_rows<T>(memory.query + first_row * kPartPitch, Tiles::kQueryPart, total, factor, rows, output);
   }
 };
 
@@ -375,17 +345,6 @@ __global__ void __launch_bounds__(Tiles::kBlock, 1) attend(const __grid_constant
 #endif
 }
 
-MappedTensor mapped(const void* data, bool is_bf16, const HeadStrides& strides, int64_t width, int64_t rows,
-                    int64_t heads, int64_t batch, int tile_rows) {
-  MappedTensor t{
-      data, {width, rows, heads, batch}, {strides.row, strides.head, strides.batch}, is_bf16, tile_rows};
-  // The stride of a single row, head or batch may be anything.
-  for (int i = 0; i < 3; ++i) {
-    if (t.sizes[i + 1] == 1) t.strides[i] = 256;
-  }
-  return t;
-}
-
 template <class T, class Tiles>
 const char* start(const AttentionForwardOnHopperArgs& a, Stream stream) {
   constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
@@ -419,7 +378,7 @@ const char* start(const AttentionForwardOnHopperArgs& a, Stream stream) {
   const int64_t of_a_head = 2 * s.keys * (s.width + s.value_width), fit = kCache / of_a_head * p.shared,
                 together = fit < 1 ? 1 : fit;
   p.together = together < p.all_heads ? static_cast<uint32_t>(together) : p.all_heads;
-  p.scale = a.scale * 1.44269504f;
+  p.scale = a.scale * kLog2E;
   const dim3 grid{p.tiles * p.all_heads};
   return a.causal
              ? launch(attend<T, Tiles, true>, grid, dim3{Tiles::kBlock}, shared_bytes<Tiles>(), stream, p)

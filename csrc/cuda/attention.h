@@ -1,5 +1,5 @@
-// Scaled dot product attention on GPUs of compute capability 9.0. Starts its kernel on the stream and returns
-// at once, with null or what went wrong.
+// Scaled dot product attention on GPUs of compute capability 9.0. Each function starts its kernels on the
+// stream and returns at once, with null or what went wrong.
 #pragma once
 
 #include "cpu/attention.h"
@@ -29,5 +29,27 @@ inline bool fits_hopper(const AttentionShape& s) {
 }
 
 const char* attention_forward_on_hopper(const AttentionForwardOnHopperArgs& args, Stream stream);
+
+// The sums of both gradients of a tile of keys take half of the registers that there are: up to 128 wide.
+inline bool backward_fits_hopper(const AttentionShape& s) {
+  return fits_hopper(s) && s.width <= 128 && s.value_width <= 128 && s.batch * s.heads <= 65535;
+}
+
+struct AttentionBackwardOnHopperArgs {
+  DType dtype;
+  AttentionShape shape;
+  bool causal;
+  float scale;
+  // Rows of all of these are dense, and begin at multiples of 16 bytes.
+  const void *grad, *query, *key, *value, *output;
+  HeadStrides grad_strides, query_strides, key_strides, value_strides, output_strides;
+  const float* logsumexp;
+  void *grad_query, *grad_key, *grad_value;
+  HeadStrides grad_query_strides, grad_key_strides, grad_value_strides;
+  void* workspace;  // of attention_backward_workspace's bytes
+};
+
+size_t attention_backward_workspace(const AttentionShape& shape);
+const char* attention_backward_on_hopper(const AttentionBackwardOnHopperArgs& args, Stream stream);
 
 }  // namespace fastnn::cuda

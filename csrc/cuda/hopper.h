@@ -146,6 +146,15 @@ __device__ inline void copy_tile(void* to, const TensorMap* map, uint64_t* barri
       : "memory");
 }
 
+// Copies bytes that lie side by side, in sixteens and aligned so, which the barrier counts.
+__device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // ---- registers ----
 
 template <int kRegisters>
@@ -224,19 +233,20 @@ __device__ inline void hold(T (&registers)[N]) {
                  : "l"(a_tile), "l"(b_tile), "r"(int{accumulates}), "n"(int{!kDepthInsideA}),           \
                    "n"(int{!kDepthInsideB}));                                                           \
   }
-#define FASTNN_REGISTERS_BY_SHARED(name, type, count, shape, a, b)                                     \
-  __device__ inline void name(float (&d)[count], const uint32_t (&a_registers)[4], uint64_t b_tile) {  \
-    asm volatile(FASTNN_WGMMA(shape, type, FASTNN_REGISTERS_##count, a, b, "1", "1")                   \
+#define FASTNN_REGISTERS_BY_SHARED(name, type, count, shape, a, b, accumulate)                         \
+  __device__ inline void name(float (&d)[count], const uint32_t (&a_registers)[4], uint64_t b_tile,    \
+                              bool accumulates) {                                                      \
+    asm volatile(FASTNN_WGMMA(shape, type, FASTNN_REGISTERS_##count, a, b, accumulate, "1")            \
                  : FASTNN_##count(d, 0)                                                                \
                  : "r"(a_registers[0]), "r"(a_registers[1]), "r"(a_registers[2]), "r"(a_registers[3]), \
-                   "l"(b_tile));                                                                       \
+                   "l"(b_tile), "r"(int{accumulates}));                                                \
   }
 #define FASTNN_PRODUCTS(name, type)                                                              \
   FASTNN_SHARED_BY_SHARED(name, type, 32, "m64n64k16", "%32", "%33", "%34", "%35", "%36")        \
   FASTNN_SHARED_BY_SHARED(name, type, 64, "m64n128k16", "%64", "%65", "%66", "%67", "%68")       \
   FASTNN_SHARED_BY_SHARED(name, type, 128, "m64n256k16", "%128", "%129", "%130", "%131", "%132") \
-  FASTNN_REGISTERS_BY_SHARED(name, type, 32, "m64n64k16", "{%32, %33, %34, %35}", "%36")         \
-  FASTNN_REGISTERS_BY_SHARED(name, type, 64, "m64n128k16", "{%64, %65, %66, %67}", "%68")
+  FASTNN_REGISTERS_BY_SHARED(name, type, 32, "m64n64k16", "{%32, %33, %34, %35}", "%36", "%37")  \
+  FASTNN_REGISTERS_BY_SHARED(name, type, 64, "m64n128k16", "{%64, %65, %66, %67}", "%68", "%69")
 FASTNN_PRODUCTS(multiply_group_bf16, "bf16")
 FASTNN_PRODUCTS(multiply_group_f16, "f16")
 #undef FASTNN_PRODUCTS
@@ -303,11 +313,11 @@ __device__ inline void multiply_group(float (&d)[N], uint64_t a, uint64_t b, boo
   }
 }
 template <class T, int N>
-__device__ inline void multiply_group(float (&d)[N], const uint32_t (&a)[4], uint64_t b) {
+__device__ inline void multiply_group(float (&d)[N], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, bf16>) {
-    multiply_group_bf16(d, a, b);
+    multiply_group_bf16(d, a, b, accumulate);
   } else {
-    multiply_group_f16(d, a, b);
+    multiply_group_f16(d, a, b, accumulate);
   }
 }
 

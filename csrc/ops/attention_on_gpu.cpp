@@ -20,22 +20,33 @@ Tensor mapped(const Tensor& t) {
   return is_mapped(d) ? d : torch::stable::clone(d);
 }
 
-// Fills `output` and gives the logarithms of the sums.
-Tensor _attention_on_hopper(Tensor query, Tensor key, Tensor value, Tensor output, bool is_causal,
-                            double scale) {
+// A call that a kernel has tiles for.
+AttentionShape check_on_hopper(const Tensor& query, const Tensor& key, const Tensor& value, bool is_causal,
+                               double scale, bool (*fits)(const AttentionShape&), const char* widest) {
   const AttentionShape s = check_attention(query, key, value, std::nullopt, is_causal);
   const DType dtype = dtype_of(query, "query");
   FASTNN_CHECK(dtype == DType::bf16 || dtype == DType::f16, "expected bfloat16 or float16");
-  FASTNN_CHECK(cuda::fits_hopper(s), "expected heads of up to 256 elements, in eights, got ", shape(query),
+  FASTNN_CHECK(fits(s), "expected heads of up to ", widest, " elements, in eights, got ", shape(query),
                " and ", shape(value));
   FASTNN_CHECK(scale > 0, "expected a scale above 0, got ", scale);
-  check_like(query, output, "output");
-  FASTNN_CHECK(sizes_of(output) == (Sizes{s.batch, s.heads, s.queries, s.value_width}) && is_mapped(output),
-               "expected an output of aligned rows, [", s.batch, ", ", s.heads, ", ", s.queries, ", ",
-               s.value_width, "], got ", shape(output));
+  return s;
+}
+
+// Refuses what a kernel cannot write its rows to.
+void check_output(const Tensor& query, const Tensor& t, const char* name, const Sizes& sizes) {
+  check_like(query, t, name);
+  FASTNN_CHECK(sizes_of(t) == sizes && is_mapped(t), "expected ", name, " to have aligned rows, of shape [",
+               sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], "], got ", shape(t));
+}
+
+// Fills `output` and gives the logarithms of the sums.
+Tensor _attention_on_hopper(Tensor query, Tensor key, Tensor value, Tensor output, bool is_causal,
+                            double scale) {
+  const AttentionShape s = check_on_hopper(query, key, value, is_causal, scale, &cuda::fits_hopper, "256");
+  check_output(query, output, "output", {s.batch, s.heads, s.queries, s.value_width});
   Tensor logsumexp = empty_like(query, ScalarType::Float, {s.batch, s.heads, s.queries});
   const Tensor q = mapped(query), k = mapped(key), v = mapped(value);
-  const cuda::AttentionForwardOnHopperArgs args{dtype,
+  const cuda::AttentionForwardOnHopperArgs args{dtype_of(query, "query"),
                                                 s,
                                                 is_causal,
                                                 static_cast<float>(scale),
@@ -52,13 +63,65 @@ Tensor _attention_on_hopper(Tensor query, Tensor key, Tensor value, Tensor outpu
   return logsumexp;
 }
 
+// Fills the three gradients.
+void _attention_backward_on_hopper(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output,
+                                   Tensor logsumexp, Tensor grad_query, Tensor grad_key, Tensor grad_value,
+                                   bool is_causal, double scale) {
+  const AttentionShape s =
+      check_on_hopper(query, key, value, is_causal, scale, &cuda::backward_fits_hopper, "128");
+  const Sizes sizes{s.batch, s.heads, s.queries, s.value_width};
+  check_like(query, grad, "grad");
+  check_like(query, output, "output");
+  FASTNN_CHECK(sizes_of(grad) == sizes && sizes_of(output) == sizes,
+               "attention's backward expects a gradient and an output of one shape, got ", shape(grad),
+               " and ", shape(output), " for a query of ", shape(query));
+  FASTNN_CHECK(logsumexp.scalar_type() == ScalarType::Float && same_device(logsumexp, query) &&
+                   sizes_of(logsumexp) == (Sizes{s.batch, s.heads, s.queries}),
+               "attention's backward expects a logsumexp for each query, got ", shape(logsumexp));
+  check_output(query, grad_query, "grad_query", sizes_of(query));
+  check_output(query, grad_key, "grad_key", sizes_of(key));
+  check_output(query, grad_value, "grad_value", sizes_of(value));
+  const Tensor g = mapped(grad), q = mapped(query), k = mapped(key), v = mapped(value), y = mapped(output),
+               sums = dense(logsumexp);
+  Tensor workspace =
+      empty_like(query, ScalarType::Byte, {static_cast<int64_t>(cuda::attention_backward_workspace(s))});
+  const cuda::AttentionBackwardOnHopperArgs args{dtype_of(query, "query"),
+                                                 s,
+                                                 is_causal,
+                                                 static_cast<float>(scale),
+                                                 g.const_data_ptr(),
+                                                 q.const_data_ptr(),
+                                                 k.const_data_ptr(),
+                                                 v.const_data_ptr(),
+                                                 y.const_data_ptr(),
+                                                 strides_of(g),
+                                                 strides_of(q),
+                                                 strides_of(k),
+                                                 strides_of(v),
+                                                 strides_of(y),
+                                                 static_cast<const float*>(sums.const_data_ptr()),
+                                                 grad_query.mutable_data_ptr(),
+                                                 grad_key.mutable_data_ptr(),
+                                                 grad_value.mutable_data_ptr(),
+                                                 strides_of(grad_query),
+                                                 strides_of(grad_key),
+                                                 strides_of(grad_value),
+                                                 workspace.mutable_data_ptr()};
+  run_on_gpu(cuda::attention_backward_on_hopper, query, args);
+}
+
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {
   m.def(
       "_attention_on_hopper(Tensor query, Tensor key, Tensor value, Tensor(a!) output, bool is_causal, float "
       "scale) -> Tensor");
+  m.def(
+      "_attention_backward_on_hopper(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, "
+      "Tensor logsumexp, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, bool is_causal, "
+      "float scale) -> ()");
 }
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, FASTNN_GPU_KEY, m) {
   m.impl("_attention_on_hopper", TORCH_BOX(&_attention_on_hopper));
+  m.impl("_attention_backward_on_hopper", TORCH_BOX(&_attention_backward_on_hopper));
 }
 
 }  // namespace

@@ -152,6 +152,19 @@ def _triton_backward(
     return gradients
 
 
+def _warp_specialised_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
+    # Both sums of a tile of keys have to lie in registers.
+    fits = max(query.shape[3], value.shape[3]) <= 128
+    if not fits or not _fits_warp_specialised(query, key, value, mask, scale):
+        return _triton_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale)
+    gradients = tuple(_in_order(t, t.shape) for t in (query, key, value))
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    _ops._attention_backward_on_hopper(
+        grad, query, key, value, output, logsumexp, *gradients, is_causal, scale
+    )
+    return gradients
+
+
 def _unsupported_on_gpus(query, key, value, mask, is_causal, scale):
     reason = _unsupported(query, key, value, mask, is_causal, scale)
     if reason is None and query.is_cuda:
@@ -176,7 +189,7 @@ attention_backward = declare(
     ),
     own_dtype=("mask", "logsumexp"),
     on_gpus="triton",
-    candidates={"kernel": _triton_backward},
+    candidates={"kernel": _triton_backward, "warp-specialised": _warp_specialised_backward},
 )
 
 _attention = declare(

@@ -178,13 +178,38 @@ void meet(int number, int threads) {
   });
 }
 
+namespace host {
+namespace {
+
+// Has a copy arrive, and its bytes counted, at once or when the barrier is waited for.
+template <class F>
+void arrive_later(uint64_t* barrier, int bytes, const F& copy) {
+  CountingBarrier& b = find(barrier);
+  const auto arrival = [&b, bytes, copy] {
+    copy();
+    b.bytes -= bytes;
+  };
+  FASTNN_GUARD(b);
+#ifndef FASTNN_THREADS
+  // The threads that wait have the copies arrive.
+  if (!copies_arrive_at_once) {
+    b.copies.push_back(arrival);
+    return;
+  }
+#endif
+  arrival();
+  end_phase_if_complete(b);
+}
+
+}  // namespace
+}  // namespace host
+
 void copy_tile(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int head, int batch) {
   using namespace host;
   const MappedTensor& t = map->tensor;
   const uint32_t address = shared_address(to);
   if (address % 128 != 0) block_now->fail("a tile that is not aligned");
-  CountingBarrier& b = find(barrier);
-  const auto copy = [&b, &t, address, column, row, head, batch] {
+  arrive_later(barrier, t.tile_rows * kPartPitch, [&t, address, column, row, head, batch] {
     const auto* from = static_cast<const uint16_t*>(t.data) + head * t.strides[1] + batch * t.strides[2];
     const bool there = head >= 0 && head < t.sizes[2] && batch >= 0 && batch < t.sizes[3];
     for (int r = 0; r < t.tile_rows; ++r) {
@@ -194,18 +219,15 @@ void copy_tile(void* to, const TensorMap* map, uint64_t* barrier, int column, in
         std::memcpy(at(swizzled(address + r * kPartPitch + 2 * c)), &bits, 2);
       }
     }
-    b.bytes -= t.tile_rows * kPartPitch;
-  };
-  FASTNN_GUARD(b);
-#ifndef FASTNN_THREADS
-  // The threads that wait have the copies arrive.
-  if (!copies_arrive_at_once) {
-    b.copies.push_back(copy);
-    return;
+  });
+}
+
+void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+  using namespace host;
+  if (shared_address(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
+    block_now->fail("bytes that are not aligned");
   }
-#endif
-  copy();
-  end_phase_if_complete(b);
+  arrive_later(barrier, bytes, [to, from, bytes] { std::memcpy(to, from, static_cast<size_t>(bytes)); });
 }
 
 void begin_products() { host::block_now->threads[host::thread_now].may_multiply = true; }

@@ -32,6 +32,8 @@ void announce(int number, int threads);
 inline void prefetch(const TensorMap*) {}
 void copy_tile(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int head, int batch);
 
+void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier);
+
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>
@@ -61,9 +63,9 @@ void start_product(PendingProduct product);
         {d, 2 * N, is_bf16, accumulate, false, kDepthInsideA, kDepthInsideB, {}, nullptr, a, b});         \
   }                                                                                                       \
   template <int N>                                                                                        \
-  void name(float (&d)[N], const uint32_t (&a)[4], uint64_t b) {                                          \
+  void name(float (&d)[N], const uint32_t (&a)[4], uint64_t b, bool accumulate) {                         \
     const auto lanes = host::exchange(#name " of registers", std::to_array(a));                           \
-    host::PendingProduct product{d, 2 * N, is_bf16, true, true, true, false, {}, a, 0, b};                \
+    host::PendingProduct product{d, 2 * N, is_bf16, accumulate, true, true, false, {}, a, 0, b};          \
     for (int t = 0; t < 4; ++t) std::memcpy(product.a[t], lanes[lane_id() / 4 * 4 + t].data(), sizeof a); \
     host::start_product(product);                                                                         \
   }

@@ -60,13 +60,39 @@ const char* run(DType dtype, bool tf32, cuda::TileSize tile, const ConvShape& s)
 }
 
 const char* run_attention() {
-  Memory q, k, v, output, sums;
-  const HeadStrides queries{0, 0, 64}, keys{0, 0, 64};
-  const AttentionShape s{1, 1, 1, 70, 390, 64, 64};
-  return cuda::attention_forward_on_hopper(
-      {DType::bf16, s, true, 1.0f, q.data(), k.data(), v.data(), queries, keys, keys, output.data(), queries,
-       static_cast<float*>(sums.data())},
-      nullptr);
+  Memory q, k, v, output, sums, workspace;
+  const HeadStrides rows{0, 0, 64};
+  const AttentionShape s{1, 1, 1, 70, 290, 64, 64};
+  auto* logsumexp = static_cast<float*>(sums.data());
+  const char* wrong =
+      cuda::attention_forward_on_hopper({DType::bf16, s, true, 1.0f, q.data(), k.data(), v.data(), rows, rows,
+                                         rows, output.data(), rows, logsumexp},
+                                        nullptr);
+  if (wrong != nullptr) return wrong;
+  Memory gradients[3];
+  return cuda::attention_backward_on_hopper({DType::bf16,
+                                             s,
+                                             false,
+                                             1.0f,
+                                             output.data(),
+                                             q.data(),
+                                             k.data(),
+                                             v.data(),
+                                             output.data(),
+                                             rows,
+                                             rows,
+                                             rows,
+                                             rows,
+                                             rows,
+                                             logsumexp,
+                                             gradients[0].data(),
+                                             gradients[1].data(),
+                                             gradients[2].data(),
+                                             rows,
+                                             rows,
+                                             rows,
+                                             workspace.data()},
+                                            nullptr);
 }
 
 }  // namespace
