@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [run|list|compare|goals|page]``."""
+"""The command line: ``python -m benchmarks [run|list|compare|goals|choices|sweep|page]``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from benchmarks import (
     cases,
+    choices,
     compare,
     goals,
     limits,
@@ -26,8 +27,10 @@ from benchmarks import (
     sweep,
     training,
 )
+from benchmarks.autotune import Autotuner
 from benchmarks.nets import FAMILY as NETWORK
 from benchmarks.record import Record, environment
+from fastnn.ops import _choice, _declare
 
 # Seconds: all training, all ops, and one row of the ops at most. None is no limit.
 BUDGETS = {"quick": (35.0, 60.0, 1.5), "default": (120.0, 440.0, 2.0), "full": (None, None, 5.0)}
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measures fastnn against stock PyTorch."
     )
-    commands = parser.add_subparsers(dest="command", metavar="{run,list,compare,goals,page}")
+    commands = parser.add_subparsers(dest="command", metavar="{run,list,compare,goals,choices,sweep,page}")
     for name, text in (
         ("run", "measure, print tables, write JSON, plots and a page (the default)"),
         ("list", "show the cases"),
@@ -121,6 +124,19 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("goals", help=text, description=text)
     command.add_argument("result", type=Path, help="a results.json, or the folder of one")
     command.add_argument("--markdown", action="store_true", help="as a table for a document")
+    text = "what each candidate took on a GPU, and which is chosen for such calls"
+    command = commands.add_parser("choices", help=text, description=text)
+    command.add_argument(
+        "result",
+        type=Path,
+        nargs="+",
+        help="a gpu.json, a results.json, or the folder of one; the last counts",
+    )
+    command.add_argument(
+        "--write",
+        action="store_true",
+        help=f"put the choices into {_choice.SHIPPED_FILE.name}, which is shipped",
+    )
     text = "every size from 1 on, in turns with the next multiple of 16; exits with 1 if one is under half as fast"
     command = commands.add_parser("sweep", help=text, description=text)
     command.add_argument(
@@ -145,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
             return _page(args, console)
         if args.command == "goals":
             return _goals(args, console)
+        if args.command == "choices":
+            return choices.run(args.result, console, _choice.SHIPPED_FILE if args.write else None)
         if args.command == "sweep":
             if args.threads:
                 torch.set_num_threads(args.threads)
@@ -271,8 +289,6 @@ def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None)
     if args.device != "cpu":
         settings["device"] = args.device
     if args.prefer_kernels:
-        from fastnn.ops import _declare
-
         settings["prefer_kernels"] = _declare.prefer_kernels = True
     if args.goals:
         settings["goals"] = True
@@ -357,6 +373,7 @@ def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None)
     if interrupted:
         return 130
     bad = any(x.status != "ok" for x in (*record.rows, *record.training))
+    bad = bad or any(t.dropped for t in record.candidates.values())
     return 1 if bad or trouble else 0
 
 
@@ -419,16 +436,21 @@ def _measure(record, chosen, nets, contenders, budget, slow, console, save) -> N
                 if row is record.rows[-1]:
                     save()
 
-            runner.run_cases(
-                cases.spread(chosen),
-                contenders,
-                budget=op_seconds,
-                row_seconds=row_seconds,
-                on_row=on_row,
-                limits=record.limits,
-                slow=slow,
-                on_again=on_again,
-            )
+            with Autotuner() as autotuner:
+                record.candidates = autotuner.found
+                # Else fastnn's calls go where they would without the suite.
+                tuned = record.settings.get("prefer_kernels") and chosen[0].device == "cuda"
+                runner.run_cases(
+                    cases.spread(chosen),
+                    contenders,
+                    budget=op_seconds,
+                    row_seconds=row_seconds,
+                    on_row=on_row,
+                    limits=record.limits,
+                    slow=slow,
+                    on_again=on_again,
+                    autotuner=autotuner if tuned else None,
+                )
 
 
 def _train(name: str, seconds: float, on_step) -> training.Training:

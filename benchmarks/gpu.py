@@ -1,8 +1,8 @@
 """Everything that a machine with a GPU is for, in one command without a network: ``python3 -m benchmarks.gpu``.
 
 It builds the library with this Python and the torch and nvcc that are here, runs the tests marked ``gpu``, then the suite on the
-families that have CUDA kernels, and writes ``gpu.json`` and ``report.txt``. Each step that is done, or cut off by the time, leaves
-its result. Where the build fails and a library is there that was built elsewhere, the rest goes on with that one.
+families that have CUDA kernels, with a measurement of every candidate, and writes ``gpu.json`` and ``report.txt``. Each step that is
+done, or cut off by the time, leaves its result. Where the build fails and a library is there that was built elsewhere, the rest goes on with that one.
 """
 
 from __future__ import annotations

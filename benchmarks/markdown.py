@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from statistics import geometric_mean
 
+from benchmarks import choices
 from benchmarks.training import EARLY
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -34,7 +35,11 @@ def gpu_section(record: dict) -> str:
             "",
             rivals(record),
             "",
+            *(f"- {text}" for text in choices.dropped(record.get("candidates", []))),
+            "",
             "<details><summary>Every case</summary>",
+            "",
+            "In brackets the kernels that served it, forward + backward: the fastest of fastnn's for such calls.",
             "",
             table(record),
             "",
@@ -192,7 +197,8 @@ def _cell(row: dict | None) -> str:
     ratio = _ratio(row)
     if ratio is None:
         return ""
-    return f"{ratio:.2f}" if row["native"] else f"{ratio:.2f} (torch)"
+    kernels = " + ".join(row.get("kernels", {}).values()) if row["native"] else "torch"
+    return f"{ratio:.2f} ({kernels})" if kernels else f"{ratio:.2f}"
 
 
 def main(result: str, readme: str | None = None) -> None:

@@ -9,6 +9,8 @@ from statistics import geometric_mean
 
 import jinja2
 
+from benchmarks import choices
+
 EVEN = 0.05
 FOLDER = Path(__file__).parent
 
@@ -39,6 +41,7 @@ def render(record: dict, pictures: list[Path] = ()) -> str:
         summary=_summary(rows),
         bars=_bars(record, peers),
         absences=_absences(record, peers),
+        dropped=choices.dropped(record.get("candidates", [])),
         filters={c: list(dict.fromkeys(r[c] for r in rows)) for c in columns},
         case_head=_case_head(record, peers),
         cases=[_case(r, record, peers) for r in rows],
@@ -186,7 +189,9 @@ def _case(r: dict, record: dict, peers: list[str]) -> dict:
     cells += [_number(share and share * 100, "{:.0f}"), _text(r["limit"]["name"] if r["limit"] else "")]
     cells += [_number(overhead[p] * 1e6 if p in overhead else None) for p in (subject, "eager")]
     cells += [_number(r["relative_error"], "{:.1e}")]
-    cells += [_text({True: "fastnn", False: f"torch: {r['torch_reason']}", None: ""}[r["native"]])]
+    kernels = ", ".join(f"{op}: {name}" for op, name in r.get("kernels", {}).items())
+    fastnn = f"fastnn ({kernels})" if kernels else "fastnn"
+    cells += [_text({True: fastnn, False: f"torch: {r['torch_reason']}", None: ""}[r["native"]])]
     return {**{k: r[k] for k in ("family", "dtype", "layout", "direction")}, "cells": cells}
 
 

@@ -20,6 +20,7 @@ from benchmarks.memory import Memory
 from benchmarks.runner import Row
 from benchmarks.stored import SCHEMA_NAME, VERSION
 from benchmarks.training import Training
+from fastnn._tune import Tuned
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Record:
     training: list[Training] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
+    candidates: dict[tuple[str, str], Tuned] = field(default_factory=dict)
     limits: Limits | None = None
     complete: bool = False
     note: str = ""
@@ -53,6 +55,7 @@ class Record:
             "training": [_training_as_json(t) for t in self.training],
             "rows": [_row_as_json(r) for r in self.rows],
             "memory": [asdict(m) for m in self.memory],
+            "candidates": [_candidates_as_json(t) for t in self.candidates.values()],
         }
 
     def save(self, folder: Path) -> Path:
@@ -91,6 +94,7 @@ def _row_as_json(row: Row) -> dict:
         "stock_relative_error": row.stock_error,
         "native": None if row.status != "ok" else row.torch_reason is None,
         "torch_reason": row.torch_reason,
+        "kernels": row.kernels,
         "flops": row.flops,
         "bytes": row.bytes,
         "limit": asdict(row.limit) if row.limit else None,
@@ -107,6 +111,10 @@ def _row_as_json(row: Row) -> dict:
         "overhead_seconds": row.overhead,
         "peer_notes": row.peer_notes,
     }
+
+
+def _candidates_as_json(tuned: Tuned) -> dict:
+    return {k: getattr(tuned, k) for k in ("op", "calls", "seconds", "chosen", "dropped")}
 
 
 def _training_as_json(training: Training) -> dict:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks import choices
 from benchmarks.cases import FAMILIES
 from benchmarks.memory import Memory
 from benchmarks.record import Record
@@ -48,11 +49,13 @@ def print_record(record: Record, to: Console) -> None:
             "the interquartile range; ~ marks a spread above 10%, or passes after which another run may differ by over 5%. "
             "cl: channels_last. Of the limit: the least time that the probed machine could need, over fastnn's. x cold: with the "
             "data out of the caches. x as graph: CUDA graphs replayed. Overhead: the same call on next to no data, fastnn's and "
-            "stock's. A row's note says why torch's own op served it, if it did.",
+            "stock's. A row's note says why torch's own op served it, if it did, and on a GPU which kernels did, forward + backward.",
             style="dim",
         )
     for title, notes in _absences(record).items():
         to.print(f"{title}: {notes}", style="dim", highlight=False)
+    for text in choices.dropped(record.as_json()["candidates"]):
+        to.print(escape(text), style=f"bold {LOSS}", highlight=False)
     if record.memory:
         to.print(memory_table(record.memory))
     e = record.environment
@@ -284,4 +287,4 @@ def _limit(row: Row) -> str:
 def _note(row: Row) -> str:
     if row.status != "ok":
         return f"{row.status.upper()} {row.note}"
-    return f"torch: {row.torch_reason}" if row.torch_reason else ""
+    return f"torch: {row.torch_reason}" if row.torch_reason else " + ".join(row.kernels.values())

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks import clock, work
+from benchmarks.autotune import Autotuner
 from benchmarks.cases import Case
 from benchmarks.check import Reference, results
 from benchmarks.clock import HostClock
@@ -36,7 +37,7 @@ class Row:
     """What came of one case.
 
     `status` is "ok", "failed" (wrong answer: no time is taken) or "error" (an exception). A peer that took no part stands in
-    `peer_notes` with the reason. `torch_reason` says why the call went to torch's own op, if it did. `limit` is the least time
+    `peer_notes` with the reason. `torch_reason` says why the call went to torch's own op, if it did; `kernels` are those that served it on a GPU, by op. `limit` is the least time
     that the machine could need; `cold` are times with the data out of the caches, `graph` times of replayed CUDA graphs;
     `overhead` is the time of the same call on next to no data.
     """
@@ -47,6 +48,7 @@ class Row:
     error: float | None = None
     stock_error: float | None = None
     torch_reason: str | None = None
+    kernels: dict[str, str] = field(default_factory=dict)
     flops: float | None = None
     bytes: float | None = None
     limit: Limit | None = None
@@ -84,13 +86,17 @@ def run_case(
     *,
     limits: Limits | None = None,
     slow: bool = True,
+    autotuner: Autotuner | None = None,
 ) -> Row:
     """Check one case and time it a first time, the first of `peers` against the others, in about `seconds` of measurement.
 
-    Without `slow`, the peers that take seconds to prepare have no part.
+    Without `slow`, the peers that take seconds to prepare have no part. With an `autotuner`, fastnn's calls run on the kernels
+    that it finds to be the fastest.
     """
     row = Row(case)
     timer = clock.clock(case.device)
+    if autotuner is not None:
+        autotuner.measure(case)
     reference = Reference(case)
     row.stock_error = reference.worst_stock
     ready: dict[str, Ready] = {}
@@ -115,6 +121,7 @@ def run_case(
                 if isinstance(peer, FastNN):
                     done = work.observe(call, case)
                     row.torch_reason, row.flops, row.bytes = done.torch_reason, done.flops, done.bytes
+                    row.kernels = done.kernels
         elif peer is peers[0]:
             row.status, row.note = status, wrong
             return row
@@ -281,6 +288,7 @@ def run_cases(
     limits: Limits | None = None,
     slow: Callable[[Case], bool] = lambda case: True,
     on_again: Callable[[Row, int], None] = lambda row, number: None,
+    autotuner: Autotuner | None = None,
 ) -> None:
     """Run the cases in order, in `PASSES` passes, then those again that came out unstable.
 
@@ -289,7 +297,7 @@ def run_cases(
     `row_seconds` of measurement in all passes, and all cases together at most `budget` seconds; what is under way when they
     end is finished. Cases that the budget leaves no time for are not run. ``slow(case)`` says whether slow peers take part.
     ``on_row(row)`` is called after each case's first pass, ``on_again(row, number)`` after pass `number`; passes beyond
-    `PASSES` have the unstable rows only.
+    `PASSES` have the unstable rows only. The `autotuner` has part in the first.
     """
     now = time.perf_counter
     slow_names = {p.name for p in peers if p.slow}
@@ -306,7 +314,7 @@ def run_cases(
         share = (end - start) / (len(cases) - position) - unavoidable
         seconds = max(LEAST_SECONDS, min(row_seconds, share) / PASSES)
         try:
-            row = run_case(case, peers, seconds, limits=limits, slow=slow(case))
+            row = run_case(case, peers, seconds, limits=limits, slow=slow(case), autotuner=autotuner)
         except Exception as error:
             row = Row(case, "error", in_a_line(error))
         beside += max(0.0, now() - start - seconds)

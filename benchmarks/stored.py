@@ -22,7 +22,7 @@ def validate(record: dict) -> None:
 
 
 def load(path: Path | str) -> dict:
-    """The record in a file, or in the ``results.json`` of a folder."""
+    """The record in a file, in the ``results.json`` of a folder, or in a ``gpu.json``."""
     import jsonschema
 
     path = Path(path)
@@ -34,6 +34,10 @@ def load(path: Path | str) -> dict:
         raise UnreadableResult(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UnreadableResult(f"{path} is not JSON: {error}") from error
+    if isinstance(record, dict) and record.get("schema") == "fastnn-gpu":
+        record = record.get("suite")
+        if record is None:
+            raise UnreadableResult(f"{path}: its suite left no result, see the output of its steps")
     if not isinstance(record, dict) or record.get("schema") != SCHEMA_NAME:
         raise UnreadableResult(
             f'{path} is not a result of this suite: expected an object with "schema": "{SCHEMA_NAME}"'

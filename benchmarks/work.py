@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,11 +14,15 @@ from benchmarks.cases import Case
 
 @dataclass(frozen=True)
 class Work:
-    """`torch_reason` is None if native kernels served the whole call. Without a declaration the figures are None."""
+    """`torch_reason` is None if native kernels served the whole call. Without a declaration the figures are None.
+
+    `kernels` are the names of those that ran on a GPU, by op.
+    """
 
     torch_reason: str | None
     flops: float | None
     bytes: float | None
+    kernels: dict[str, str] = field(default_factory=dict)
 
 
 class _NativeOps(TorchDispatchMode):
@@ -54,15 +58,19 @@ def observe(call: Callable[[], object], case: Case) -> Work:
     finally:
         _declare.recorder = before
     reasons = [reason for _, _, reason in routed if reason is not None]
+    kernels = {}
+    for op, args, reason in routed:
+        if reason is None and not args[0].is_cpu:
+            kernels.setdefault(op.name, _declare.candidate(op, args))
     if case.direction == "backward" or not case.elementwise:
         # The forward pass was before this call, and its route with it; a module may mix both.
         reason = reasons[0] if reasons else None if native.count else "torch's own function"
-        return Work(reason, *count(case))
+        return Work(reason, *count(case), kernels)
     if not routed:
         reasons = ["torch's own function"]
     if not reasons:
-        return Work(None, native.flops, native.bytes)
-    return Work(reasons[0], *count(case))
+        return Work(None, native.flops, native.bytes, kernels)
+    return Work(reasons[0], *count(case), kernels)
 
 
 def count(case: Case) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +15,25 @@ __all__ = ["Tuned", "Tuning", "tune"]
 #: Rounds in which the candidates take turns, after one to warm up.
 ROUNDS = 10
 
+#: By how much of the largest value a candidate may differ from torch's op.
+MOST_ERROR = 2e-2
+
 
 class Tuned(NamedTuple):
     """The candidates of one class of calls."""
 
     op: str
     calls: str  # the class
-    seconds: dict[str, float]  # the median of each candidate that ran and agreed with torch's
+    seconds: dict[
+        str, float
+    ]  # the median of each candidate that ran and agreed with torch's, which stands first
     chosen: str
+    dropped: dict[str, str]  # the other candidates that cover such calls, and why each is none
+    device: int
+
+
+class DeviceLost(RuntimeError):
+    """A candidate left the GPU's context such that no call of this process can run there any more."""
 
 
 class Tuning:
@@ -46,6 +58,7 @@ class Tuning:
         for row in self.rows:
             times = ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in row.seconds.items())
             lines.append(f"{row.op} ({row.calls}): {row.chosen} of {times}")
+            lines += [f"  dropped {name}: {reason}" for name, reason in row.dropped.items()]
         return "\n".join([*lines, f"stored in {_choice.path()}"])
 
     __repr__ = __str__
@@ -54,9 +67,10 @@ class Tuning:
 def tune(model: Callable, *inputs: Any, **kwargs: Any) -> Tuning:
     """Run a model once on a GPU, measure every candidate for each of its calls, and keep the fastest for calls like them.
 
-    The candidates of an op are torch's own and fastnn's kernels. The choices are kept as readable JSON in the user's cache
-    folder, and hold for this user, this kind of GPU and these versions of fastnn and torch from then on. Where gradients are
-    enabled and the output requires them, the backward pass is measured as well; the parameters' gradients are as before.
+    The candidates of an op are torch's own and fastnn's kernels. One that is less than 3% faster is no better: such ties are
+    torch's. A kernel that fails, or disagrees with torch's op, is dropped. The choices are kept as readable JSON in the user's
+    cache folder, and hold for this user, this kind of GPU and these versions of fastnn and torch from then on. Where gradients
+    are enabled and the output requires them, the backward pass is measured as well; the parameters' gradients are as before.
 
     Parameters
     ----------
@@ -73,21 +87,24 @@ def tune(model: Callable, *inputs: Any, **kwargs: Any) -> Tuning:
     Raises
     ------
     RuntimeError
-        If no call of the model ran on a GPU.
+        If no call of the model ran on a GPU, or if a kernel left the GPU useless to this process.
     OSError
         If the choices cannot be stored.
     """
-    calls = _record(model, inputs, kwargs)
-    rows, choices = [], {}
-    for (name, of), (op, args) in calls.items():
-        seconds = _measure(op, args)
-        best = min(seconds, key=seconds.get)
-        rows.append(Tuned(name, of, seconds, best))
-        choices.setdefault(args[0].get_device(), {}).setdefault(name, {})[of] = best
+    before = dict(_choice.measured)
+    _choice.measured.clear()
+    try:
+        rows = measure(model, inputs, kwargs)
+    finally:
+        _choice.measured.clear()
+        _choice.measured.update(before)
     if not rows:
         raise RuntimeError(
             "fastnn.tune found no call to measure: it measures ops with kernels for GPUs, of models and inputs that are on one"
         )
+    choices = {}
+    for row in rows:
+        choices.setdefault(row.device, {}).setdefault(row.op, {})[row.calls] = row.chosen
     for index, made in choices.items():
         _choice.store(index, made)
     return Tuning(rows)
@@ -97,14 +114,40 @@ def _is_on_gpu(t) -> bool:
     return isinstance(t, torch.Tensor) and t.is_cuda
 
 
-def _record(model, inputs, kwargs) -> dict:
-    """The first call of each op and class, on the kernels wherever they cover it, so that their backward ops are seen."""
-    calls = {}
+def measure(
+    model: Callable,
+    inputs: tuple,
+    kwargs: dict,
+    *,
+    on_row: Callable[[Tuned], None] = lambda row: None,
+    trying: Callable[[str, str, str], str | None] = lambda op, calls, name: None,
+) -> list[Tuned]:
+    """Run a model on fastnn's kernels and measure the candidates of each class of calls that this process does not know yet.
+
+    A call is measured before it is made, and is then made on its fastest kernel, so that one which fails does not keep the
+    backward pass from being seen. The fastest kernels are in ``_choice.measured`` from then on. ``on_row(row)`` is called
+    after each class. ``trying(op, class, candidate)`` is called before each call of a candidate; what it returns before the first is
+    a reason to drop it, or None.
+    """
+    rows: list[Tuned] = []
 
     def seen(op, args, reason):
-        if reason is None and _is_on_gpu(args[0]):
-            kept = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
-            calls.setdefault((op.name, _choice.call_class(args)), (op, kept))
+        if reason is not None or not _is_on_gpu(args[0]):
+            return
+        key = op.name, _choice.call_class(args)
+        if key in _choice.measured or key in {(row.op, row.calls) for row in rows}:
+            return
+        kept = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        # A candidate may call other ops of fastnn.
+        _declare.recorder = None
+        try:
+            seconds, dropped = _measure(op, kept, lambda name: trying(*key, name))
+        finally:
+            _declare.recorder = seen
+        rows.append(Tuned(*key, seconds, _choice.fastest(seconds), dropped, args[0].get_device()))
+        if kernel := _choice.fastest_kernel(seconds):
+            _choice.measured[key] = kernel
+        on_row(rows[-1])
 
     before = _declare.recorder, _declare.prefer_kernels
     _declare.recorder, _declare.prefer_kernels = seen, True
@@ -118,56 +161,80 @@ def _record(model, inputs, kwargs) -> dict:
             torch.autograd.grad(wanted, leaves, [torch.ones_like(t) for t in wanted], allow_unused=True)
     finally:
         _declare.recorder, _declare.prefer_kernels = before
-    return calls
+    return rows
 
 
 def _tensors(value) -> Iterator[torch.Tensor]:
     return (t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
-def _measure(op: _declare.Op, args: tuple) -> dict[str, float]:
-    """Median seconds of torch's op, and of each kernel that runs and agrees with it."""
+def _measure(op: _declare.Op, args: tuple, trying: Callable[[str], str | None]) -> tuple[dict, dict]:
+    """Median seconds of torch's op, and of each kernel that runs and agrees with it; why the others were dropped."""
     with torch.no_grad():
+        trying(_choice.TORCH)
         want = op.oracle(*args)
-        candidates = {_choice.TORCH: op.stock}
-        for name, function in op.candidates.items():
+        calls, dropped = {_choice.TORCH: partial(op.stock, *args)}, {}
+        for name in op.candidates:
+            if not _declare.covers(op, name, args):
+                continue
+            call = partial(_declare.call_candidate, op, name, args)
+            reason = trying(name)
             try:
-                agrees = _agree(function(*args), want)
-            except Exception:  # such as shared memory that this GPU has not: one candidate less
-                agrees = False
-            if agrees:
-                candidates[name] = function
-        times = {name: [] for name in candidates}
-        names = list(candidates)
+                reason = reason or _disagreement(call(), want)
+            except Exception as error:  # such as shared memory that this GPU has not: one candidate less
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                if _is_lost(args[0]):
+                    raise DeviceLost(f"{op.name} by {name}: {reason}") from error
+            if reason is None:
+                calls[name] = call
+            else:
+                dropped[name] = reason
+        times = {name: [] for name in calls}
+        names = list(calls)
         for round_ in range(ROUNDS + 1):
             for i in range(len(names)):
                 name = names[(i + round_) % len(names)]
-                elapsed = _seconds(candidates[name], args)
+                trying(name)
+                elapsed = _seconds(calls[name])
                 if round_ > 0:
                     times[name].append(elapsed)
-    return {name: sorted(measured)[ROUNDS // 2] for name, measured in times.items()}
+    return {name: sorted(measured)[ROUNDS // 2] for name, measured in times.items()}, dropped
 
 
-def _agree(ours, want) -> bool:
-    """Whether all that is a number is about the same: places and what only backward reads need not be alike."""
+def _disagreement(ours, want) -> str | None:
+    """What differs of all that is a number, or None: places and what only backward reads need not be alike."""
     ours, want = (made if isinstance(made, tuple) else (made,) for made in (ours, want))
     for mine, theirs in zip(ours, want, strict=False):
         if theirs is None or theirs.numel() == 0 or not theirs.is_floating_point():
             continue
+        if mine.shape != theirs.shape:
+            return f"wrong: shape {tuple(mine.shape)}, not {tuple(theirs.shape)}"
         # To tell a kernel that is broken on this GPU, no more: tf32 and the order of sums may differ.
         scale = theirs.abs().max().clamp(min=1e-6)
-        if mine.shape != theirs.shape or not bool((mine - theirs).abs().max() / scale < 2e-2):
-            return False
-    return True
+        error = float((mine - theirs).abs().max() / scale)
+        if not error < MOST_ERROR:
+            return f"wrong: off by {error:.1e} of the largest value, at most {MOST_ERROR:.0e} is right"
+    return None
 
 
-def _seconds(function: Callable, args: tuple) -> float:
+def _is_lost(tensor: torch.Tensor) -> bool:
+    """Whether a GPU's context takes no call any more, as after an access out of bounds."""
+    if not tensor.is_cuda:
+        return False
+    try:
+        torch.cuda.synchronize(tensor.device)
+    except Exception:
+        return True
+    return False
+
+
+def _seconds(call: Callable) -> float:
     """Seconds of a call on the device, of several in a row where one is short."""
     calls = 5
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(calls):
-        function(*args)
+        call()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / calls / 1e3

@@ -276,3 +276,21 @@ def test_step_ends_with_all_that_it_started(tmp_path, monkeypatch):
     assert not report.step("long", [[sys.executable, "-c", code]], seconds=2)
     assert time.monotonic() - start < 30
     assert report.steps["long"]["status"] == "out of time (2 s)"
+
+
+def test_suite_that_hangs_leaves_what_it_had(tmp_path, monkeypatch):
+    """In a kernel no interrupt is heeded; the rows before it are in the file by then."""
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    report = gpu.Report(tmp_path)
+    (tmp_path / "suite").mkdir()
+    code = (
+        "import pathlib, signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "from benchmarks.record import Record; Record({}, {}, {}).save(pathlib.Path(sys.argv[1])); time.sleep(60)"
+    )
+    start = time.monotonic()
+    assert not report.step("suite", [[sys.executable, "-c", code, str(tmp_path / "suite")]], seconds=15)
+    assert time.monotonic() - start < 40
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["steps"]["suite"]["status"] == "out of time (15 s)"
+    assert found["suite"]["schema"] == "fastnn-benchmark"
+    assert not found["suite"]["complete"]

@@ -506,6 +506,27 @@ def test_choice_is_looked_up_once(fake_gpu, monkeypatch):
     ]
 
 
+def test_chosen_kernel_takes_only_what_it_covers(fake_gpu, monkeypatch):
+    """The class of a call does not tell of all that a kernel asks for."""
+    look_ups(monkeypatch, {"attention": "warp-specialised", "linear": "persistent"})
+    q, x = fake_gpu(1, 2, 64, 64), fake_gpu(64, 64)
+    halves = q.half(), x.half()
+    attended = [
+        (t, t, t, mask, False, None) for t in (q, halves[0]) for mask in (None, fake_gpu(1, 1, 64, 64))
+    ]
+    op = _declare.OPS["attention"]
+    assert [_declare.candidate(op, args) for args in attended] == [
+        "kernel",
+        "kernel",
+        "warp-specialised",
+        "kernel",
+    ]
+    op = _declare.OPS["linear"]
+    assert [_declare.candidate(op, (t, t, None)) for t in (x, halves[1])] == ["kernel", "persistent"]
+    monkeypatch.setattr(_gpu, "_capability", lambda index: (8, 0))
+    assert _declare.candidate(op, (halves[1], halves[1], None)) == "kernel"
+
+
 def test_what_is_slower_on_the_cpu_is_not_asked_about_a_gpu(fake_gpu, monkeypatch):
     look_ups(monkeypatch, {"linear": "kernel", "conv2d": "kernel"})
     monkeypatch.setattr(linear, "_MKL_AT_ITS_BEST", True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import stat
 import warnings
 
@@ -13,6 +14,8 @@ import torch
 from test_gpu_ops_on_host import LIBRARY
 
 import fastnn
+from benchmarks import autotune
+from benchmarks.cases import Case, Input, Workload
 from fastnn import _tune
 from fastnn.ops import _choice, _conv_on_gpus, _declare, attention
 
@@ -128,6 +131,10 @@ def test_two_processes_store_at_once(tmp_path):
     assert {p.name for p in _choice.path().parent.iterdir()} == {"gpu.json", "gpu.lock"}
 
 
+def call_candidate(op, name, args):
+    return op.candidates[name](*args)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """The CPU is a GPU, and each candidate's call takes the seconds that stand under its name, or 1."""
@@ -137,12 +144,12 @@ def clock(monkeypatch):
     monkeypatch.setattr(_conv_on_gpus, "_ops", torch.ops.fastnn_on_host)
     monkeypatch.setattr(_tune, "_is_on_gpu", lambda t: isinstance(t, torch.Tensor))
     monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+    # The dispatcher would go to the CPU's kernels.
+    monkeypatch.setattr(_declare, "call_candidate", call_candidate)
     times = {}
 
-    def seconds(function, args):
-        name = next(
-            (n for op in _declare.OPS.values() for n, f in op.candidates.items() if f is function), "torch"
-        )
+    def seconds(call):
+        name = call.args[1] if call.func is call_candidate else "torch"
         return times.get(name, 1.0)
 
     monkeypatch.setattr(_tune, "_seconds", seconds)
@@ -175,6 +182,8 @@ def test_tune(clock, some_gpu):
         "torch, then one pass",
     }
     assert set(rows["linear"].seconds) == {"torch"}
+    assert set(rows["linear"].dropped) == {"kernel", "plain"}
+    assert "  dropped kernel: " in str(found)
     assert str(_choice.path()) in str(found)
     assert "conv2d_relu (float32 " in str(found)
     assert all(p.grad is None for p in net.parameters())
@@ -194,6 +203,69 @@ def test_candidate_that_is_wrong_is_none(clock, monkeypatch):
         (row, *_) = fastnn.tune(model(), torch.randn(2, 8, 8, 8))
     assert row.chosen == "64 x 64"
     assert "kernel" not in row.seconds
+    assert row.dropped.keys() == {"kernel"}
+    assert re.match(r"wrong: off by .* of the largest value, at most 2e-02 is right", row.dropped["kernel"])
+
+
+def test_candidate_that_raises_is_none(clock, monkeypatch):
+    """It is not what the backward pass is found by either, though it be the first."""
+    op = _declare.OPS["conv2d_relu"]
+
+    def failing(*args):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    monkeypatch.setitem(op.candidates, "kernel", failing)
+    rows = {r.op: r for r in fastnn.tune(model(), torch.randn(2, 8, 8, 8))}
+    assert rows["conv2d_relu"].dropped == {"kernel": "RuntimeError: out of resource: shared memory"}
+    assert "conv2d_relu_backward" in rows
+    assert not _choice.measured
+
+
+def test_candidate_that_does_not_cover_a_call_has_no_part(clock, monkeypatch):
+    op = _declare.OPS["conv2d_relu"]
+    monkeypatch.setitem(op.covers, "64 x 64", lambda input, *rest: input.shape[0] > 2)
+    with torch.no_grad():
+        ((row, *_), (large, *_)) = (fastnn.tune(model(), torch.randn(n, 8, 8, 8)) for n in (2, 3))
+    assert "64 x 64" not in row.seconds.keys() | row.dropped.keys()
+    assert "64 x 64" in large.seconds
+    # Nor where it was chosen for the class.
+    monkeypatch.setattr(_choice, "chosen", lambda *args: "64 x 64")
+    assert [_declare.candidate(op, call(n, 8, 8, 8)) for n in (2, 3)] == ["kernel", "64 x 64"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "choice", "kernel"),
+    [
+        ({"torch": 1.0, "kernel": 0.98, "plain": 0.975}, "torch", "kernel"),
+        ({"torch": 1.0, "kernel": 0.96, "plain": 0.95}, "kernel", "kernel"),
+        ({"torch": 1.0, "kernel": 2.0, "plain": 1.5}, "torch", "plain"),
+        ({"torch": 1.0, "torch, then one pass": 0.5}, "torch, then one pass", None),
+    ],
+)
+def test_ties_are_torchs(seconds, choice, kernel):
+    assert _choice.fastest(seconds) == choice
+    assert _choice.fastest_kernel(seconds) == kernel
+
+
+def test_shipped_choices_are_of_candidates_that_there_are():
+    for ops in _choice.SHIPPED.values():
+        for op, classes in ops.items():
+            assert set(classes.values()) <= {"torch", *_declare.OPS[op].candidates}
+
+
+@pytest.mark.parametrize("text", ["[]", '{"9": {}}', '{"9.0": []}', '{"9.0": {"op": {"of": 1}}}', "{"])
+def test_shipped_file_that_is_none(text):
+    with pytest.raises(ValueError):
+        _choice.read_shipped(text)
+
+
+def test_what_a_process_measured_comes_first(some_gpu, monkeypatch):
+    of = _choice.call_class(call(8, 128))
+    monkeypatch.setattr(_choice, "SHIPPED", _choice.read_shipped(f'{{"9.0": {{"a": {{"{of}": "torch"}}}}}}'))
+    assert _choice.chosen("a", call(8, 128), some_gpu) == "torch"
+    monkeypatch.setitem(_choice.measured, ("a", of), "kernel")
+    assert _choice.chosen("a", call(8, 128), some_gpu) == "kernel"
+    assert _choice.chosen("a", call(9, 128), some_gpu) is None
 
 
 def test_any_gradient_that_is_wrong_counts(clock, monkeypatch):
@@ -217,7 +289,42 @@ def test_dropout_is_compared_with_the_weights_that_it_drops(clock, monkeypatch):
     q = torch.randn(1, 2, 32, 16)
     args = (q, q, q, None, torch.tensor([5]), False, None, 0.5)
     monkeypatch.setitem(op.candidates, "kernel", lambda *args: (attention._with_dropout(*args), None))
-    assert _tune._measure(op, args) == {"torch": 1.0, "kernel": 0.1}
+    assert _tune._measure(op, args, lambda name: None) == ({"torch": 1.0, "kernel": 0.1}, {})
+
+
+def test_candidates_of_a_case(clock, monkeypatch):
+    """What the benchmark suite's process says of a case: the candidate before each of its calls, then each class."""
+    monkeypatch.setattr(_choice, "measured", {})
+    load = Workload("conv", "conv2d_relu", "a test", (Input((2, 3, 9, 9)), Input((4, 3, 3, 3), "weight")))
+    clock["64 x 64"] = 0.5
+    clock["torch, then one pass"] = 0.1
+    told = []
+    autotune.measure(
+        Case(load, "fp32", "nchw", "forward+backward"), {("conv2d_relu", "kernel"): "it hung"}, told.append
+    )
+    rows = {what.op: what for kind, what in told if kind == "row"}
+    assert set(rows) == {"conv2d_relu", "conv2d_relu_backward"}
+    row = rows["conv2d_relu"]
+    assert row.dropped == {"kernel": "it hung"}
+    assert row.chosen == "torch, then one pass"
+    assert next(iter(row.seconds)) == "torch"
+    tried = {what for kind, what in told if kind == "trying"}
+    assert ("conv2d_relu", row.calls, "128 x 128") in tried
+    assert ("conv2d_relu", row.calls, "kernel") not in tried
+    # The row of the case is of a kernel alone.
+    assert _choice.measured == {(r.op, r.calls): "64 x 64" for r in rows.values()}
+    # Known by now.
+    told.clear()
+    autotune.measure(Case(load, "fp32", "nchw", "forward"), {}, told.append)
+    assert not told
+
+
+def test_case_without_a_kernel(clock, monkeypatch):
+    load = Workload("linear", "linear", "a test", (Input((2, 8)), Input((3, 8), "weight")))
+    told = []
+    with pytest.raises(RuntimeError, match=r"no kernel of linear is left \(float32 2x8 4x8 None\): kernel: "):
+        autotune.measure(Case(load, "fp32", "nchw", "forward+backward"), {}, told.append)
+    assert [kind for kind, _ in told][-1] == "row"
 
 
 def test_nothing_to_tune():

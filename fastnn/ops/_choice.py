@@ -1,7 +1,8 @@
 """Which candidate takes a call on a GPU: torch's own op, or one of the kernels. Measured, shipped or on the user's machine.
 
 A choice holds for a class of calls: one op, one dtype and layout, sizes up to the next power of two, the same options. Choices
-that :func:`fastnn.tune` made on this machine come before those that are shipped; a call that neither knows is torch's.
+that :func:`fastnn.tune` made on this machine come before those that are shipped (``gpu_choices.json``); a call that neither knows
+is torch's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from functools import cache
@@ -21,8 +23,11 @@ TORCH = "torch"
 #: The class of calls that stands for all of an op.
 ALL = "*"
 
-#: What is shipped: for each compute capability and op, candidates by class of calls. It comes from ``make gpu`` on such a GPU.
-SHIPPED: dict[tuple[int, int], dict[str, dict[str, str]]] = {}
+#: A candidate has to take this share less time than those before it, torch's op first: less is the noise of launches.
+TIE = 0.03
+
+#: What this process measured: the fastest kernel by op and class. It comes before all else.
+measured: dict[tuple[str, str], str] = {}
 
 VERSION = 1
 
@@ -42,6 +47,21 @@ def call_class(args) -> str:
     return " ".join(parts)
 
 
+def fastest(seconds: dict[str, float]) -> str:
+    """The candidate that takes the least time; of a tie the first, which is torch's op where it takes part."""
+    best = next(iter(seconds))
+    for name in seconds:
+        if seconds[name] < (1 - TIE) * seconds[best]:
+            best = name
+    return best
+
+
+def fastest_kernel(seconds: dict[str, float]) -> str | None:
+    """The same of fastnn's kernels alone; what has torch's op do a part, and says so in its name, is none."""
+    kernels = {name: of for name, of in seconds.items() if not name.startswith(TORCH)}
+    return fastest(kernels) if kernels else None
+
+
 def _rounded(size: int) -> int:
     return 1 << (size - 1).bit_length() if size > 1 else size
 
@@ -52,10 +72,10 @@ def chosen(op: str, args, device: torch.device) -> str | None:
         return _for_all(op, device.index)
     mine, shipped = _tables(device.index)
     mine, shipped = mine.get(op, {}), shipped.get(op, {})
-    if not mine and not shipped:
+    if not mine and not shipped and not measured:
         return None
     of = call_class(args)
-    return mine.get(of) or shipped.get(of) or shipped.get(ALL)
+    return measured.get((op, of)) or mine.get(of) or shipped.get(of) or shipped.get(ALL)
 
 
 # A tracer takes what holds for the whole process, and asks for no class, since sizes may be symbols there.
@@ -84,6 +104,26 @@ def versions() -> dict[str, str]:
     import fastnn
 
     return {"fastnn": fastnn.__version__, "torch": torch.__version__}
+
+
+# ---- what is shipped ----
+
+SHIPPED_FILE = Path(__file__).with_name("gpu_choices.json")
+
+
+def read_shipped(text: str) -> dict[tuple[int, int], dict[str, dict[str, str]]]:
+    """The choices of a file such as ``gpu_choices.json``, by compute capability, op and class."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("expected choices by compute capability")
+    for capability, choices in found.items():
+        if not re.fullmatch(r"\d+\.\d+", capability) or not _are_choices(choices):
+            raise ValueError(f"the choices for {capability} are none")
+    return {tuple(map(int, key.split("."))): choices for key, choices in found.items()}
+
+
+#: It comes from ``make gpu`` on such GPUs, by ``python -m benchmarks choices``.
+SHIPPED = read_shipped(SHIPPED_FILE.read_text(encoding="utf-8"))
 
 
 # ---- the user's file ----
@@ -119,13 +159,16 @@ def _checked(found) -> dict:
     if not isinstance(gpus, dict):
         raise ValueError("no GPUs in it")
     for key, entry in gpus.items():
-        choices = entry.get("choices") if isinstance(entry, dict) else None
-        if not isinstance(choices, dict) or not all(
-            isinstance(of, dict) and all(isinstance(name, str) for name in of.values())
-            for of in choices.values()
-        ):
+        if not _are_choices(entry.get("choices") if isinstance(entry, dict) else None):
             raise ValueError(f"the choices for {key} are none")
     return gpus
+
+
+def _are_choices(found) -> bool:
+    """Whether it is what an op's classes were measured to be fastest on, by op."""
+    return isinstance(found, dict) and all(
+        isinstance(of, dict) and all(isinstance(name, str) for name in of.values()) for of in found.values()
+    )
 
 
 def store(index: int, choices: dict[str, dict[str, str]]) -> None:

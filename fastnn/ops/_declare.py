@@ -62,6 +62,7 @@ class Op:
     on_gpus: str | None  # "cuda" or "triton", whatever its kernels for GPUs are written in
     on_cpu: bool
     candidates: dict[str, Callable]  # those kernels by name, the first for a call of which no choice is known
+    covers: dict[str, Callable]  # of those that do not take every call: which
     oracle: Callable  # gives the kernels' numbers from torch's ops
     tensors: tuple[int, ...] = field(default=())
 
@@ -209,6 +210,7 @@ def declare(
     on_cpu: bool = True,
     on_gpus: str | None = None,
     candidates: dict[str, Callable] | None = None,
+    covers: dict[str, Callable] | None = None,
     unsupported_on_gpus: Callable | None = None,
     oracle: Callable | None = None,
 ) -> Callable:
@@ -251,6 +253,8 @@ def declare(
     candidates
         The same result from those kernels, by their names, for tensors on a GPU that `unsupported` and
         `unsupported_on_gpus` have nothing against. Without it, the library itself has the one that there is.
+    covers
+        By the name of a candidate that does not take all of those, but the first, whether it takes a call.
     unsupported_on_gpus
         As `unsupported`, of the kernels for GPUs alone.
     oracle
@@ -275,6 +279,7 @@ def declare(
         on_gpus,
         on_cpu,
         candidates or ({"kernel": raw} if on_gpus else {}),
+        covers or {},
         oracle or stock,
         positions,
     )
@@ -435,7 +440,21 @@ def candidate(op: Op, args) -> str:
     chosen = None
     if len(op.candidates) > 1:
         chosen = _routed.choices.get(op.name) or _choice.chosen(op.name, args, args[0].device)
-    return chosen if chosen in op.candidates else next(iter(op.candidates))
+    return chosen if chosen in op.candidates and covers(op, chosen, args) else next(iter(op.candidates))
+
+
+def covers(op: Op, name: str, args) -> bool:
+    """Whether a candidate takes a call itself."""
+    return name not in op.covers or op.covers[name](*args)
+
+
+def call_candidate(op: Op, name: str, args):
+    """A call on a GPU by one of its kernels, through the dispatcher as all calls are."""
+    _routed.choices[op.name] = name
+    try:
+        return op.packet.raw(*args)
+    finally:
+        _routed.choices.pop(op.name, None)
 
 
 def _register_on_gpus(op: Op, unfit: Callable) -> None:

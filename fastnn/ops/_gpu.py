@@ -34,6 +34,11 @@ def is_hopper(device: torch.device) -> bool:
     )
 
 
+def has_descriptors(device: torch.device) -> bool:
+    """Whether a GPU copies the tiles that a tensor descriptor tells of: from compute capability 9.0 on."""
+    return _capability(device.index) >= (9, 0)
+
+
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -123,16 +123,14 @@ def _triton(query, key, value, mask, is_causal, scale, dropout_p=0.0, seed=None)
 
 
 def _warp_specialised(query, key, value, mask, is_causal, scale):
-    """In CUDA C++ for GPUs of compute capability 9.0; in Triton where that cannot be."""
-    if not _fits_warp_specialised(query, key, value, mask, scale):
-        return _triton(query, key, value, mask, is_causal, scale)
+    """In CUDA C++ for GPUs of compute capability 9.0."""
     output, _ = _fake(query, key, value, mask, is_causal, scale)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     made = _ops._attention_on_hopper(query, key, value, output, is_causal, scale)
     return output, made
 
 
-def _fits_warp_specialised(query, key, value, mask, scale):
+def _covers_warp_specialised(query, key, value, mask, is_causal, scale):
     if mask is not None or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     if query.shape[3] % 8 or value.shape[3] % 8 or (scale is not None and not scale > 0):
@@ -205,6 +203,7 @@ _attention = declare(
     constant=("mask",),
     on_gpus="triton",
     candidates={"kernel": _triton, "warp-specialised": _warp_specialised},
+    covers={"warp-specialised": _covers_warp_specialised},
 )
 
 # ---- with dropout: on GPUs alone ----

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastnn import _library
+from fastnn.ops import _gpu
 from fastnn.ops._declare import Cost, declare, tensor_bytes
 
 
@@ -180,6 +181,13 @@ def _backward_grad(ctx, grad_grad_input, grad_grad_weight, grad_grad_bias):
 _DESIGNS = ("kernel", "plain", "persistent")
 
 
+def _covers_persistent(input, *rest):
+    return input.element_size() == 2 and input.is_cuda and _gpu.has_descriptors(input.device)
+
+
+_COVERS = {"persistent": _covers_persistent}
+
+
 def _forward_candidates(activation):
     def with_design(design):
         def forward(input, weight, bias=None):
@@ -215,6 +223,7 @@ linear_backward = declare(
     backward=_backward_grad,
     on_gpus="triton",
     candidates=_backward_candidates(has_output=False),
+    covers=_COVERS,
 )
 
 
@@ -260,6 +269,7 @@ linear_relu_backward = declare(
     backward=_relu_backward_grad,
     on_gpus="triton",
     candidates=_backward_candidates(has_output=True),
+    covers=_COVERS,
 )
 
 # ---- the forward ops ----
@@ -276,6 +286,7 @@ _linear = declare(
     autocast=True,
     on_gpus="triton",
     candidates=_forward_candidates("none"),
+    covers=_COVERS,
 )
 
 
@@ -299,6 +310,7 @@ _linear_relu = declare(
     autocast=True,
     on_gpus="triton",
     candidates=_forward_candidates("relu"),
+    covers=_COVERS,
 )
 
 _linear_gelu = declare(
@@ -311,6 +323,7 @@ _linear_gelu = declare(
     autocast=True,
     on_gpus="triton",
     candidates=_forward_candidates("gelu"),
+    covers=_COVERS,
 )
 
 

@@ -20,10 +20,11 @@ SMOKE = Path(__file__).with_name("smoke.py")
 
 
 def check_contents(wheel: Path) -> None:
-    """One library for every Python, and nothing of the tests, the benchmarks or the sources."""
+    """One library for every Python, the choices that are shipped, and nothing of the tests, the benchmarks or the sources."""
     assert "-py3-none-" in wheel.name, f"{wheel.name} is tied to a Python"
     names = zipfile.ZipFile(wheel).namelist()
     assert [n for n in names if n.endswith(".so")] == ["fastnn/_C.so"], names
+    assert "fastnn/ops/gpu_choices.json" in names, names
     strangers = [n for n in names if not n.startswith("fastnn/") and ".dist-info/" not in n]
     assert not strangers, strangers
     assert not [n for n in names if n.endswith((".cpp", ".h", ".cu"))], names
@@ -43,7 +44,7 @@ def check_sources(folder: Path) -> None:
     assert not missing, f"{archive.name} lacks {missing}"
 
 
-SOURCES = (".py", ".cpp", ".h", ".cu", ".typed")
+SOURCES = (".py", ".cpp", ".h", ".cu", ".typed", ".json")
 
 # Megabytes. A wheel is what people download for every environment.
 MOST_SIZE = 20

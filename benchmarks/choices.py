@@ -1,0 +1,82 @@
+"""From what a GPU's candidates took to what is shipped: ``fastnn/ops/gpu_choices.json``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks import stored
+from fastnn.ops import _choice, _declare
+
+Choices = dict[str, dict[str, dict[str, str]]]
+
+
+def choices(records: list[dict]) -> Choices:
+    """By compute capability, op and class the fastest candidate, torch's op among them; the last record that has a class counts."""
+    made: Choices = {}
+    for record in records:
+        capability = record["environment"]["gpu"]["capability"]
+        for measured in record["candidates"]:
+            op, name = measured["op"], _choice.fastest(measured["seconds"])
+            if name != _choice.TORCH and (op not in _declare.OPS or name not in _declare.OPS[op].candidates):
+                raise stored.UnreadableResult(f"{op} has no candidate {name} any more: measure again")
+            made.setdefault(capability, {}).setdefault(op, {})[measured["calls"]] = name
+    return made
+
+
+def dropped(candidates: list[dict]) -> list[str]:
+    """A line for each candidate that failed or was wrong: in how many classes of calls, and how in the first of them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for measured in candidates:
+        for name, reason in measured["dropped"].items():
+            found.setdefault((measured["op"], name), []).append(f"{measured['calls']}: {reason}")
+    counts = Counter(measured["op"] for measured in candidates)
+    return [
+        f"DROPPED {op}, {name}, in {len(reasons)} of {counts[op]} classes of calls, such as {reasons[0]}"
+        for (op, name), reasons in found.items()
+    ]
+
+
+def write(made: Choices, path: Path) -> None:
+    """Add choices to those in a file; of a class that it knows, the new one counts."""
+    known = json.loads(path.read_text(encoding="utf-8"))
+    for capability, ops in made.items():
+        for op, classes in ops.items():
+            known.setdefault(capability, {}).setdefault(op, {}).update(classes)
+    text = json.dumps(known, indent=1, sort_keys=True) + "\n"
+    _choice.read_shipped(text)
+    path.write_text(text, encoding="utf-8")
+
+
+def table(record: dict) -> Table:
+    """What each candidate took for each class of calls of a record."""
+    gpu = record["environment"]["gpu"]
+    made = Table(title=f"{gpu['name']}, compute capability {gpu['capability']}", title_justify="left")
+    for name in ("op", "calls", "chosen", "us", "dropped"):
+        made.add_column(name, overflow="fold")
+    for measured in record["candidates"]:
+        took = ", ".join(f"{name} {seconds * 1e6:.1f}" for name, seconds in measured["seconds"].items())
+        dropped = "; ".join(f"{name}: {reason}" for name, reason in measured["dropped"].items())
+        chosen = _choice.fastest(measured["seconds"])
+        made.add_row(*map(escape, (measured["op"], measured["calls"], chosen, took, dropped)))
+    return made
+
+
+def run(results: list[Path], console: Console, to: Path | None) -> int:
+    """Print what some results have, and write the choices to a file if there is one."""
+    records = [stored.load(path) for path in results]
+    for path, record in zip(results, records, strict=True):
+        if not record.get("candidates"):
+            raise stored.UnreadableResult(f"{path} has no candidates: `make gpu` measures them, on a GPU")
+    made = choices(records)
+    for record in records:
+        console.print(table(record), highlight=False)
+    if to is not None:
+        write(made, to)
+        console.print(f"The choices are in {to}", style="bold", highlight=False, soft_wrap=True)
+    return 0
