@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from fastnn import _library, nn
 from fastnn.nn._fusing import Fused
-from fastnn.ops import _declare
+from fastnn.ops import _declare, _gpu
 
 __all__ = ["Explanation", "Row", "explain"]
 
@@ -67,7 +67,10 @@ def _kernel(op: _declare.Op, args: tuple) -> str:
     """What runs a call: the instruction set, or for a GPU the language and, where there are several, the kernel's name."""
     if args[0].is_cpu:
         return _library.current_isa()
-    return op.on_gpus if len(op.candidates) == 1 else f"{op.on_gpus}: {_declare.candidate(op, args)}"
+    if len(op.candidates) == 1:
+        return op.on_gpus
+    name = _declare.candidate(op, args)
+    return f"{'cuda' if name == _gpu.WARPGROUPS else op.on_gpus}: {name}"
 
 
 class _Recorder:

@@ -1,4 +1,4 @@
-"""The warp-specialised attention kernel on a model of a GPU, without torch, under sanitizers too."""
+"""Attention by warpgroups on a model of a GPU, without torch, under sanitizers too."""
 
 from __future__ import annotations
 

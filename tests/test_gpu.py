@@ -297,8 +297,11 @@ class TestOnGpu:
             tokens(key_heads, keys, width),
             tokens(key_heads, keys, value_width),
         )
-        y, logsumexp = attention._attention.op.candidates[name](q, k, v, None, causal, None)
-        again, _ = attention._attention.op.candidates[name](q, k, v, None, causal, None)
+        op, args = attention._attention.op, (q, k, v, None, causal, None)
+        if not _declare.covers(op, name, args):
+            pytest.skip("not on this GPU")
+        y, logsumexp = op.candidates[name](*args)
+        again, _ = op.candidates[name](*args)
         assert torch.equal(y, again)
         stock, exact = (
             TF.scaled_dot_product_attention(
@@ -308,6 +311,22 @@ class TestOnGpu:
         )
         assert_as_good(y, stock, exact.double(), roundings=8)
         assert logsumexp.isfinite().all()
+
+        g = tokens(heads, queries, value_width)
+        backward = attention.attention_backward.op
+        args = (g, q, k, v, None, y, logsumexp, causal, None)
+        if queries == 4096 or not _declare.covers(backward, name, args):
+            return
+        ours, again = (backward.candidates[name](*args) for _ in range(2))
+
+        def gradients(kind):
+            leaves = [t.to(kind).requires_grad_() for t in (q, k, v)]
+            z = TF.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
+            return torch.autograd.grad(z, leaves, g.to(kind))
+
+        for a, b, c, twice in zip(ours, gradients(dtype), gradients(torch.float64), again, strict=True):
+            assert torch.equal(a, twice)
+            assert_as_good(a, b, c, roundings=8)
 
     @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
     @pytest.mark.parametrize(
@@ -330,6 +349,8 @@ class TestOnGpu:
             .contiguous(memory_format=torch.channels_last)
             for s in (image, kernel)
         )
+        if not _declare.covers(conv._conv2d.op, name, (x, w, None, *options)):
+            pytest.skip("not on this GPU")
         y = _conv_on_gpus.kernel(False, tile=name)(x, w, None, *options)
         g = torch.randn(y.shape, generator=generator).to(y).contiguous(memory_format=torch.channels_last)
         backward = _conv_on_gpus.backward_candidates(lambda *args: args)[name]
@@ -508,7 +529,7 @@ def test_choice_is_looked_up_once(fake_gpu, monkeypatch):
 
 def test_chosen_kernel_takes_only_what_it_covers(fake_gpu, monkeypatch):
     """The class of a call does not tell of all that a kernel asks for."""
-    look_ups(monkeypatch, {"attention": "warp-specialised", "linear": "persistent"})
+    look_ups(monkeypatch, {"attention": "warpgroups", "linear": "persistent"})
     q, x = fake_gpu(1, 2, 64, 64), fake_gpu(64, 64)
     halves = q.half(), x.half()
     attended = [
@@ -518,7 +539,7 @@ def test_chosen_kernel_takes_only_what_it_covers(fake_gpu, monkeypatch):
     assert [_declare.candidate(op, args) for args in attended] == [
         "kernel",
         "kernel",
-        "warp-specialised",
+        "warpgroups",
         "kernel",
     ]
     op = _declare.OPS["linear"]

@@ -222,7 +222,7 @@ def tokens(*shape, seed, dtype, shift=0):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_warp_specialised_attention(in_place_of_hopper, dtype, causal):
+def test_by_warpgroups_attention(in_place_of_hopper, dtype, causal):
     q = tokens(2, 4, 70, 64, seed=1, dtype=dtype)
     k, v = (tokens(2, 2, 150, 64, seed=seed, dtype=dtype) for seed in (2, 3))
     # Rows that no tile's copy can take: they are not aligned, or not dense, or heads are repeated.
@@ -233,7 +233,7 @@ def test_warp_specialised_attention(in_place_of_hopper, dtype, causal):
         (q, k[:, :1].expand(2, 2, 150, 64), v[:, :1].expand(2, 2, 150, 64)),
     ]
     for q, k, v in calls:
-        y, logsumexp = attention._warp_specialised(q, k, v, None, causal, None)
+        y, logsumexp = attention._by_warpgroups(q, k, v, None, causal, None)
         like, sums = attention._fake(q, k, v, None, causal, None)
         assert (y.stride(), logsumexp.shape, logsumexp.dtype) == (like.stride(), sums.shape, sums.dtype)
         stock, exact = (
@@ -251,32 +251,41 @@ def test_warp_specialised_attention(in_place_of_hopper, dtype, causal):
             z = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
             return torch.autograd.grad(z, leaves, upstream.to(kind))
 
-        ours = attention._warp_specialised_backward(upstream, q, k, v, None, y, logsumexp, causal, None)
+        ours = attention._by_warpgroups_backward(upstream, q, k, v, None, y, logsumexp, causal, None)
         for a, b, c, t in zip(ours, gradients(dtype), gradients(torch.float64), (q, k, v), strict=True):
             assert a.stride() == attention._in_order(t, t.shape).stride()
             assert_as_good(a, b, c, roundings=8)
 
 
-def test_attention_that_the_warpgroups_do_not_take(in_place_of_hopper, ops, monkeypatch):
-    taken = []
-    for name in ("_triton", "_triton_backward"):
-        monkeypatch.setattr(attention, name, lambda *args: taken.append(args))
+def test_what_the_warpgroups_do_not_take(in_place_of_hopper, ops):
     q = tokens(1, 2, 8, 64, seed=1, dtype=torch.float16)
+    wide = tokens(1, 2, 8, 136, seed=1, dtype=torch.float16)
+    assert attention._covers_warpgroups(q, q, q, None, True, None)
+    assert attention._covers_warpgroups(wide, wide, wide, None, False, 2.0)
     mask = torch.ones(8, 8, dtype=torch.bool)
-    others = [
+    for args in (
         (q, q, q, mask, False, None),
         (q, q, q, None, False, -1.0),
         (q, q, q, None, False, 0.0),
         (q[..., :60], q[..., :60], q, None, False, None),
         (q, q, q[..., :4], None, False, None),
         (q.float(), q.float(), q.float(), None, False, None),
-    ]
-    for q_, k_, v_, *rest in others:
-        attention._warp_specialised(q_, k_, v_, *rest)
-        attention._warp_specialised_backward(q_, q_, k_, v_, rest[0], q_, None, *rest[1:])
-    wide = tokens(1, 2, 8, 136, seed=1, dtype=torch.float16)
-    attention._warp_specialised_backward(wide, wide, wide, wide, None, wide, None, False, None)
-    assert len(taken) == 2 * len(others) + 1
+    ):
+        assert not attention._covers_warpgroups(*args)
+        assert not attention._covers_warpgroups_backward(q, *args[:4], q, None, *args[4:])
+    backward = attention._covers_warpgroups_backward
+    assert backward(q, q, q, q, None, q, None, True, None)
+    assert not backward(wide, wide, wide, wide, None, wide, None, True, None)
+
+    options = (1, 1, 1, 1, 1, 1, 1)
+    x, w = torch.zeros(1, 16, 6, 6, dtype=torch.bfloat16), torch.zeros(12, 16, 3, 3, dtype=torch.bfloat16)
+    (forward,) = _conv_on_gpus.COVERS.values()
+    (of_gradients,) = _conv_on_gpus.backward_covers(conv._split_backward).values()
+    assert forward(x, w, None, *options)
+    assert not forward(x.float(), w.float(), None, *options)
+    assert not forward(x[:, :12], w[:, :12], None, *options)
+    assert not of_gradients(x, x, w, *options, True, True, True)
+    assert of_gradients(x, x, w[:8], *options, True, True, True)
     output = torch.empty(1, 2, 8, 64, dtype=torch.float16)
     for args, message in (
         ((q.float(), q.float(), q.float(), output.float(), False, 1.0), "bfloat16 or float16"),

@@ -42,19 +42,31 @@ def allows_tf32():
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-# The tiles of the products, in elements; "kernel" has them chosen by the shape. Those by warpgroups are for bfloat16 and float16 on
-# GPUs of compute capability 9.0; what they do not take is as with "kernel".
-TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2, "warpgroups": 3}
+# The tiles of the products, in elements; "kernel" has them chosen by the shape.
+TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2, _gpu.WARPGROUPS: 3}
 
 
-def tile_of(name, tensor):
-    return 0 if name == "warpgroups" and not _gpu.is_hopper(tensor.device) else TILES[name]
+def _covers_warpgroups(input, weight, bias, *rest):
+    # Channels are fetched 16 bytes at a time.
+    return input.element_size() == 2 and weight.shape[1] % 8 == 0 and _gpu.is_hopper(input.device)
+
+
+#: By forward candidate; and by backward candidate, where the output's channels count as well.
+COVERS = {_gpu.WARPGROUPS: _covers_warpgroups}
+
+
+def backward_covers(split):
+    def covers(*args):
+        _, input, weight, _, _, options, _, _ = split(*args)
+        return weight.shape[0] // options[6] % 8 == 0 and _covers_warpgroups(input, weight, None)
+
+    return {_gpu.WARPGROUPS: covers}
 
 
 def kernel(relu, pooled=False, tile="kernel"):
     def forward(input, weight, bias, *rest):
         fused = pooled and rest[7:] == WINDOW
-        options = (*rest[:7], relu, fused, allows_tf32(), tile_of(tile, input))
+        options = (*rest[:7], relu, fused, allows_tf32(), TILES[tile])
         made = _ops._conv2d_on_gpu(input, weight, bias, *options)
         if fused:
             return made
@@ -102,7 +114,7 @@ def backward_candidates(split):
                 grad = _ops.max_pool2d_backward(grad, locations, *size, *window, 1, 1, False)
                 locations = None
             return _ops._conv2d_backward_on_gpu(
-                grad, input, weight, output, locations, *options, *wanted, allows_tf32(), tile_of(tile, input)
+                grad, input, weight, output, locations, *options, *wanted, allows_tf32(), TILES[tile]
             )
 
         return backward

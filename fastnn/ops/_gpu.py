@@ -10,6 +10,8 @@ import torch
 
 from fastnn.ops import _choice
 
+#: The candidates in CUDA C++ that only GPUs of compute capability 9.0 run.
+WARPGROUPS = "warpgroups"
 #: The least compute capability that the kernels are built for.
 LEAST_CAPABILITY = (8, 0)
 

@@ -122,7 +122,7 @@ def _triton(query, key, value, mask, is_causal, scale, dropout_p=0.0, seed=None)
     return output, made
 
 
-def _warp_specialised(query, key, value, mask, is_causal, scale):
+def _by_warpgroups(query, key, value, mask, is_causal, scale):
     """In CUDA C++ for GPUs of compute capability 9.0."""
     output, _ = _fake(query, key, value, mask, is_causal, scale)
     scale = query.shape[3] ** -0.5 if scale is None else scale
@@ -130,7 +130,7 @@ def _warp_specialised(query, key, value, mask, is_causal, scale):
     return output, made
 
 
-def _covers_warp_specialised(query, key, value, mask, is_causal, scale):
+def _covers_warpgroups(query, key, value, mask, is_causal, scale):
     if mask is not None or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     if query.shape[3] % 8 or value.shape[3] % 8 or (scale is not None and not scale > 0):
@@ -150,17 +150,19 @@ def _triton_backward(
     return gradients
 
 
-def _warp_specialised_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
-    # Both sums of a tile of keys have to lie in registers.
-    fits = max(query.shape[3], value.shape[3]) <= 128
-    if not fits or not _fits_warp_specialised(query, key, value, mask, scale):
-        return _triton_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale)
+def _by_warpgroups_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
     gradients = tuple(_in_order(t, t.shape) for t in (query, key, value))
     scale = query.shape[3] ** -0.5 if scale is None else scale
     _ops._attention_backward_on_hopper(
         grad, query, key, value, output, logsumexp, *gradients, is_causal, scale
     )
     return gradients
+
+
+def _covers_warpgroups_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
+    # Both sums of a tile of keys have to lie in registers.
+    fits = max(query.shape[3], value.shape[3]) <= 128
+    return fits and _covers_warpgroups(query, key, value, mask, is_causal, scale)
 
 
 def _unsupported_on_gpus(query, key, value, mask, is_causal, scale):
@@ -187,7 +189,8 @@ attention_backward = declare(
     ),
     own_dtype=("mask", "logsumexp"),
     on_gpus="triton",
-    candidates={"kernel": _triton_backward, "warp-specialised": _warp_specialised_backward},
+    candidates={"kernel": _triton_backward, _gpu.WARPGROUPS: _by_warpgroups_backward},
+    covers={_gpu.WARPGROUPS: _covers_warpgroups_backward},
 )
 
 _attention = declare(
@@ -202,8 +205,8 @@ _attention = declare(
     own_dtype=("mask",),
     constant=("mask",),
     on_gpus="triton",
-    candidates={"kernel": _triton, "warp-specialised": _warp_specialised},
-    covers={"warp-specialised": _covers_warp_specialised},
+    candidates={"kernel": _triton, _gpu.WARPGROUPS: _by_warpgroups},
+    covers={_gpu.WARPGROUPS: _covers_warpgroups},
 )
 
 # ---- with dropout: on GPUs alone ----

@@ -150,6 +150,11 @@ def _second(kept, grad_grad_input, grad_grad_weight, grad_grad_bias):
     return to_grad, to_input, to_weight
 
 
+def _split_backward(grad, input, weight, *rest):
+    """The arguments of an op of gradients as `on_gpus.backward_candidates` has them."""
+    return grad, input, weight, None, None, rest[:7], (), rest[7:]
+
+
 conv2d_backward = declare(
     "conv2d_backward",
     stock=_stock_backward,
@@ -159,9 +164,8 @@ conv2d_backward = declare(
     cost=_cost_backward,
     unsupported_on_gpus=lambda grad, input, weight, *rest: on_gpus.why_not(input, weight, None, *rest[:7]),
     on_gpus="cuda",
-    candidates=on_gpus.backward_candidates(
-        lambda grad, input, weight, *rest: (grad, input, weight, None, None, rest[:7], (), rest[7:])
-    ),
+    candidates=on_gpus.backward_candidates(_split_backward),
+    covers=on_gpus.backward_covers(_split_backward),
     keep=_keep_backward,
     backward=lambda ctx, *grad_grads: (*_second(ctx, *grad_grads), *(None,) * 10),
 )
@@ -186,6 +190,10 @@ def _relu_second(ctx, *grad_grads):
     return (to_grad, to_input, to_weight, *(None,) * 11)
 
 
+def _split_relu_backward(grad, input, weight, output, *rest):
+    return grad, input, weight, output, None, rest[:7], (), rest[7:]
+
+
 conv2d_relu_backward = declare(
     "conv2d_relu_backward",
     stock=lambda grad, input, weight, output, *rest: _stock_backward(
@@ -201,9 +209,8 @@ conv2d_relu_backward = declare(
         input, weight, None, *rest[:7]
     ),
     on_gpus="cuda",
-    candidates=on_gpus.backward_candidates(
-        lambda grad, input, weight, output, *rest: (grad, input, weight, output, None, rest[:7], (), rest[7:])
-    ),
+    candidates=on_gpus.backward_candidates(_split_relu_backward),
+    covers=on_gpus.backward_covers(_split_relu_backward),
     keep=_keep_relu_backward,
     backward=_relu_second,
 )
@@ -277,6 +284,10 @@ def _pooled_second(ctx, *grad_grads):
     return (to_grad, to_input, to_weight, *(None,) * 17)
 
 
+def _split_pooled_backward(grad, input, weight, locations, *rest):
+    return grad, input, weight, None, locations, rest[:7], rest[7:13], rest[13:]
+
+
 conv2d_relu_max_pool2d_backward = declare(
     "conv2d_relu_max_pool2d_backward",
     stock=_stock_pooled_backward,
@@ -287,11 +298,8 @@ conv2d_relu_max_pool2d_backward = declare(
         input, weight, None, *rest[:13]
     ),
     on_gpus="cuda",
-    candidates=on_gpus.backward_candidates(
-        lambda grad, input, weight, locations, *rest: (
-            (grad, input, weight, None, locations, rest[:7], rest[7:13], rest[13:])
-        )
-    ),
+    candidates=on_gpus.backward_candidates(_split_pooled_backward),
+    covers=on_gpus.backward_covers(_split_pooled_backward),
     keep=_keep_pooled_backward,
     backward=_pooled_second,
     own_dtype=("locations",),
@@ -307,6 +315,7 @@ _conv2d = declare(
     unsupported_on_gpus=on_gpus.why_not,
     on_gpus="cuda",
     candidates=on_gpus.candidates(relu=False),
+    covers=on_gpus.COVERS,
     slower=routes.slower,
     fake=shapes.fake,
     cost=shapes.cost,
@@ -322,6 +331,7 @@ _conv2d_relu = declare(
     unsupported_on_gpus=on_gpus.why_not,
     on_gpus="cuda",
     candidates=on_gpus.candidates(relu=True),
+    covers=on_gpus.COVERS,
     slower=routes.slower_relu,
     fake=shapes.fake,
     cost=shapes.cost,
@@ -426,6 +436,7 @@ _conv2d_relu_max_pool2d = declare(
     unsupported_on_gpus=on_gpus.why_not,
     on_gpus="cuda",
     candidates=on_gpus.candidates(relu=True, pooled=True),
+    covers=on_gpus.COVERS,
     slower=routes.slower_pooled,
     fake=shapes.fake_pooled,
     cost=shapes.cost_pooled,
