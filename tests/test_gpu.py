@@ -481,6 +481,13 @@ def test_triton(fake_gpu, native, monkeypatch):
     assert [reason for _, reason in native] == reasons
 
 
+def test_linear_without_features(fake_gpu, native):
+    x, w = fake_gpu(2, 0), fake_gpu(4, 0)
+    for function in (linear.linear, linear.linear_relu, linear.linear_gelu):
+        assert function(x, w).shape == (2, 4)
+    assert [reason for _, reason in native] == ["no input features"] * 3
+
+
 def test_linear_gelu(fake_gpu, native):
     x, w = fake_gpu(2, 3), fake_gpu(4, 3)
     assert linear.linear_gelu(x, w).shape == (2, 4)

@@ -188,6 +188,10 @@ def _covers_persistent(input, *rest):
 _COVERS = {"persistent": _covers_persistent}
 
 
+def _without_features(input, *rest):
+    return "no input features" if input.shape[-1] == 0 else None
+
+
 def _forward_candidates(activation):
     def with_design(design):
         def forward(input, weight, bias=None):
@@ -222,6 +226,7 @@ linear_backward = declare(
     keep=_keep_backward,
     backward=_backward_grad,
     on_gpus="triton",
+    unsupported_on_gpus=lambda grad, *rest: _without_features(*rest),
     candidates=_backward_candidates(has_output=False),
     covers=_COVERS,
 )
@@ -268,6 +273,7 @@ linear_relu_backward = declare(
     keep=_keep_relu_backward,
     backward=_relu_backward_grad,
     on_gpus="triton",
+    unsupported_on_gpus=lambda grad, *rest: _without_features(*rest),
     candidates=_backward_candidates(has_output=True),
     covers=_COVERS,
 )
@@ -285,6 +291,7 @@ _linear = declare(
     backward=_linear_grad,
     autocast=True,
     on_gpus="triton",
+    unsupported_on_gpus=_without_features,
     candidates=_forward_candidates("none"),
     covers=_COVERS,
 )
@@ -309,6 +316,7 @@ _linear_relu = declare(
     backward=_linear_relu_grad,
     autocast=True,
     on_gpus="triton",
+    unsupported_on_gpus=_without_features,
     candidates=_forward_candidates("relu"),
     covers=_COVERS,
 )
@@ -322,6 +330,7 @@ _linear_gelu = declare(
     cost=cost,
     autocast=True,
     on_gpus="triton",
+    unsupported_on_gpus=_without_features,
     candidates=_forward_candidates("gelu"),
     covers=_COVERS,
 )
