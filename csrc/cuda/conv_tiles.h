@@ -87,9 +87,6 @@ inline TileExtent extent_of(TileKind kind) {
   return extent;
 }
 
-// Stages of the depth in shared memory: one is multiplied while the others arrive.
-constexpr int kStages = 4;
-
 template <class Tile, class T, int kExtent, bool kDepthInside>
 struct OperandOf {
   using Type = Operand<T, kExtent, kDepthInside>;
@@ -147,6 +144,7 @@ __device__ inline float* multiply(unsigned char* shared, int steps, const Fetch&
     return multiply_in_warps<kMultiply, Tile, A, B>(shared, steps, fetch);
   }
 }
+
 // Calls f.operator()<kMultiply>() for a dtype.
 template <class F>
 const char* with_multiply(DType dtype, bool tf32, F&& f) {

@@ -22,6 +22,9 @@ struct MultiplyTraits<Multiply::f16> {
   using Element = f16;
 };
 
+// Stages of the depth in shared memory: one is multiplied while the others arrive.
+constexpr int kStages = 4;
+
 // A block's tile of kRows x kColumns, in tiles of kWarpRows x kWarpColumns of its warps.
 template <int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_>
 struct Tile {

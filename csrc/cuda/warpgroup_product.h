@@ -43,7 +43,6 @@ template <class Tile>
 constexpr int kStagedPitch = Tile::kColumns + 4;
 
 struct WarpgroupBarriers {
-  static constexpr int kStages = 4;
   uint64_t there[kStages], read[kStages];
 };
 
@@ -57,7 +56,7 @@ __device__ inline float* multiply_in_warpgroups(unsigned char* memory, int steps
   __trap();
   return nullptr;
 #else
-  constexpr int kStages = WarpgroupBarriers::kStages, kStage = A::kElements + B::kElements;
+  constexpr int kStage = A::kElements + B::kElements;
   auto* barriers = reinterpret_cast<WarpgroupBarriers*>(memory);
   memory += sizeof(WarpgroupBarriers);
   T* const tiles = reinterpret_cast<T*>(memory + (1024 - shared_address(memory) % 1024) % 1024);
