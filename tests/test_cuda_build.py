@@ -12,7 +12,7 @@ import pytest
 CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc")
-TILED = ("conv", "conv_weight_gradient", "depthwise")
+TILED = ("conv", "conv_stem", "conv_weight_gradient", "depthwise")
 # Kernels of which a block has a multiprocessor to itself; its warpgroups share out their registers on their own.
 OF_WARPGROUPS = re.compile("WarpgroupTile|attend|differentiate")
 

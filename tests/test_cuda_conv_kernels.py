@@ -102,6 +102,49 @@ def test_what_warpgroups_do_not_take_is_for_other_tiles(case, dtype):
     check_conv(case, dtype, False, WARPGROUPS)
 
 
+# Up to 4 channels: tiles of 8 x 16 pixels, whole and not, and more than 64 outputs.
+STEMS = [
+    (2, 3, 20, 37, 16, 7, 7, 2, 2, 3, 3, 1, 1, 1),
+    (1, 3, 12, 11, 6, 5, 5, 1, 1, 0, 0, 1, 1, 1),
+    (1, 4, 33, 18, 72, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (1, 1, 19, 21, 8, 3, 2, 1, 2, 2, 1, 2, 3, 1),
+    (3, 2, 8, 16, 64, 4, 4, 4, 4, 0, 0, 1, 1, 1),
+    (1, 3, 2, 3, 130, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    (300, 3, 3, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1),  # more tiles than blocks
+]
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize(("dtype", "tf32"), KINDS[1:], ids=["tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", STEMS, ids=str)
+def test_stem(case, dtype, tf32):
+    assert kernels.cuda_conv_is_stem(sizes_of(case)[1], np.empty(0, DTYPES[dtype]), tf32)
+    check_conv(case, dtype, tf32, AUTOMATIC_TILE)
+
+
+def test_stem_of_nan():
+    """It reaches the windows that it lies in and no other."""
+    case = STEMS[1]
+    shape, (x64, w64, *_), (x, weight, _, g) = arrays(case, "float16")
+    x64[0, 1, 5, 6] = np.nan
+    y = np.empty_like(g)
+    x = laid_out(x64, True).astype(np.float16)
+    kernels.cuda_conv_forward(shape, False, AUTOMATIC_TILE, x, weight, None, False, False, y, None)
+    assert np.array_equal(np.isnan(back(y, True)), np.isnan(conv(case, x64, w64)))
+
+
+def test_what_the_stem_kernel_does_not_take():
+    half = np.empty(0, np.float16)
+    for case in (
+        CASES[1],
+        (1, 4, 9, 9, 4, 3, 3, 1, 1, 1, 1, 1, 1, 2),
+        (1, 3, 130, 130, 8, 3, 3, 1, 1, 1, 1, 60, 60, 1),
+    ):
+        assert not kernels.cuda_conv_is_stem(sizes_of(case)[1], half, False)
+    assert not kernels.cuda_conv_is_stem(sizes_of(STEMS[0])[1], np.empty(0, np.float32), False)
+    check_conv((1, 3, 130, 130, 8, 3, 3, 1, 1, 1, 1, 60, 60, 1), "float16", False, AUTOMATIC_TILE)
+
+
 def check_conv(case, dtype, tf32, tile):
     n, c, _, _, k, kh, kw = case[:7]
     shape, (x64, w64, b64, g64), (x, weight, bias, g) = arrays(case, dtype)
@@ -191,7 +234,8 @@ def test_only_deep_products_of_few_tiles_are_in_parts():
 @pytest.mark.parametrize(
     ("case", "tile"),
     [*((case, SMALL_TILE) for case in CASES[:4]), (LARGE[0], LARGE_TILE)]
-    + [(case, WARPGROUPS) for case in (CASES[2], LARGE[0], BY_WARPGROUPS[-2])],
+    + [(case, WARPGROUPS) for case in (CASES[2], LARGE[0], BY_WARPGROUPS[-2])]
+    + [(case, AUTOMATIC_TILE) for case in STEMS[:3]],
     ids=str,
 )
 def test_conv_relu_max_pool(case, tile, dtype):

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "cuda/conv_epilogue.h"
+#include "cuda/conv_stem.h"
 #include "cuda/conv_tiles.h"
 
 namespace fastnn::cuda {
@@ -123,32 +125,6 @@ __device__ inline Steps steps_of_part(int all) {
   const int parts = static_cast<int>(gridDim.y), part = static_cast<int>(blockIdx.y);
   const int each = all / parts, rest = all % parts;
   return {part * each + (part < rest ? part : rest), each + (part < rest ? 1 : 0)};
-}
-
-template <class T>
-__device__ float activate(float value, bool relu) {
-  // Rounded as it would be stored, since pooling compares what is stored. A NaN stays.
-  value = widen(narrow<T>(value));
-  return relu && value <= 0 ? 0.0f : value;
-}
-
-template <class T>
-struct Finished {
-  T value;
-  uint8_t location;
-};
-
-// An element of the output from sum(0) of the product, or from those of `together` that are pooled.
-template <class T, class Sum>
-__device__ Finished<T> finish(bool relu, int together, float bias, const Sum& sum) {
-  float best = activate<T>(sum(0) + bias, relu);
-  int at = 0;
-  for (int e = 1; e < together; ++e) {
-    const float value = activate<T>(sum(e) + bias, relu);
-    // Of several largest the first counts, and of several NaN the last.
-    if (value > best || value != value) best = value, at = e;
-  }
-  return {narrow<T>(best), static_cast<uint8_t>(best <= 0 ? kNoLocation : at)};
 }
 
 // kFlat: elements are fetched one by one, over taps and channels as one depth, which is what few channels or
@@ -288,46 +264,10 @@ __global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) gather_product(Ga
     return;
   }
 
-  // The result, V columns to a thread at a time.
-  constexpr int V = 16 / sizeof(T), kAcross = Tile::kColumns / V, kPitch = kStagedPitch<Tile>;
-  const int column = worker % kAcross * V, valid = width - first_column - column;
-  if (valid <= 0) return;
-  const int channel = static_cast<int>(group) * width + first_column + column;
-  float bias[V] = {};
-  if (p.bias != nullptr) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      if (v < valid) bias[v] = widen(static_cast<const T*>(p.bias)[channel + v]);
-    }
-  }
-  const int together = kForward && p.pooled ? 4 : 1;
-  for (int i = worker / kAcross * together; i < Tile::kRows; i += Tile::kWorkers / kAcross * together) {
-    const int64_t to = rows[i].to;
-    if (to < 0) continue;
-    const float* from = staged + i * kPitch + column;
-    Vector<T, V> out;
-    Vector<uint8_t, V> places;
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const auto sum = [&](int e) { return from[e * kPitch + v]; };
-      const Finished<T> finished = finish<T>(p.relu, together, bias[v], sum);
-      out.element[v] = finished.value;
-      places.element[v] = finished.location;
-    }
-    T* output = static_cast<T*>(p.output) + to + channel;
-    uint8_t* locations = p.locations == nullptr ? nullptr : p.locations + to + channel;
-    if (p.wide) {
-      *reinterpret_cast<Vector<T, V>*>(output) = out;
-      if (locations != nullptr) *reinterpret_cast<Vector<uint8_t, V>*>(locations) = places;
-    } else {
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        if (v >= valid) continue;
-        output[v] = out.element[v];
-        if (locations != nullptr) locations[v] = places.element[v];
-      }
-    }
-  }
+  const Epilogue epilogue{p.wide, p.relu, kForward && p.pooled ? 4 : 1, p.bias, p.output, p.locations};
+  write_tile<T, Tile::kRows, Tile::kColumns, kStagedPitch<Tile>, Tile::kWorkers>(
+      epilogue, staged, worker, static_cast<int>(group) * width + first_column, width - first_column,
+      [&](int row) { return rows[row].to; });
 }
 
 // Adds up the parts in their order. Each thread has one element of the output: there are too few of them to
@@ -492,10 +432,20 @@ Plan plan_of(const ConvInputGradientArgs& a) {
 
 }  // namespace
 
-size_t forward_workspace(const ConvForwardArgs& args) { return plan_of(args).workspace(); }
+namespace {
+
+// Where the shape may choose.
+bool takes_stem(const ConvForwardArgs& args) { return args.tile == TileSize::automatic && is_stem(args); }
+
+}  // namespace
+
+size_t forward_workspace(const ConvForwardArgs& args) {
+  return takes_stem(args) ? 0 : plan_of(args).workspace();
+}
 size_t input_gradient_workspace(const ConvInputGradientArgs& args) { return plan_of(args).workspace(); }
 
 const char* conv_forward(const ConvForwardArgs& args, Stream stream) {
+  if (takes_stem(args)) return stem_forward(args, stream);
   return start<Pass::forward>(plan_of(args), args.dtype, args.tf32, stream);
 }
 

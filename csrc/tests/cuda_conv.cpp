@@ -1,4 +1,5 @@
 #include "cuda/conv.h"
+#include "cuda/conv_stem.h"
 #include "cuda/depthwise.h"
 #include "tests/host/cuda_on_host.h"
 #include "tests/module.h"
@@ -138,12 +139,19 @@ void run_wrong(const std::string& which, py::array_t<float> memory) {
                        memory.mutable_data()));
 }
 
+bool is_stem(const Ints& shape, const py::array& x, bool tf32) {
+  const ConvShape s = shape_of(shape);
+  return cuda::is_stem({dtype_of(x), s, tf32, cuda::TileSize::automatic, nullptr, nullptr, nullptr, false,
+                        false, nullptr, nullptr, nullptr});
+}
+
 }  // namespace
 
 void bind_cuda_conv(py::module_& m) {
   m.def("cuda_conv_forward", &forward);
   m.def("cuda_conv_input_gradient", &input_gradient);
   m.def("cuda_conv_weight_gradient", &weight_gradient);
+  m.def("cuda_conv_is_stem", &is_stem);
   m.def("cuda_bias_relu", &bias_relu);
   m.def("cuda_mask_and_sum", &mask_and_sum);
   m.def("cuda_run_wrong", &run_wrong);

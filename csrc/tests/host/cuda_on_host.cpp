@@ -151,19 +151,23 @@ void Block::run() {
 #endif
   }
   for (Warp& w : warps) w.arrived = 0;
+  // Whole warps may have their turns from the last to the first.
+  const bool backwards = copies_arrive_at_once && count % kWarp == 0;
   while (done < count) {
     bool moved = false;
     for (int i = 0; i < count; ++i) {
-      if (threads[i].state == Thread::kWaiting && threads[i].waits_for()) threads[i].state = Thread::kReady;
+      const int number = backwards ? count - 1 - i : i;
+      Thread& t = threads[number];
+      if (t.state == Thread::kWaiting && t.waits_for()) t.state = Thread::kReady;
       // Lanes that came together at a collective go on together: a warp as far as it gets, then the next.
-      while (threads[i].state == Thread::kReady) {
+      while (t.state == Thread::kReady) {
         moved = true;
-        to_thread(*this, i);
+        to_thread(*this, number);
       }
       if ((i + 1) % kWarp == 0 || i + 1 == count) {
-        const int first = i / kWarp * kWarp;
+        const int first = i / kWarp * kWarp, warp = number / kWarp * kWarp;
         bool again = false;
-        for (int j = first; j <= i; ++j) again |= threads[j].state == Thread::kReady;
+        for (int j = 0; j <= i - first; ++j) again |= threads[warp + j].state == Thread::kReady;
         if (again) i = first - 1;
       }
     }

@@ -52,8 +52,8 @@ const Slot* exchange(const char* name, const void* mine, size_t size);
 // Calls body(closure) for each thread of a grid. Returns null or what went wrong.
 const char* run(dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* closure);
 
-// Whether copies arrive as soon as they start and threads that arrive somewhere go on first, or copies only
-// when they are waited for and other threads go on first: a test tries both, since neither may matter.
+// Whether copies arrive as soon as they start, threads that arrive somewhere go on first and the last warps
+// have the first turns, or the opposite of all this: a test tries both, since neither may matter.
 extern bool copies_arrive_at_once;
 
 void copy_later(void* to, const void* from, size_t bytes, size_t valid);

@@ -120,6 +120,7 @@ int main(int count, char** arguments) {
   if (wrong == nullptr) wrong = run(DType::bf16, false, kSmall, kParts);
   if (wrong == nullptr) wrong = run(DType::f16, false, kLarge, kByVectors);
   if (wrong == nullptr) wrong = run(DType::f32, true, kLarge, kByVectors);
+  if (wrong == nullptr) wrong = run(DType::bf16, false, cuda::TileSize::automatic, kOneByOne);
   if (wrong == nullptr) wrong = run(DType::bf16, false, kWarpgroups, kByVectors);
   if (wrong == nullptr) wrong = run_attention();
   if (wrong != nullptr) std::fprintf(stderr, "%s\n", wrong);
