@@ -193,6 +193,9 @@ def test_cublaslt_gives_the_layer():
 
 def test_build_that_fails_beside_a_library(tmp_path, monkeypatch):
     """One that was built elsewhere is measured all the same."""
+    library = tmp_path / "_C.so"
+    library.touch()
+    monkeypatch.setattr(gpu, "LIBRARY", library)
     monkeypatch.setattr(gpu, "build_commands", lambda: [[sys.executable, "-c", "raise SystemExit(2)"]])
     monkeypatch.setattr(gpu, "test_command", lambda: [sys.executable, "-c", "print('3 passed')"])
     monkeypatch.setattr(gpu, "families", lambda: ["pool"])
