@@ -267,6 +267,7 @@ def test_what_the_warpgroups_do_not_take(in_place_of_hopper, ops):
         (q, q, q, mask, False, None),
         (q, q, q, None, False, -1.0),
         (q, q, q, None, False, 0.0),
+        (q, q, q, None, True, 1e-60),  # 0 as a float
         (q[..., :60], q[..., :60], q, None, False, None),
         (q, q, q[..., :4], None, False, None),
         (q.float(), q.float(), q.float(), None, False, None),
@@ -291,6 +292,7 @@ def test_what_the_warpgroups_do_not_take(in_place_of_hopper, ops):
         ((q.float(), q.float(), q.float(), output.float(), False, 1.0), "bfloat16 or float16"),
         ((q[..., :60], q[..., :60], q, output, False, 1.0), "in eights"),
         ((q, q, q, output, False, -1.0), "scale above 0"),
+        ((q, q, q, output, True, 1e-60), "scale above 0"),
         ((q, q, q, output[:, :1], False, 1.0), "output to have aligned rows"),
         ((q, q, q[:, :, :4], output, False, 1.0), "heads and rows"),
     ):

@@ -28,7 +28,7 @@ AttentionShape check_on_hopper(const Tensor& query, const Tensor& key, const Ten
   FASTNN_CHECK(dtype == DType::bf16 || dtype == DType::f16, "expected bfloat16 or float16");
   FASTNN_CHECK(fits(s), "expected heads of up to ", widest, " elements, in eights, got ", shape(query),
                " and ", shape(value));
-  FASTNN_CHECK(scale > 0, "expected a scale above 0, got ", scale);
+  FASTNN_CHECK(static_cast<float>(scale) > 0, "expected a scale above 0, got ", scale);
   return s;
 }
 

@@ -332,11 +332,11 @@ def declare(
             return route_carefully(args)
         if slower is not None and not prefer_kernels:
             try:
-                reason = slower(*args)
+                # The reasons are the CPU's; on a GPU route_carefully() asks what was chosen.
+                reason = slower(*args) if args[0].is_cpu else None
             except Exception:
                 reason = None  # it makes no sense of the arguments: the op will refuse them
-            # The reasons are the CPU's; on a GPU route_carefully() asks what was chosen.
-            if reason is not None and args[0].is_cpu:
+            if reason is not None:
                 return stock(*args)
         if (
             _settings.disabled

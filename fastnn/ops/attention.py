@@ -130,10 +130,14 @@ def _by_warpgroups(query, key, value, mask, is_causal, scale):
     return output, made
 
 
+# The maximum is taken before the scale, which therefore has to be above 0 as a float too.
+_LEAST_SCALE = 2.0**-120
+
+
 def _covers_warpgroups(query, key, value, mask, is_causal, scale):
     if mask is not None or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if query.shape[3] % 8 or value.shape[3] % 8 or (scale is not None and not scale > 0):
+    if query.shape[3] % 8 or value.shape[3] % 8 or (scale is not None and not scale > _LEAST_SCALE):
         return False
     return _gpu.is_hopper(query.device)
 
