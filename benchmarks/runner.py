@@ -38,8 +38,8 @@ class Row:
 
     `status` is "ok", "failed" (wrong answer: no time is taken) or "error" (an exception). A peer that took no part stands in
     `peer_notes` with the reason. `torch_reason` says why the call went to torch's own op, if it did; `kernels` are those that
-    served it on a GPU, by op. `limit` is the least time that the machine could need; `cold` are times with the data out of the caches, `graph` times of replayed CUDA graphs;
-    `overhead` is the time of the same call on next to no data.
+    served it on a GPU, by op. `limit` is the least time that the machine could need; `cold` are times with the data out of
+    the caches, `graph` times of replayed CUDA graphs; `overhead` is the time of the same call on next to no data.
     """
 
     case: Case

@@ -141,19 +141,9 @@ struct Consumer {
   }
 
   __device__ void start_scores(int stage) {
-    begin_products();
-    const uint32_t a = shared_address(memory.query) + 64 * group * kPartPitch,
-                   b = shared_address(memory.keys) + stage * Tiles::kKeyBytes;
-#pragma unroll
-    for (int part = 0; part < Tiles::kParts; ++part) {
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        multiply_group<T, true, true>(score, descriptor(a + part * Tiles::kQueryPart + 32 * step, 16),
-                                      descriptor(b + part * Tiles::kKeyPart + 32 * step, 16),
-                                      part + step > 0);
-      }
-    }
-    commit_products();
+    start_rows_by_rows<T, Tiles::kParts>(
+        score, shared_address(memory.query) + 64 * group * kPartPitch, Tiles::kQueryPart,
+        shared_address(memory.keys) + stage * Tiles::kKeyBytes, Tiles::kKeyPart);
   }
   __device__ void start_values(int stage) {
     begin_products();

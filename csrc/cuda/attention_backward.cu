@@ -164,19 +164,9 @@ struct Consumer {
 
   // Scores, or the weights' gradients, of a tile.
   __device__ void start_scores(float (&to)[kScores], int which, int stage) {
-    const uint32_t a = shared_address(memory.own_tile(which)) + 64 * group * kPartPitch,
-                   b = shared_address(memory.other_tile(stage, which));
-    begin_products();
-#pragma unroll
-    for (int part = 0; part < Tiles::kParts; ++part) {
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        multiply_group<T, true, true>(to, descriptor(a + part * Tiles::kOwnPart + 32 * step, 16),
-                                      descriptor(b + part * Tiles::kOtherPart + 32 * step, 16),
-                                      part + step > 0);
-      }
-    }
-    commit_products();
+    start_rows_by_rows<T, Tiles::kParts>(to, shared_address(memory.own_tile(which)) + 64 * group * kPartPitch,
+                                         Tiles::kOwnPart, shared_address(memory.other_tile(stage, which)),
+                                         Tiles::kOtherPart);
   }
   __device__ void add(float (&sum)[kSums], const uint32_t (&a)[kSteps][4], int which, int stage,
                       bool accumulate) {

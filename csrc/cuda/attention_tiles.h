@@ -34,6 +34,22 @@ __device__ inline void release(uint64_t* read) {
   if (lane_id() == 0) arrive(read);
 }
 
+// Starts the product of 64 rows and of rows of another tile, all kParts * 64 wide: the addresses of their
+// first parts, and the bytes of a part.
+template <class T, int kParts, int N>
+__device__ void start_rows_by_rows(float (&to)[N], uint32_t a, int a_part, uint32_t b, int b_part) {
+  begin_products();
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      multiply_group<T, true, true>(to, descriptor(a + part * a_part + 32 * step, 16),
+                                    descriptor(b + part * b_part + 32 * step, 16), part + step > 0);
+    }
+  }
+  commit_products();
+}
+
 // Of the rows that a warp has sums of: the first one's number, how many there are in all, their elements, and
 // how far apart they lie in memory.
 struct RowsToStore {
