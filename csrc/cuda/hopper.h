@@ -263,9 +263,6 @@ FASTNN_PRODUCTS(multiply_group_f16, "f16")
 
 // ---- within a warp ----
 
-__device__ inline float from_lane_xor(float value, int mask) {
-  return __shfl_xor_sync(0xffffffff, value, mask);
-}
 __device__ inline void meet_warp() { __syncwarp(); }
 
 // 2 to the power of x; 0 for -infinity.

@@ -1,5 +1,7 @@
 #include "cuda/pool.h"
 
+#include "cuda/pool_large_windows.h"
+#include "cuda/pool_planes.h"
 #include "tests/module.h"
 
 namespace fastnn::tests {
@@ -14,41 +16,59 @@ PoolShape shape_of(int64_t n, int64_t c, const Ints& rows, const Ints& columns, 
   return {n, c, axis_of(rows), axis_of(columns), channels_last};
 }
 
+// At the levels "planes" and "large windows" by those kernels for GPUs, or not at all.
+template <class Args>
+void run(const Kernel<Args>& kernel, const std::string& level, int threads, const Args& args) {
+  const char* wrong = nullptr;
+  bool taken = false;
+  if (level == "planes") {
+    taken = cuda::pool_planes(args, nullptr, wrong);
+  } else if (level == "large windows") {
+    if constexpr (requires { cuda::pool_large_windows(args, nullptr, wrong); }) {
+      taken = cuda::pool_large_windows(args, nullptr, wrong);
+    }
+  } else {
+    return kernel(level, threads, args);
+  }
+  if (!taken) throw py::value_error("not for the kernels for " + level);
+  if (wrong != nullptr) throw std::runtime_error(wrong);
+}
+
 void max_forward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
                  const Ints& columns, bool channels_last, const py::array& x, py::array y,
                  const py::object& locations, const py::object& indices) {
   constexpr Kernel<MaxPoolArgs> kernel{{FASTNN_LEVELS(max_pool_forward)}, cuda::max_pool_forward};
-  kernel(level, threads,
-         {dtype_of(x), shape_of(n, c, rows, columns, channels_last), x.data(), y.mutable_data(),
-          static_cast<uint8_t*>(out(locations)), static_cast<int64_t*>(out(indices))});
+  run(kernel, level, threads,
+      {dtype_of(x), shape_of(n, c, rows, columns, channels_last), x.data(), y.mutable_data(),
+       static_cast<uint8_t*>(out(locations)), static_cast<int64_t*>(out(indices))});
 }
 
 void max_backward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
                   const Ints& columns, bool channels_last, const py::array& grad, const py::object& locations,
                   const py::object& indices, py::array grad_x) {
   constexpr Kernel<MaxPoolBackwardArgs> kernel{{FASTNN_LEVELS(max_pool_backward)}, cuda::max_pool_backward};
-  kernel(level, threads,
-         {dtype_of(grad), shape_of(n, c, rows, columns, channels_last), grad.data(),
-          static_cast<const uint8_t*>(in(locations)), static_cast<const int64_t*>(in(indices)),
-          grad_x.mutable_data()});
+  run(kernel, level, threads,
+      {dtype_of(grad), shape_of(n, c, rows, columns, channels_last), grad.data(),
+       static_cast<const uint8_t*>(in(locations)), static_cast<const int64_t*>(in(indices)),
+       grad_x.mutable_data()});
 }
 
 void avg_forward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
                  const Ints& columns, bool channels_last, bool count_include_pad, int64_t divisor,
                  const py::array& x, py::array y) {
   constexpr Kernel<AvgPoolArgs> kernel{{FASTNN_LEVELS(avg_pool_forward)}, cuda::avg_pool_forward};
-  kernel(level, threads,
-         {dtype_of(x), shape_of(n, c, rows, columns, channels_last), count_include_pad, divisor, x.data(),
-          y.mutable_data()});
+  run(kernel, level, threads,
+      {dtype_of(x), shape_of(n, c, rows, columns, channels_last), count_include_pad, divisor, x.data(),
+       y.mutable_data()});
 }
 
 void avg_backward(const std::string& level, int threads, int64_t n, int64_t c, const Ints& rows,
                   const Ints& columns, bool channels_last, bool count_include_pad, int64_t divisor,
                   const py::array& grad, py::array grad_x) {
   constexpr Kernel<AvgPoolBackwardArgs> kernel{{FASTNN_LEVELS(avg_pool_backward)}, cuda::avg_pool_backward};
-  kernel(level, threads,
-         {dtype_of(grad), shape_of(n, c, rows, columns, channels_last), count_include_pad, divisor,
-          grad.data(), grad_x.mutable_data()});
+  run(kernel, level, threads,
+      {dtype_of(grad), shape_of(n, c, rows, columns, channels_last), count_include_pad, divisor, grad.data(),
+       grad_x.mutable_data()});
 }
 
 }  // namespace

@@ -24,6 +24,8 @@ struct dim3 {
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
@@ -37,6 +39,11 @@ inline constexpr int kWarp = 32;
 
 inline float from_f16(uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
 inline uint16_t to_f16(float value) { return std::bit_cast<uint16_t>(static_cast<_Float16>(value)); }
+inline uint16_t to_bf16(float value) {
+  if (value != value) return 0x7fff;
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 namespace host {
 
@@ -79,6 +86,10 @@ FromLanes<T> exchange(const char* name, const T& mine) {
 }  // namespace host
 
 inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
+template <class T>
+T from_lane_xor(T value, int mask) {
+  return host::exchange("shfl", value)[lane_id() ^ mask];
+}
 
 template <class T>
 T* shared_memory() {

@@ -83,7 +83,6 @@ void wait_for_products() {
 template <class T, int N>
 void hold(T (&)[N]) {}
 
-inline float from_lane_xor(float value, int mask) { return host::exchange("shfl", value)[lane_id() ^ mask]; }
 inline void meet_warp() { host::exchange("syncwarp", 0); }
 inline float power_of_2(float x) { return std::exp2(x); }
 template <class T>

@@ -7,6 +7,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/depthwise.h"
+#include "cuda/pool_planes.h"
 #include "cuda/runtime.h"
 
 namespace {
@@ -95,6 +96,20 @@ const char* run_attention() {
                                             nullptr);
 }
 
+const char* run_pool() {
+  Memory x, y, locations;
+  constexpr PoolAxis kRows{90, 45, 3, 2, 1, 1, false}, kColumns{81, 41, 3, 2, 1, 1, false};
+  const PoolShape s{1, 1, kRows, kColumns, false};
+  auto* places = static_cast<uint8_t*>(locations.data());
+  const char* wrong = nullptr;
+  const MaxPoolArgs forward{DType::f32, s, x.data(), y.data(), places, nullptr};
+  const MaxPoolBackwardArgs backward{DType::f32, s, y.data(), places, nullptr, x.data()};
+  if (!cuda::pool_planes(forward, nullptr, wrong)) return "not for the kernels for planes";
+  if (wrong == nullptr && !cuda::pool_planes(backward, nullptr, wrong))
+    return "not for the kernels for planes";
+  return wrong;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -123,6 +138,7 @@ int main(int count, char** arguments) {
   if (wrong == nullptr) wrong = run(DType::bf16, false, cuda::TileSize::automatic, kOneByOne);
   if (wrong == nullptr) wrong = run(DType::bf16, false, kWarpgroups, kByVectors);
   if (wrong == nullptr) wrong = run_attention();
+  if (wrong == nullptr) wrong = run_pool();
   if (wrong != nullptr) std::fprintf(stderr, "%s\n", wrong);
   return wrong != nullptr;
 }

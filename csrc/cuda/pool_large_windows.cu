@@ -1,0 +1,290 @@
+#include "cuda/pool_large_windows.h"
+
+#include "cuda/parts.h"
+#include "cuda/pool_windows.h"
+
+namespace fastnn::cuda {
+namespace {
+
+constexpr int kNone = 0x7fffffff;  // the place of a maximum of nothing
+
+// A window of a plane: where it lies in the tensor, and its rows and columns.
+struct Window {
+  int64_t number, plane;  // of all windows, and its plane's first element
+  int u, w, row, rows, column, columns;
+
+  __device__ Window(const Images& s, int64_t at) : number(at) {
+    uint32_t rest = static_cast<uint32_t>(at);
+    w = static_cast<int>(s.columns.by_outputs.split(rest));
+    u = static_cast<int>(s.rows.by_outputs.split(rest));
+    plane = int64_t{rest} * s.rows.inputs * s.columns.inputs;
+    const int top = s.rows.start(u), left = s.columns.start(w);
+    row = top + s.rows.first_tap(top), rows = top + s.rows.end_tap(u, top) - row;
+    column = left + s.columns.first_tap(left), columns = left + s.columns.end_tap(w, left) - column;
+  }
+};
+
+// Calls take(element, its place in the plane) for the elements of a window that fall to this lane, from the
+// first on. V: elements of one access, from wherever in its 16 bytes a row begins.
+template <int V, class T, class F>
+__device__ void each_element(const Images& s, const Window& window, const T* input, const F& take) {
+  // Rows of the plane's whole width are one.
+  const bool one = window.columns == s.columns.inputs;
+  const int rows = one ? 1 : window.rows, length = one ? window.rows * window.columns : window.columns;
+  for (int r = 0; r < rows; ++r) {
+    const int place = (window.row + r) * s.columns.inputs + window.column;
+    const int64_t begin = window.plane + place;
+    const int skew = static_cast<int>(begin & (V - 1));
+    const T* from = input + (begin - skew);
+    for (int i = lane_id() * V - skew; i < length; i += kWarp * V) {
+      if (i >= 0 && i + V <= length) {
+        const auto x = *reinterpret_cast<const Vector<T, V>*>(from + (skew + i));
+#pragma unroll
+        for (int v = 0; v < V; ++v) take(x.element[v], place + i + v);
+      } else {
+        for (int v = 0; v < V; ++v) {
+          if (i + v >= 0 && i + v < length) take(from[skew + i + v], place + i + v);
+        }
+      }
+    }
+  }
+}
+
+__device__ inline int64_t warp_number() {
+  return int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
+}
+
+template <class T, int V>
+__global__ void max_by_warps(Images s, int64_t windows, const T* input, T* output, uint8_t* locations,
+                             int64_t* indices) {
+  using A = acc_t<T>;
+  const int64_t number = warp_number();
+  if (number >= windows) return;
+  const Window window(s, number);
+  A best = -static_cast<A>(INFINITY);
+  int at = kNone;
+  each_element<V>(s, window, input, [&](T x, int place) {
+    const A now = widen(x);
+    if (now > best || now != now || at == kNone) best = now, at = place;
+  });
+  // Of several largest the first counts, and of several NaN the last.
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    const A other = from_lane_xor(best, lanes);
+    const int its = from_lane_xor(at, lanes);
+    const bool mine = best == best;
+    if (other != other ? mine || its > at : mine && (other > best || (other == best && its < at))) {
+      best = other, at = its;
+    }
+  }
+  if (lane_id() != 0) return;
+  output[number] = stored<T>(best);
+  if (indices != nullptr) indices[number] = at;
+  if (locations != nullptr) {
+    const int row = at / s.columns.inputs, column = at - row * s.columns.inputs;
+    locations[number] = static_cast<uint8_t>((row - s.rows.start(window.u)) * s.columns.kernel + column -
+                                             s.columns.start(window.w));
+  }
+}
+
+template <class T, int V>
+__global__ void avg_by_warps(Images s, int64_t windows, Averaging<acc_t<T>> averaging, const T* input,
+                             T* output) {
+  using A = acc_t<T>;
+  const int64_t number = warp_number();
+  if (number >= windows) return;
+  const Window window(s, number);
+  A sum = 0;
+  each_element<V>(s, window, input, [&](T x, int) { sum += widen(x); });
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += from_lane_xor(sum, lanes);
+  if (lane_id() == 0) output[number] = narrow<T>(sum / averaging.over(s, window.u, window.w));
+}
+
+// On channels_last a block has a window and `lanes.columns` vectors of channels, whose elements its rows of
+// lanes share in order.
+struct Share {
+  int64_t image;  // its first element
+  int u, w, channel, row, column, width, first, end;
+
+  __device__ Share(const Images& s, const Lanes& lanes, int vector)
+      : channel((static_cast<int>(blockIdx.y) * lanes.columns + lanes.column()) * vector) {
+    uint32_t rest = blockIdx.x;
+    w = static_cast<int>(s.columns.by_outputs.split(rest));
+    u = static_cast<int>(s.rows.by_outputs.split(rest));
+    image = int64_t{rest} * s.rows.inputs * s.columns.inputs * s.channels;
+    const int top = s.rows.start(u), left = s.columns.start(w);
+    row = s.rows.first_tap(top), column = s.columns.first_tap(left);
+    width = s.columns.end_tap(w, left) - column;
+    const int count = channel < s.channels ? (s.rows.end_tap(u, top) - row) * width : 0;
+    const int each = (count + lanes.rows - 1) / lanes.rows;
+    first = min(count, lanes.row() * each), end = min(count, first + each);
+  }
+  // Calls take(the channels of an element, its row and column among the window's taps).
+  template <int V, class T, class F>
+  __device__ void each_element(const Images& s, const T* input, const F& take) const {
+    const int top = s.rows.start(u), left = s.columns.start(w);
+    int r = first / width, c = first - r * width;
+    for (int i = first; i < end; ++i) {
+      const int64_t pixel = int64_t{top + (row + r) * s.rows.dilation} * s.columns.inputs + left +
+                            (column + c) * s.columns.dilation;
+      take(*reinterpret_cast<const Vector<T, V>*>(input + image + pixel * s.channels + channel), row + r,
+           column + c);
+      if (++c == width) c = 0, ++r;
+    }
+  }
+};
+
+template <class T, int V>
+struct Found {
+  acc_t<T> best[V];
+  int at[V];
+};
+
+template <class T, int V>
+__global__ void max_by_blocks(Images s, Lanes lanes, const T* input, T* output, uint8_t* locations,
+                              int64_t* indices) {
+  const Share share(s, lanes, V);
+  const int left = s.columns.start(share.w);
+  const int width = s.columns.adaptive ? s.columns.end(share.w) - left : s.columns.kernel;
+  Largest<T, V, true> largest(share.row * width + share.column);
+  share.each_element<V>(s, input,
+                        [&](const Vector<T, V>& x, int r, int c) { largest.take(x, r * width + c); });
+  auto* found = shared_memory<Found<T, V>>();
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    found[threadIdx.x].best[v] = largest.best[v];
+    found[threadIdx.x].at[v] = largest.at[v];
+  }
+  __syncthreads();
+  if (lanes.row() != 0 || share.channel >= s.channels) return;
+  for (int row = 1; row < lanes.rows; ++row) {
+    const Found<T, V>& other = found[row * lanes.columns + lanes.column()];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      if (other.best[v] > largest.best[v] || other.best[v] != other.best[v]) {
+        largest.best[v] = other.best[v], largest.at[v] = other.at[v];
+      }
+    }
+  }
+  const int64_t out = int64_t{blockIdx.x} * s.channels + share.channel;
+  write<V>(output, out, narrowed<T>(largest.best));
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    if (locations != nullptr) locations[out + v] = static_cast<uint8_t>(largest.at[v]);
+    if (indices != nullptr) indices[out + v] = s.index(share.u, share.w, largest.at[v]);
+  }
+}
+
+template <class T, int V>
+__global__ void avg_by_blocks(Images s, Lanes lanes, Averaging<acc_t<T>> averaging, const T* input,
+                              T* output) {
+  using A = acc_t<T>;
+  const Share share(s, lanes, V);
+  A sum[V] = {};
+  share.each_element<V>(s, input, [&](const Vector<T, V>& x, int, int) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) sum[v] += widen(x.element[v]);
+  });
+  add_rows<V>(sum, shared_memory<A>(), lanes.column(), lanes.row(), lanes.columns, lanes.rows);
+  if (lanes.row() != 0 || share.channel >= s.channels) return;
+  const A over = averaging.over(s, share.u, share.w);
+#pragma unroll
+  for (int v = 0; v < V; ++v) sum[v] /= over;
+  write<V>(output, int64_t{blockIdx.x} * s.channels + share.channel, narrowed<T>(sum));
+}
+
+// The elements of the largest window.
+int64_t largest_window(const Axis& a) {
+  return a.adaptive ? a.inputs / a.outputs + 1 : min_of(a.kernel, a.inputs);
+}
+
+// By what a call is taken, if it is.
+enum class By { nothing, warps, blocks };
+
+By what(const Images& s, bool channels_last, int vector) {
+  const int64_t window = largest_window(s.rows) * largest_window(s.columns);
+  const int64_t windows = s.images * s.rows.outputs * s.columns.outputs;
+  if (windows > kMostPerLaunch) return By::nothing;
+  if (channels_last) {
+    // Such few threads would each wait for one read after the other.
+    constexpr int64_t kFewThreads = 64 * 1024;
+    return window >= 32 && windows * (s.channels / vector) <= kFewThreads ? By::blocks : By::nothing;
+  }
+  // Overlapping windows are better read from shared memory, and small ones have too few elements for a warp.
+  const int64_t read = window * s.rows.outputs * s.columns.outputs;
+  const bool apart = read <= 2 * int64_t{s.rows.inputs} * s.columns.inputs;
+  return window >= 256 && apart && s.rows.dilation == 1 && s.columns.dilation == 1 ? By::warps : By::nothing;
+}
+
+// Calls f.operator()<T, V>(by) with V elements of 16 bytes together if pointers and channels allow, else with
+// one.
+template <class F, class... Pointers>
+bool start(DType dtype, const PoolShape& shape, const Images& s, const F& f, Pointers... data) {
+  bool taken = false;
+  dispatch(dtype, [&]<class T>() {
+    constexpr int V = 16 / sizeof(T);
+    const bool wide = (is_aligned(data, 16) && ...) && (!shape.channels_last || s.channels % V == 0);
+    const By by = what(s, shape.channels_last, wide ? V : 1);
+    taken = by != By::nothing;
+    if (taken) wide ? f.template operator()<T, V>(by) : f.template operator()<T, 1>(by);
+  });
+  return taken;
+}
+
+dim3 blocks_of_warps(int64_t windows) {
+  return dim3(static_cast<unsigned>(ceil_div(windows, kThreads / kWarp)));
+}
+// At least four elements of a window to a row of lanes, which are added up one after another.
+Lanes lanes_for(const Images& s, int64_t vectors) {
+  Lanes lanes(vectors, kWarp);
+  while (lanes.rows > 8 && lanes.rows * 4 > largest_window(s.rows) * largest_window(s.columns))
+    lanes.rows /= 2;
+  return lanes;
+}
+dim3 blocks_of_lanes(int64_t windows, int64_t vectors, const Lanes& lanes) {
+  return dim3(static_cast<unsigned>(windows), static_cast<unsigned>(ceil_div(vectors, lanes.columns)));
+}
+
+}  // namespace
+
+bool pool_large_windows(const MaxPoolArgs& a, Stream stream, const char*& wrong) {
+  const Images s(a.shape);
+  const int64_t windows = s.images * s.rows.outputs * s.columns.outputs;
+  const auto run = [&]<class T, int V>(By by) {
+    const auto* input = static_cast<const T*>(a.input);
+    auto* output = static_cast<T*>(a.output);
+    if (by == By::warps) {
+      wrong = launch(max_by_warps<T, V>, blocks_of_warps(windows), dim3(kThreads), 0, stream, s, windows,
+                     input, output, a.locations, a.indices);
+    } else {
+      const Lanes lanes = lanes_for(s, s.channels / V);
+      const int threads = lanes.columns * lanes.rows;
+      wrong = launch(max_by_blocks<T, V>, blocks_of_lanes(windows, s.channels / V, lanes), dim3(threads),
+                     threads * sizeof(Found<T, V>), stream, s, lanes, input, output, a.locations, a.indices);
+    }
+  };
+  return start(a.dtype, a.shape, s, run, a.input, a.output);
+}
+
+bool pool_large_windows(const AvgPoolArgs& a, Stream stream, const char*& wrong) {
+  const Images s(a.shape);
+  const int64_t windows = s.images * s.rows.outputs * s.columns.outputs;
+  const auto run = [&]<class T, int V>(By by) {
+    const auto* input = static_cast<const T*>(a.input);
+    auto* output = static_cast<T*>(a.output);
+    const Averaging<acc_t<T>> averaging{a.count_include_pad, static_cast<acc_t<T>>(a.divisor)};
+    if (by == By::warps) {
+      wrong = launch(avg_by_warps<T, V>, blocks_of_warps(windows), dim3(kThreads), 0, stream, s, windows,
+                     averaging, input, output);
+    } else {
+      const Lanes lanes = lanes_for(s, s.channels / V);
+      const int threads = lanes.columns * lanes.rows;
+      wrong = launch(avg_by_blocks<T, V>, blocks_of_lanes(windows, s.channels / V, lanes), dim3(threads),
+                     threads * V * sizeof(acc_t<T>), stream, s, lanes, averaging, input, output);
+    }
+  };
+  return start(a.dtype, a.shape, s, run, a.input, a.output);
+}
+
+}  // namespace fastnn::cuda
