@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_as_good
 
-from fastnn.ops import _conv_on_gpus, _conv_shapes, _gpu, attention, conv, pool
+from fastnn.ops import _conv_on_gpus, _conv_shapes, _gpu, _pool_max, attention, conv
 
 FOLDER = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
 LIBRARY = FOLDER / "libops_on_host.so"
@@ -362,8 +362,8 @@ def test_pool(ops, dtype, layout):
         assert_as_good(ours, native, native.double())
     for name, options, rest in (
         ("max_pool2d_with_indices", window, window),
-        ("adaptive_max_pool2d", (4, 3), pool._ADAPTIVE),
-        ("adaptive_max_pool2d", (3, 5), pool._ADAPTIVE),
+        ("adaptive_max_pool2d", (4, 3), _pool_max.ADAPTIVE),
+        ("adaptive_max_pool2d", (3, 5), _pool_max.ADAPTIVE),
     ):
         y, indices = getattr(ops, name)(x, *options)
         g = random(*y.shape, seed=3, layout=FORMATS[layout]).to(dtype)

@@ -15,6 +15,7 @@ from fastnn.ops import _conv_routes as routes
 from fastnn.ops import _conv_shapes as shapes
 from fastnn.ops import packed as _packed
 from fastnn.ops._declare import Cost, declare, tensor_bytes
+from fastnn.ops._numbers import is_number, pair, single
 from fastnn.ops.pool import max_pool2d
 
 __all__ = ["conv1d", "conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"]
@@ -448,23 +449,6 @@ _conv2d_relu_max_pool2d = declare(
 # ---- what users call ----
 
 
-def _is_number(value):
-    return isinstance(value, (int, torch.SymInt))
-
-
-def _pair(value):
-    """Two numbers; None for what only torch can judge."""
-    if type(value) is int:
-        return (value, value)
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        return value
-    if isinstance(value, (tuple, list)):
-        if len(value) == 1:
-            value = (value[0], value[0])
-        return value if len(value) == 2 and _is_number(value[0]) and _is_number(value[1]) else None
-    return (value, value) if _is_number(value) else None
-
-
 def _same(input, weight, dilation):
     """The input and the padding for "same": an odd total pads one side more, which torch too does beforehand."""
     totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -478,7 +462,7 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
 
     `packed` is the :class:`fastnn.ops.packed.PackedWeight` of the weight, where there is one.
     """
-    step, reach = _pair(stride), _pair(dilation)
+    step, reach = pair(stride), pair(dilation)
     dims = input.dim() if isinstance(input, torch.Tensor) else 0
     if (
         (dims == 4 or dims == 3)
@@ -487,11 +471,11 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
         and pool is not None
         and isinstance(weight, torch.Tensor)
         and weight.dim() == 4
-        and (type(groups) is int or _is_number(groups))
+        and (type(groups) is int or is_number(groups))
     ):
         images = input if dims == 4 else input.unsqueeze(0)
         if not isinstance(padding, str):
-            pad = _pair(padding)
+            pad = pair(padding)
         elif padding == "valid":
             pad = (0, 0)
         elif padding == "same" and step[0] == step[1] == 1:
@@ -642,8 +626,8 @@ def conv2d_relu_max_pool2d(
 
 def _pooled(packed, *args):
     *convolution, kernel_size, pool_stride, pool_padding = args
-    window, pad = _pair(kernel_size), _pair(pool_padding)
-    step = window if pool_stride is None else _pair(pool_stride)
+    window, pad = pair(kernel_size), pair(pool_padding)
+    step = window if pool_stride is None else pair(pool_stride)
     pool = None if window is None or pad is None or step is None else (*window, *step, *pad)
 
     def stock(output):
@@ -665,10 +649,6 @@ def conv2d_relu_with(packed, *args):
 def conv2d_relu_max_pool2d_with(packed, *args):
     """:func:`conv2d_relu_max_pool2d` in the same way; behind the convolution's arguments come the pooling's three."""
     return _pooled(packed, *args)
-
-
-def _one(value):
-    return value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
 
 
 def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -701,9 +681,9 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     RuntimeError
         If shapes, channels or dtypes do not fit, or the kernel is longer than the padded input.
     """
-    stride, padding, dilation = _one(stride), _one(padding), _one(dilation)
-    plain = all(_is_number(v) for v in (stride, dilation, groups)) and (
-        _is_number(padding) or padding in ("same", "valid")
+    stride, padding, dilation = single(stride), single(padding), single(dilation)
+    plain = all(is_number(v) for v in (stride, dilation, groups)) and (
+        is_number(padding) or padding in ("same", "valid")
     )
     if (
         not plain
