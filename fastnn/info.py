@@ -33,7 +33,7 @@ def report() -> dict[str, str]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     ops: dict[str, list[str]] = {}
     for op in _declare.OPS.values():
-        ops.setdefault(op.unsupported.__module__.rpartition(".")[2], []).append(op.name)
+        ops.setdefault(op.family, []).append(op.name)
     lines = {
         "fastnn": fastnn.__version__,
         "torch": torch.__version__,

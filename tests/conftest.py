@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastnn import _library
-from fastnn.ops import _declare
+from fastnn.ops import _choice, _declare
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEVELS = _library.ISA_LEVELS[: _library.ISA_LEVELS.index(_library.detected_isa()) + 1]
@@ -79,6 +79,19 @@ def assert_as_good(ours, stock, exact, roundings=1):
     error = (ours.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
     allowed = 2 * ((stock.double() - exact)[finite].abs().max().item() if finite.any() else 0.0) + floor
     assert error <= allowed, f"error {error:.3g}, stock's bound {allowed:.3g}"
+
+
+def look_ups(monkeypatch, choices):
+    """Has calls of some ops run on what was chosen for them; the list gets the op of every look-up."""
+    seen = []
+
+    def chosen(op, args, device):
+        seen.append(op)
+        return choices.get(op)
+
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(_choice, "chosen", chosen)
+    return seen
 
 
 @pytest.fixture(params=["late", "at once"])

@@ -217,6 +217,11 @@ def test_library_that_cannot_be_loaded(tmp_path, monkeypatch):
     assert "undefined symbol" in (tmp_path / "report.txt").read_text()
 
 
+def test_families_that_are_measured():
+    """A run of the suite refuses a family that it does not know."""
+    assert set(gpu.families()) == {"attention", "conv", "linear", "pool"} <= set(cases.FAMILIES)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
     """The one command for a GPU machine, with the steps in its place that this machine can run."""

@@ -132,5 +132,7 @@ def test_info():
     assert lines["torch"].strip() == torch.__version__
     assert lines["level detected"].strip() == _library.detected_isa()
     assert "linear_relu" in lines["ops: linear"]
+    families = {title.removeprefix("ops: ") for title in lines if title.startswith("ops: ")}
+    assert families == {"attention", "conv", "layer_norm", "linear", "packed", "pool"}
     for name in ("FASTNN_ISA", "FASTNN_DISABLE", "FASTNN_LOG"):
         assert name in done.stdout

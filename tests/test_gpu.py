@@ -1,25 +1,21 @@
-"""On a GPU: every op that has a CUDA kernel, against torch and float64. Without one, what can be told of the way there."""
+"""On a GPU: every op that has kernels for it, against torch and float64."""
 
 from __future__ import annotations
-
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as TF
-from conftest import assert_as_good
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import assert_as_good, look_ups
 
-from fastnn.ops import _choice, _conv_on_gpus, _declare, _gpu, attention, conv, linear, pool
+from fastnn.ops import _conv_on_gpus, _declare, attention, conv, linear, pool
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-
-gpu = [
+pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 def images(*shape, dtype, layout):
@@ -44,589 +40,347 @@ SHAPES = [(2, 19, 13, 17), (3, 16, 14, 14), (1, 64, 56, 56), (70000, 1, 7, 7)]
 LINEARS = [(1, 784, 10), (64, 784, 128), (3, 17, 5), (1000, 1023, 511), (4096, 1024, 4096)]
 
 
-def look_ups(monkeypatch, choices):
-    """Has calls of some ops run on what was chosen for them; the list gets the op of every look-up."""
-    seen = []
-
-    def chosen(op, args, device):
-        seen.append(op)
-        return choices.get(op)
-
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
-    monkeypatch.setattr(_choice, "chosen", chosen)
-    return seen
-
-
-class TestOnGpu:
-    pytestmark = gpu
-
-    @pytest.mark.parametrize(("name", "args", "options"), CALLS, ids=str)
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_pool(self, dtype, layout, shape, name, args, options, native):
-        x = images(*shape, dtype=dtype, layout=layout)
-        a, b = (x.clone().requires_grad_() for _ in range(2))
-        c = x.double().requires_grad_()
-        y, s, exact = (
-            f(t, *args, **options)
-            for f, t in ((getattr(pool, name), a), (getattr(TF, name), b), (getattr(TF, name), c))
-        )
-        if isinstance(y, tuple):
-            assert torch.equal(y[1], s[1])
-            y, s, exact = y[0], s[0], exact[0]
-        assert y.is_contiguous(memory_format=layout)
-        assert_as_good(y, s, exact.detach())
-        upstream = torch.randn_like(y)
-        (ga,), (gb,), (gc,) = (
-            torch.autograd.grad(out, t, upstream.to(out.dtype)) for out, t in ((y, a), (s, b), (exact, c))
-        )
-        assert_as_good(ga, gb, gc)
-        assert all(reason is None for _, reason in native)
-        assert len(native) == 2
-
-    @pytest.mark.parametrize("function", ["linear", "linear_relu"])
-    @pytest.mark.parametrize("sizes", LINEARS)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_linear(self, dtype, sizes, function, native):
-        rows, features, outputs = sizes
-        shapes = ((rows, features), (outputs, features), (outputs,))
-        generator = torch.Generator().manual_seed(0)
-        given = [torch.randn(s, generator=generator).div(s[-1] ** 0.5).to("cuda", dtype) for s in shapes]
-
-        def results(double=False, stock=False):
-            inputs = [(t.double() if double else t).detach().clone().requires_grad_() for t in given]
-            y = TF.linear(*inputs) if stock else getattr(linear, function)(*inputs)
-            y = torch.relu(y) if stock and function == "linear_relu" else y
-            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-            # Where rounding decides about the ReLU, nothing is handed back.
-            upstream = upstream.masked_fill(undecided, 0)
-            return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
-
-        z = TF.linear(*(t.double() for t in given))
-        rounding = max(64 * torch.finfo(torch.float32).eps, 2 * torch.finfo(dtype).eps)
-        undecided = z.abs() < rounding * z.abs().max()
-        for a, b, c in zip(results(), results(stock=True), results(double=True, stock=True), strict=True):
-            assert_as_good(a, b, c)
-        assert all(reason is None for _, reason in native)
-
-    @pytest.mark.parametrize("sizes", LINEARS, ids=str)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_linear_gelu(self, dtype, sizes, native):
-        rows, features, outputs = sizes
-        shapes = ((rows, features), (outputs, features), (outputs,))
-        generator = torch.Generator().manual_seed(0)
-        given = [torch.randn(s, generator=generator).div(s[-1] ** 0.5).to("cuda", dtype) for s in shapes]
-        given[0] *= 2 * features**0.5
-        stock, exact = (TF.gelu(TF.linear(*(t.to(kind) for t in given))) for kind in (dtype, torch.float64))
-        assert_as_good(linear.linear_gelu(*given), stock, exact)
-        assert native == [("linear_gelu", None)]
-        for kernel in _declare.OPS["linear_gelu"].candidates.values():
-            assert_as_good(kernel(*given), stock, exact)
-        native.clear()
-        leaves = [t.clone().requires_grad_() for t in given]
-        torch.testing.assert_close(linear.linear_gelu(*leaves).detach(), linear.linear_gelu(*given))
-        assert native == [("linear", None), ("linear_gelu", None)]
-
-    def test_choice_is_looked_up_once(self, monkeypatch):
-        x, w = torch.randn(64, 32, device="cuda"), torch.randn(16, 32, device="cuda", requires_grad=True)
-        looked_up = look_ups(monkeypatch, {"linear": "plain", "linear_backward": "kernel"})
-        y = linear.linear(x, w)
-        y.sum().backward()
-        assert looked_up == ["linear", "linear_backward"]
-
-    @pytest.mark.parametrize(
-        ("sizes", "options"),
-        [
-            ((2, 3, 3, 197, 197, 64), {}),
-            ((1, 4, 4, 1024, 1024, 128), {"is_causal": True}),
-            ((2, 8, 2, 300, 500, 80), {"enable_gqa": True}),
-            ((1, 2, 2, 65, 129, 256), {"scale": 0.2}),
-            ((2, 4, 4, 128, 128, 32), {"mask": "boolean"}),
-            ((2, 4, 4, 100, 130, 48), {"mask": "additive"}),
-        ],
-        ids=str,
+@pytest.mark.parametrize(("name", "args", "options"), CALLS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pool(dtype, layout, shape, name, args, options, native):
+    x = images(*shape, dtype=dtype, layout=layout)
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    c = x.double().requires_grad_()
+    y, s, exact = (
+        f(t, *args, **options)
+        for f, t in ((getattr(pool, name), a), (getattr(TF, name), b), (getattr(TF, name), c))
     )
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_attention(self, dtype, sizes, options, native):
-        batch, heads, key_heads, queries, keys, width = sizes
-        generator = torch.Generator().manual_seed(0)
-        shapes = (batch, heads, queries, width), *((batch, key_heads, keys, width),) * 2
-        given = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
-        options = dict(options)
-        mask = kind_of_mask = options.pop("mask", None)
-        if mask is not None:
-            mask = torch.randn(batch, 1, queries, keys, generator=generator).to("cuda", dtype)
-            if kind_of_mask == "boolean":
-                mask = mask > 0
-
-        def results(function, kind):
-            inputs = [t.to(kind).detach().clone().requires_grad_() for t in given]
-            fitting = mask.to(kind) if mask is not None and mask.is_floating_point() else mask
-            y = function(*inputs, fitting, **options)
-            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-            return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
-
-        ours = results(attention.scaled_dot_product_attention, dtype)
-        assert [reason for _, reason in native] == [None, None]
-        stock, exact = (results(TF.scaled_dot_product_attention, kind) for kind in (dtype, torch.float64))
-        for a, b, c in zip(ours, stock, exact, strict=True):
-            assert_as_good(a, b, c, roundings=8)
-
-    @pytest.mark.parametrize(
-        ("image", "kernel", "options"),
-        [
-            ((8, 3, 64, 64), (32, 3, 7, 7), {"stride": 2, "padding": 3}),
-            ((8, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
-            ((2, 256, 28, 28), (512, 256, 3, 3), {"stride": 2, "padding": 1}),
-            ((1, 512, 7, 7), (512, 512, 3, 3), {"padding": 1}),
-            ((4, 96, 30, 31), (96, 1, 3, 3), {"padding": 1, "groups": 96}),
-            ((4, 144, 15, 15), (144, 1, 5, 5), {"stride": 2, "padding": 2, "groups": 144}),
-            ((2, 64, 14, 14), (130, 32, 3, 2), {"dilation": 2, "groups": 2}),
-            ((3, 13, 17, 19), (67, 13, 3, 3), {"padding": 2}),
-        ],
-        ids=str,
+    if isinstance(y, tuple):
+        assert torch.equal(y[1], s[1])
+        y, s, exact = y[0], s[0], exact[0]
+    assert y.is_contiguous(memory_format=layout)
+    assert_as_good(y, s, exact.detach())
+    upstream = torch.randn_like(y)
+    (ga,), (gb,), (gc,) = (
+        torch.autograd.grad(out, t, upstream.to(out.dtype)) for out, t in ((y, a), (s, b), (exact, c))
     )
-    @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_conv(self, dtype, layout, image, kernel, options, native):
-        generator = torch.Generator().manual_seed(0)
-        shapes = image, kernel, kernel[:1]
-        given = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
-        given[0] = given[0].contiguous(memory_format=layout)
-        # The oracle computes in full precision; what tf32 loses, torch's own loses as well.
-        before = torch.backends.cudnn.conv.fp32_precision
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
-
-        def results(function, kind):
-            inputs = [t.to(kind).detach().requires_grad_() for t in given]
-            y = function(*inputs, **options)
-            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-            return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
-
-        try:
-            ours = results(conv.conv2d, dtype)
-            assert [reason for _, reason in native] == [None, None]
-            stock, exact = (results(TF.conv2d, kind) for kind in (dtype, torch.float64))
-        finally:
-            torch.backends.cudnn.conv.fp32_precision = before
-        assert ours[0].is_contiguous(memory_format=layout)
-        for a, b, c in zip(ours, stock, exact, strict=True):
-            assert_as_good(a, b, c, roundings=8)
-
-    @pytest.mark.parametrize("pooled", [None, (2, 2, 0), (3, 2, 1)], ids=str)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_conv_relu(self, dtype, pooled, native):
-        """In small numbers, so that maxima and what the ReLU closes do not depend on rounding."""
-        generator = torch.Generator().manual_seed(0)
-        x, w, b = (
-            torch.randint(-2, 3, s, generator=generator).to("cuda", dtype)
-            for s in ((4, 8, 15, 14), (24, 8, 3, 3), (24,))
-        )
-
-        def results(function, kind=dtype):
-            inputs = [t.to(kind).detach().clone().requires_grad_() for t in (x, w, b)]
-            y = function(*inputs, padding=1)
-            upstream = torch.randint(-1, 2, y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-            return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
-
-        def stock(*args, **options):
-            y = torch.relu(TF.conv2d(*args, **options))
-            return TF.max_pool2d(y, *pooled) if pooled else y
-
-        def fused(*args, **options):
-            window = dict(zip(("kernel_size", "pool_stride", "pool_padding"), pooled, strict=True))
-            return conv.conv2d_relu_max_pool2d(*args, **options, **window)
-
-        ours = results(fused if pooled else conv.conv2d_relu)
-        assert [reason for _, reason in native] == [None, None]
-        for mine, theirs, exact in zip(ours, results(stock), results(stock, torch.float64), strict=True):
-            assert_as_good(mine, theirs, exact)
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_attention_with_dropout(self, dtype, native):
-        generator = torch.Generator().manual_seed(0)
-        shapes = (2, 4, 197, 64), *((2, 2, 130, 64),) * 2
-        given = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
-        upstream = torch.randn(shapes[0], generator=generator).to("cuda", dtype)
-        seed, options = torch.tensor([1 << 40], device="cuda"), (False, None, 0.2)
-
-        def results(function, kind):
-            inputs = [t.to(kind).detach().clone().requires_grad_() for t in given]
-            y = function(*inputs, None, seed, *options)
-            y = y[0] if isinstance(y, tuple) else y
-            return [y.detach(), *torch.autograd.grad(y, inputs, upstream.to(kind))]
-
-        ours = results(attention._attention_dropout, dtype)
-        assert [reason for _, reason in native] == [None, None]
-        stock, exact = (results(attention._with_dropout, kind) for kind in (dtype, torch.float64))
-        for a, b, c in zip(ours, stock, exact, strict=True):
-            assert_as_good(a, b, c, roundings=8)
-        torch.manual_seed(3)
-        first = attention.scaled_dot_product_attention(*given, dropout_p=0.2, enable_gqa=True)
-        second = attention.scaled_dot_product_attention(*given, dropout_p=0.2, enable_gqa=True)
-        torch.manual_seed(3)
-        again = attention.scaled_dot_product_attention(*given, dropout_p=0.2, enable_gqa=True)
-        assert torch.equal(first, again)
-        assert not torch.equal(first, second)
-
-    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-    @pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
-    @pytest.mark.parametrize(
-        "sizes",
-        [
-            (2, 4, 2, 300, 500, 128, 128),
-            (1, 2, 2, 1000, 1000, 64, 40),
-            (1, 2, 1, 130, 700, 256, 256),
-            (1, 1, 1, 1, 1, 8, 8),
-            (1, 16, 16, 4096, 4096, 128, 128),
-        ],
-        ids=str,
-    )
-    @pytest.mark.parametrize("name", list(attention._attention.op.candidates))
-    def test_attention_candidates(self, name, sizes, causal, dtype):
-        batch, heads, key_heads, queries, keys, width, value_width = sizes
-        generator = torch.Generator("cuda").manual_seed(0)
-
-        def tokens(heads, rows, width):
-            flat = torch.randn(batch, rows, heads, width, generator=generator, device="cuda", dtype=dtype)
-            return flat.transpose(1, 2)
-
-        q, k, v = (
-            tokens(heads, queries, width),
-            tokens(key_heads, keys, width),
-            tokens(key_heads, keys, value_width),
-        )
-        op, args = attention._attention.op, (q, k, v, None, causal, None)
-        if not _declare.covers(op, name, args):
-            pytest.skip("not on this GPU")
-        y, logsumexp = op.candidates[name](*args)
-        again, _ = op.candidates[name](*args)
-        assert torch.equal(y, again)
-        stock, exact = (
-            TF.scaled_dot_product_attention(
-                *(t.to(kind) for t in (q, k, v)), is_causal=causal, enable_gqa=True
-            )
-            for kind in (dtype, torch.float64 if queries < 4096 else torch.float32)
-        )
-        assert_as_good(y, stock, exact.double(), roundings=8)
-        assert logsumexp.isfinite().all()
-
-        g = tokens(heads, queries, value_width)
-        backward = attention.attention_backward.op
-        args = (g, q, k, v, None, y, logsumexp, causal, None)
-        if queries == 4096 or not _declare.covers(backward, name, args):
-            return
-        ours, again = (backward.candidates[name](*args) for _ in range(2))
-
-        def gradients(kind):
-            leaves = [t.to(kind).requires_grad_() for t in (q, k, v)]
-            z = TF.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
-            return torch.autograd.grad(z, leaves, g.to(kind))
-
-        for a, b, c, twice in zip(ours, gradients(dtype), gradients(torch.float64), again, strict=True):
-            assert torch.equal(a, twice)
-            assert_as_good(a, b, c, roundings=8)
-
-    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-    @pytest.mark.parametrize(
-        ("image", "kernel", "options"),
-        [
-            ((2, 64, 30, 31), (64, 64, 3, 3), (1, 1, 1, 1, 1, 1, 1)),
-            ((8, 128, 28, 28), (128, 128, 3, 3), (2, 2, 1, 1, 1, 1, 1)),
-            ((4, 256, 14, 15), (264, 128, 3, 2), (1, 2, 1, 0, 2, 1, 2)),
-            ((1, 512, 7, 7), (512, 512, 3, 3), (1, 1, 1, 1, 1, 1, 1)),
-            ((16, 256, 56, 56), (64, 256, 1, 1), (1, 1, 0, 0, 1, 1, 1)),
-        ],
-        ids=str,
-    )
-    @pytest.mark.parametrize("name", _conv_on_gpus.TILES)
-    def test_conv_tiles(self, name, image, kernel, options, dtype):
-        generator = torch.Generator().manual_seed(0)
-        x, w = (
-            torch.randn(s, generator=generator)
-            .to("cuda", dtype)
-            .contiguous(memory_format=torch.channels_last)
-            for s in (image, kernel)
-        )
-        if not _declare.covers(conv._conv2d.op, name, (x, w, None, *options)):
-            pytest.skip("not on this GPU")
-        y = _conv_on_gpus.kernel(False, tile=name)(x, w, None, *options)
-        g = torch.randn(y.shape, generator=generator).to(y).contiguous(memory_format=torch.channels_last)
-        backward = _conv_on_gpus.backward_candidates(lambda *args: args)[name]
-        ours = y, *backward(g, x, w, None, None, options, (), (True, True, False))[:2]
-
-        def results(kind):
-            leaves = [t.to(kind).requires_grad_() for t in (x, w)]
-            z = TF.conv2d(*leaves, None, options[:2], options[2:4], options[4:6], options[6])
-            return [z.detach(), *torch.autograd.grad(z, leaves, g.to(kind))]
-
-        for a, b, c in zip(ours, results(dtype), results(torch.float64), strict=True):
-            assert_as_good(a, b, c, roundings=8)
-
-    def test_storage_that_is_not_aligned(self):
-        buffer = torch.randn(8 * 16 * 6 * 6 + 1, device="cuda", dtype=torch.bfloat16)
-        x = buffer[1:].view(8, 6, 6, 16).permute(0, 3, 1, 2)
-        assert torch.equal(pool.max_pool2d(x, 2), TF.max_pool2d(x, 2))
-
-    def test_current_stream_and_graph(self):
-        x = torch.randn(4, 8, 32, 32, device="cuda")
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                y = pool.max_pool2d(x, 2)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            z = pool.max_pool2d(x, 2)
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(z, TF.max_pool2d(x, 2))
-        assert y.shape == z.shape
-
-    def test_mixed_devices(self):
-        grad, locations = torch.randn(1, 1, 2, 2, device="cuda"), torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
-        with pytest.raises(RuntimeError, match="locations"):
-            torch.ops.fastnn.max_pool2d_backward(grad, locations, 4, 4, 2, 2, 2, 2, 0, 0, 1, 1, False)
-
-    def test_deterministic(self):
-        x = torch.randn(4, 8, 33, 33, device="cuda", requires_grad=True)
-        g = torch.randn(4, 8, 17, 17, device="cuda")
-        first, second = (torch.autograd.grad(pool.max_pool2d(x, 3, 2, 1), x, g)[0] for _ in range(2))
-        assert torch.equal(first, second)
+    assert_as_good(ga, gb, gc)
+    assert all(reason is None for _, reason in native)
+    assert len(native) == 2
 
 
-@pytest.fixture
-def fake_gpu(monkeypatch, tmp_path):
-    """Tensors on a GPU of compute capability 9.0 that there need not be."""
-    monkeypatch.setattr(_gpu, "architectures", lambda: "80-real 90a-real")
-    monkeypatch.setattr(_gpu, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
-    monkeypatch.setattr(_choice, "gpu", lambda index: {"key": "a GPU", "capability": (9, 0)})
-    # The choices of whoever runs the tests are not to count.
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    caches = _choice._tables, _gpu._unusable
-    for cached in caches:
-        cached.cache_clear()
-    with FakeTensorMode():
-        yield lambda *shape: torch.empty(shape, device="cuda")
-    for cached in caches:
-        cached.cache_clear()
+@pytest.mark.parametrize("function", ["linear", "linear_relu"])
+@pytest.mark.parametrize("sizes", LINEARS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear(dtype, sizes, function, native):
+    rows, features, outputs = sizes
+    shapes = ((rows, features), (outputs, features), (outputs,))
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(s, generator=generator).div(s[-1] ** 0.5).to("cuda", dtype) for s in shapes]
+
+    def results(double=False, stock=False):
+        inputs = [(t.double() if double else t).detach().clone().requires_grad_() for t in given]
+        y = TF.linear(*inputs) if stock else getattr(linear, function)(*inputs)
+        y = torch.relu(y) if stock and function == "linear_relu" else y
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        # Where rounding decides about the ReLU, nothing is handed back.
+        upstream = upstream.masked_fill(undecided, 0)
+        return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+    z = TF.linear(*(t.double() for t in given))
+    rounding = max(64 * torch.finfo(torch.float32).eps, 2 * torch.finfo(dtype).eps)
+    undecided = z.abs() < rounding * z.abs().max()
+    for a, b, c in zip(results(), results(stock=True), results(double=True, stock=True), strict=True):
+        assert_as_good(a, b, c)
+    assert all(reason is None for _, reason in native)
 
 
-def test_call_goes_to_the_cuda_kernel(fake_gpu, native):
-    assert pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2).device.type == "cuda"
-    assert pool.adaptive_avg_pool2d(fake_gpu(2, 3, 8, 8), 1).shape == (2, 3, 1, 1)
-    assert native == [("max_pool2d", None), ("adaptive_avg_pool2d", None)]
-
-
-def test_kernel_that_is_not_measured_stays_with_torch(fake_gpu, native, monkeypatch):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
-    pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
-    assert native == [("max_pool2d", "not measured on this GPU: fastnn.tune measures")]
+@pytest.mark.parametrize("sizes", LINEARS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_gelu(dtype, sizes, native):
+    rows, features, outputs = sizes
+    shapes = ((rows, features), (outputs, features), (outputs,))
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(s, generator=generator).div(s[-1] ** 0.5).to("cuda", dtype) for s in shapes]
+    given[0] *= 2 * features**0.5
+    stock, exact = (TF.gelu(TF.linear(*(t.to(kind) for t in given))) for kind in (dtype, torch.float64))
+    assert_as_good(linear.linear_gelu(*given), stock, exact)
+    assert native == [("linear_gelu", None)]
+    for kernel in _declare.OPS["linear_gelu"].candidates.values():
+        assert_as_good(kernel(*given), stock, exact)
     native.clear()
-    monkeypatch.setattr(_choice, "SHIPPED", {(9, 0): {"max_pool2d": {"*": "kernel"}}})
-    _choice._tables.cache_clear()
-    pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
-    assert native == [("max_pool2d", None)]
+    leaves = [t.clone().requires_grad_() for t in given]
+    torch.testing.assert_close(linear.linear_gelu(*leaves).detach(), linear.linear_gelu(*given))
+    assert native == [("linear", None), ("linear_gelu", None)]
 
 
-def test_old_gpu_and_build_without_cuda(fake_gpu, native, monkeypatch):
-    monkeypatch.setattr(_gpu, "_capability", lambda index: (7, 5))
-    with pytest.warns(UserWarning, match=r"compute capability 8\.0, this GPU has 7\.5"):
-        pool.avg_pool2d(fake_gpu(2, 3, 8, 8), 2)
-    _gpu._unusable.cache_clear()
-    monkeypatch.setattr(_gpu, "architectures", lambda: "")
-    with pytest.warns(UserWarning, match="holds no CUDA kernels"):
-        pool.avg_pool2d(fake_gpu(2, 3, 8, 8), 2)
-    # Once is enough.
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
-    assert native.pop() == ("max_pool2d", "this build holds no CUDA kernels")
-    assert [reason for _, reason in native] == [
-        "GPU kernels need compute capability 8.0, this GPU has 7.5",
-        "this build holds no CUDA kernels",
-    ]
+def test_choice_is_looked_up_once(monkeypatch):
+    x, w = torch.randn(64, 32, device="cuda"), torch.randn(16, 32, device="cuda", requires_grad=True)
+    looked_up = look_ups(monkeypatch, {"linear": "plain", "linear_backward": "kernel"})
+    y = linear.linear(x, w)
+    y.sum().backward()
+    assert looked_up == ["linear", "linear_backward"]
 
 
-def test_image_that_is_too_large(fake_gpu, native):
-    pool.max_pool2d(fake_gpu(1, 1, 1 << 15, 1 << 14), 2)
-    pool.max_pool2d(fake_gpu(4, 1, 1 << 14, 1 << 14), 2)
-    pool.adaptive_avg_pool2d(fake_gpu(1, 1, 1, 1 << 20), (1, 1 << 10))
-    pool.adaptive_avg_pool2d(fake_gpu(1, 1, 1, 1 << 20), 1)
-    reason = "an image or a window of too many elements for the CUDA kernel"
-    assert [r for _, r in native] == [reason, None, reason, None]
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((2, 3, 3, 197, 197, 64), {}),
+        ((1, 4, 4, 1024, 1024, 128), {"is_causal": True}),
+        ((2, 8, 2, 300, 500, 80), {"enable_gqa": True}),
+        ((1, 2, 2, 65, 129, 256), {"scale": 0.2}),
+        ((2, 4, 4, 128, 128, 32), {"mask": "boolean"}),
+        ((2, 4, 4, 100, 130, 48), {"mask": "additive"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(dtype, sizes, options, native):
+    batch, heads, key_heads, queries, keys, width = sizes
+    generator = torch.Generator().manual_seed(0)
+    shapes = (batch, heads, queries, width), *((batch, key_heads, keys, width),) * 2
+    given = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
+    options = dict(options)
+    mask = kind_of_mask = options.pop("mask", None)
+    if mask is not None:
+        mask = torch.randn(batch, 1, queries, keys, generator=generator).to("cuda", dtype)
+        if kind_of_mask == "boolean":
+            mask = mask > 0
+
+    def results(function, kind):
+        inputs = [t.to(kind).detach().clone().requires_grad_() for t in given]
+        fitting = mask.to(kind) if mask is not None and mask.is_floating_point() else mask
+        y = function(*inputs, fitting, **options)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+    ours = results(attention.scaled_dot_product_attention, dtype)
+    assert [reason for _, reason in native] == [None, None]
+    stock, exact = (results(TF.scaled_dot_product_attention, kind) for kind in (dtype, torch.float64))
+    for a, b, c in zip(ours, stock, exact, strict=True):
+        assert_as_good(a, b, c, roundings=8)
 
 
-def test_triton(fake_gpu, native, monkeypatch):
-    x, w = fake_gpu(2, 3), fake_gpu(4, 3)
-    monkeypatch.setattr(_gpu, "_has_triton", lambda: False)
-    with pytest.warns(UserWarning, match="Triton is not installed"):
-        linear.linear(x, w)
-    _gpu._unusable.cache_clear()
-    monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
-    assert linear.linear_relu(x, w).shape == (2, 4)
-    linear.linear_relu(x.double(), w.double())
-    # The reason is fastnn's, the error torch's.
-    with pytest.raises(RuntimeError, match="same device"):
-        linear.linear_relu(x, torch.empty(4, 3))
-    reasons = [
-        "Triton is not installed",
-        None,
-        "no Triton kernel for torch.float64",
-        "mixed devices cuda:0 and cpu",
-    ]
-    assert [reason for _, reason in native] == reasons
+@pytest.mark.parametrize(
+    ("image", "kernel", "options"),
+    [
+        ((8, 3, 64, 64), (32, 3, 7, 7), {"stride": 2, "padding": 3}),
+        ((8, 64, 56, 56), (64, 64, 3, 3), {"padding": 1}),
+        ((2, 256, 28, 28), (512, 256, 3, 3), {"stride": 2, "padding": 1}),
+        ((1, 512, 7, 7), (512, 512, 3, 3), {"padding": 1}),
+        ((4, 96, 30, 31), (96, 1, 3, 3), {"padding": 1, "groups": 96}),
+        ((4, 144, 15, 15), (144, 1, 5, 5), {"stride": 2, "padding": 2, "groups": 144}),
+        ((2, 64, 14, 14), (130, 32, 3, 2), {"dilation": 2, "groups": 2}),
+        ((3, 13, 17, 19), (67, 13, 3, 3), {"padding": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conv(dtype, layout, image, kernel, options, native):
+    generator = torch.Generator().manual_seed(0)
+    shapes = image, kernel, kernel[:1]
+    given = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
+    given[0] = given[0].contiguous(memory_format=layout)
+    # The oracle computes in full precision; what tf32 loses, torch's own loses as well.
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
 
+    def results(function, kind):
+        inputs = [t.to(kind).detach().requires_grad_() for t in given]
+        y = function(*inputs, **options)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
 
-def test_linear_without_features(fake_gpu, native):
-    x, w = fake_gpu(2, 0), fake_gpu(4, 0)
-    for function in (linear.linear, linear.linear_relu, linear.linear_gelu):
-        assert function(x, w).shape == (2, 4)
-    assert [reason for _, reason in native] == ["no input features"] * 3
-
-
-def test_linear_gelu(fake_gpu, native):
-    x, w = fake_gpu(2, 3), fake_gpu(4, 3)
-    assert linear.linear_gelu(x, w).shape == (2, 4)
-    linear.linear_gelu(x.double(), w.double())
-    assert native == [("linear_gelu", None), ("linear_gelu", "no Triton kernel for torch.float64")]
-
-
-class InPlaceOfKernels(TorchDispatchMode):
-    """Notes which candidate each op would run, as its kernel on a GPU asks."""
-
-    def __init__(self):
-        super().__init__()
-        self.ran = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        space, name = function._schema.name.split("::")
-        if space == "fastnn":
-            self.ran.append((name, _declare.candidate(_declare.OPS[name], args)))
-        return function(*args, **(kwargs or {}))
-
-
-def test_choice_is_looked_up_once(fake_gpu, monkeypatch):
-    x, w = fake_gpu(2, 3), fake_gpu(4, 3)
-    images, kernels = fake_gpu(2, 8, 6, 6), fake_gpu(4, 8, 3, 3)
-    looked_up = look_ups(
-        monkeypatch, {"linear": "plain", "linear_relu": "torch", "conv2d": "64 x 64", "max_pool2d": "kernel"}
-    )
-    with InPlaceOfKernels() as kernels_run:
-        linear.linear(x, w)
-        linear.linear(x, w)
-        linear.linear_relu(x, w)
-        conv.conv2d(images, kernels)
-        pool.max_pool2d(images, 2)
-        assert looked_up == ["linear", "linear", "linear_relu", "conv2d", "max_pool2d"]
-        # A call that does not come from the routing has nothing to go by but its arguments.
-        torch.ops.fastnn.linear(x, w, None)
-        assert looked_up[5:] == ["linear"]
-    assert kernels_run.ran == [
-        ("linear", "plain"),
-        ("linear", "plain"),
-        ("conv2d", "64 x 64"),
-        ("max_pool2d", "kernel"),
-        ("linear", "plain"),
-    ]
-
-
-def test_chosen_kernel_takes_only_what_it_covers(fake_gpu, monkeypatch):
-    """The class of a call does not tell of all that a kernel asks for."""
-    look_ups(monkeypatch, {"attention": "warpgroups", "linear": "persistent"})
-    q, x = fake_gpu(1, 2, 64, 64), fake_gpu(64, 64)
-    halves = q.half(), x.half()
-    attended = [
-        (t, t, t, mask, False, None) for t in (q, halves[0]) for mask in (None, fake_gpu(1, 1, 64, 64))
-    ]
-    op = _declare.OPS["attention"]
-    assert [_declare.candidate(op, args) for args in attended] == [
-        "kernel",
-        "kernel",
-        "warpgroups",
-        "kernel",
-    ]
-    op = _declare.OPS["linear"]
-    assert [_declare.candidate(op, (t, t, None)) for t in (x, halves[1])] == ["kernel", "persistent"]
-    monkeypatch.setattr(_gpu, "_capability", lambda index: (8, 0))
-    assert _declare.candidate(op, (halves[1], halves[1], None)) == "kernel"
-
-
-def test_what_is_slower_on_the_cpu_is_not_asked_about_a_gpu(fake_gpu, monkeypatch):
-    look_ups(monkeypatch, {"linear": "kernel", "conv2d": "kernel"})
-    monkeypatch.setattr(linear, "_MKL_AT_ITS_BEST", True)
-    with InPlaceOfKernels() as kernels_run:
-        linear.linear(fake_gpu(300, 70), fake_gpu(50, 70))
-        conv.conv2d(fake_gpu(8, 256, 56, 56), fake_gpu(256, 256, 3, 3))
-    assert kernels_run.ran == [("linear", "kernel"), ("conv2d", "kernel")]
-
-
-def test_attention_of_more_heads_than_a_grid_has(fake_gpu, native):
-    for batch in (4095, 4096):
-        q = fake_gpu(batch, 16, 4, 32)
-        assert attention.scaled_dot_product_attention(q, q, q).shape == q.shape
-    assert native == [("attention", None), ("attention", "more than 65535 heads of all sequences on a GPU")]
-
-
-def test_attention_with_dropout(fake_gpu, native):
-    q = fake_gpu(2, 4, 16, 32)
-    y = attention.scaled_dot_product_attention(q, q, q, dropout_p=0.1)
-    assert y.shape == q.shape
-    assert attention.scaled_dot_product_attention(q, q, q, dropout_p=1.0).shape == q.shape
-    assert native == [("attention_dropout", None)]
-
-
-def test_conv(fake_gpu, native):
-    x, w = fake_gpu(2, 8, 6, 6), fake_gpu(4, 8, 3, 3)
-    assert conv.conv2d_relu(x, w).shape == (2, 4, 4, 4)
-    assert conv.conv2d_relu_max_pool2d(x, w).shape == (2, 4, 2, 2)
-    conv.conv2d(x.double(), w.double())
-    conv.conv2d_relu_max_pool2d(x, w, kernel_size=3, pool_stride=2)
-    conv.conv2d(fake_gpu(1, 1, 1 << 15, 1 << 15), fake_gpu(1, 1, 1, 1))
-    assert native == [
-        ("conv2d_relu", None),
-        ("conv2d_relu_max_pool2d", None),
-        ("conv2d", "no CUDA kernel for torch.float64"),
-        ("conv2d_relu_max_pool2d", None),
-        ("conv2d", "too many elements for the CUDA kernel"),
-    ]
-
-
-def test_registered_where_there_are_kernels():
-    for name, op in _declare.OPS.items():
-        has = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{name}", "CUDA")
-        assert has == (op.on_gpus == "triton" or (op.on_gpus == "cuda" and bool(_gpu.architectures())))
-
-
-def test_autocast_on_a_gpu(fake_gpu, native):
-    x, w = fake_gpu(2, 3), fake_gpu(4, 3)
-    # The context manager refuses without a device.
-    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
-        assert linear.linear_relu(x, w).dtype is torch.bfloat16
+        ours = results(conv.conv2d, dtype)
+        assert [reason for _, reason in native] == [None, None]
+        stock, exact = (results(TF.conv2d, kind) for kind in (dtype, torch.float64))
     finally:
-        torch.set_autocast_enabled("cuda", before[0])
-        torch.set_autocast_dtype("cuda", before[1])
-    with torch.autocast("cpu", torch.bfloat16):
-        assert linear.linear_relu(x, w).dtype is torch.float32
-    assert native == [("linear_relu", None)] * 2
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert ours[0].is_contiguous(memory_format=layout)
+    for a, b, c in zip(ours, stock, exact, strict=True):
+        assert_as_good(a, b, c, roundings=8)
 
 
-def test_tracer_takes_the_answers_as_constants(monkeypatch):
-    monkeypatch.setattr(_gpu, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
-    monkeypatch.setattr(_choice, "_tables", lambda index: ({}, {"linear": {"*": "kernel"}}))
+@pytest.mark.parametrize("pooled", [None, (2, 2, 0), (3, 2, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conv_relu(dtype, pooled, native):
+    """In small numbers, so that maxima and what the ReLU closes do not depend on rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (
+        torch.randint(-2, 3, s, generator=generator).to("cuda", dtype)
+        for s in ((4, 8, 15, 14), (24, 8, 3, 3), (24,))
+    )
 
-    @torch.compile(fullgraph=True, backend="eager")
-    def f(x):
-        usable = _gpu._unusable("triton", 0) is None
-        if usable and _choice._for_all("linear", 0) == "kernel" and _choice._for_all("conv2d", 0) is None:
-            return x + 1
-        return x
+    def results(function, kind=dtype):
+        inputs = [t.to(kind).detach().clone().requires_grad_() for t in (x, w, b)]
+        y = function(*inputs, padding=1)
+        upstream = torch.randint(-1, 2, y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
 
-    assert torch.equal(f(torch.zeros(2)), torch.ones(2))
+    def stock(*args, **options):
+        y = torch.relu(TF.conv2d(*args, **options))
+        return TF.max_pool2d(y, *pooled) if pooled else y
+
+    def fused(*args, **options):
+        window = dict(zip(("kernel_size", "pool_stride", "pool_padding"), pooled, strict=True))
+        return conv.conv2d_relu_max_pool2d(*args, **options, **window)
+
+    ours = results(fused if pooled else conv.conv2d_relu)
+    assert [reason for _, reason in native] == [None, None]
+    for mine, theirs, exact in zip(ours, results(stock), results(stock, torch.float64), strict=True):
+        assert_as_good(mine, theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_with_dropout(dtype, native):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 4, 197, 64), *((2, 2, 130, 64),) * 2
+    given = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
+    upstream = torch.randn(shapes[0], generator=generator).to("cuda", dtype)
+    seed, options = torch.tensor([1 << 40], device="cuda"), (False, None, 0.2)
+
+    def results(function, kind):
+        inputs = [t.to(kind).detach().clone().requires_grad_() for t in given]
+        y = function(*inputs, None, seed, *options)
+        y = y[0] if isinstance(y, tuple) else y
+        return [y.detach(), *torch.autograd.grad(y, inputs, upstream.to(kind))]
+
+    ours = results(attention._attention_dropout, dtype)
+    assert [reason for _, reason in native] == [None, None]
+    stock, exact = (results(attention._with_dropout, kind) for kind in (dtype, torch.float64))
+    for a, b, c in zip(ours, stock, exact, strict=True):
+        assert_as_good(a, b, c, roundings=8)
+    torch.manual_seed(3)
+    first = attention.scaled_dot_product_attention(*given, dropout_p=0.2, enable_gqa=True)
+    second = attention.scaled_dot_product_attention(*given, dropout_p=0.2, enable_gqa=True)
+    torch.manual_seed(3)
+    again = attention.scaled_dot_product_attention(*given, dropout_p=0.2, enable_gqa=True)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (2, 4, 2, 300, 500, 128, 128),
+        (1, 2, 2, 1000, 1000, 64, 40),
+        (1, 2, 1, 130, 700, 256, 256),
+        (1, 1, 1, 1, 1, 8, 8),
+        (1, 16, 16, 4096, 4096, 128, 128),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", list(attention._attention.op.candidates))
+def test_attention_candidates(name, sizes, causal, dtype):
+    batch, heads, key_heads, queries, keys, width, value_width = sizes
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def tokens(heads, rows, width):
+        flat = torch.randn(batch, rows, heads, width, generator=generator, device="cuda", dtype=dtype)
+        return flat.transpose(1, 2)
+
+    q, k, v = (
+        tokens(heads, queries, width),
+        tokens(key_heads, keys, width),
+        tokens(key_heads, keys, value_width),
+    )
+    op, args = attention._attention.op, (q, k, v, None, causal, None)
+    if not _declare.covers(op, name, args):
+        pytest.skip("not on this GPU")
+    y, logsumexp = op.candidates[name](*args)
+    again, _ = op.candidates[name](*args)
+    assert torch.equal(y, again)
+    stock, exact = (
+        TF.scaled_dot_product_attention(*(t.to(kind) for t in (q, k, v)), is_causal=causal, enable_gqa=True)
+        for kind in (dtype, torch.float64 if queries < 4096 else torch.float32)
+    )
+    assert_as_good(y, stock, exact.double(), roundings=8)
+    assert logsumexp.isfinite().all()
+
+    g = tokens(heads, queries, value_width)
+    backward = attention.attention_backward.op
+    args = (g, q, k, v, None, y, logsumexp, causal, None)
+    if queries == 4096 or not _declare.covers(backward, name, args):
+        return
+    ours, again = (backward.candidates[name](*args) for _ in range(2))
+
+    def gradients(kind):
+        leaves = [t.to(kind).requires_grad_() for t in (q, k, v)]
+        z = TF.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
+        return torch.autograd.grad(z, leaves, g.to(kind))
+
+    for a, b, c, twice in zip(ours, gradients(dtype), gradients(torch.float64), again, strict=True):
+        assert torch.equal(a, twice)
+        assert_as_good(a, b, c, roundings=8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("image", "kernel", "options"),
+    [
+        ((2, 64, 30, 31), (64, 64, 3, 3), (1, 1, 1, 1, 1, 1, 1)),
+        ((8, 128, 28, 28), (128, 128, 3, 3), (2, 2, 1, 1, 1, 1, 1)),
+        ((4, 256, 14, 15), (264, 128, 3, 2), (1, 2, 1, 0, 2, 1, 2)),
+        ((1, 512, 7, 7), (512, 512, 3, 3), (1, 1, 1, 1, 1, 1, 1)),
+        ((16, 256, 56, 56), (64, 256, 1, 1), (1, 1, 0, 0, 1, 1, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", _conv_on_gpus.TILES)
+def test_conv_tiles(name, image, kernel, options, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, w = (
+        torch.randn(s, generator=generator).to("cuda", dtype).contiguous(memory_format=torch.channels_last)
+        for s in (image, kernel)
+    )
+    if not _declare.covers(_declare.OPS["conv2d"], name, (x, w, None, *options)):
+        pytest.skip("not on this GPU")
+    y = _conv_on_gpus.kernel(False, tile=name)(x, w, None, *options)
+    g = torch.randn(y.shape, generator=generator).to(y).contiguous(memory_format=torch.channels_last)
+    backward = _conv_on_gpus.backward_candidates(lambda *args: args)[name]
+    ours = y, *backward(g, x, w, None, None, options, (), (True, True, False))[:2]
+
+    def results(kind):
+        leaves = [t.to(kind).requires_grad_() for t in (x, w)]
+        z = TF.conv2d(*leaves, None, options[:2], options[2:4], options[4:6], options[6])
+        return [z.detach(), *torch.autograd.grad(z, leaves, g.to(kind))]
+
+    for a, b, c in zip(ours, results(dtype), results(torch.float64), strict=True):
+        assert_as_good(a, b, c, roundings=8)
+
+
+def test_storage_that_is_not_aligned():
+    buffer = torch.randn(8 * 16 * 6 * 6 + 1, device="cuda", dtype=torch.bfloat16)
+    x = buffer[1:].view(8, 6, 6, 16).permute(0, 3, 1, 2)
+    assert torch.equal(pool.max_pool2d(x, 2), TF.max_pool2d(x, 2))
+
+
+def test_current_stream_and_graph():
+    x = torch.randn(4, 8, 32, 32, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            y = pool.max_pool2d(x, 2)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        z = pool.max_pool2d(x, 2)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(z, TF.max_pool2d(x, 2))
+    assert y.shape == z.shape
+
+
+def test_mixed_devices():
+    grad, locations = torch.randn(1, 1, 2, 2, device="cuda"), torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="locations"):
+        torch.ops.fastnn.max_pool2d_backward(grad, locations, 4, 4, 2, 2, 2, 2, 0, 0, 1, 1, False)
+
+
+def test_deterministic():
+    x = torch.randn(4, 8, 33, 33, device="cuda", requires_grad=True)
+    g = torch.randn(4, 8, 17, 17, device="cuda")
+    first, second = (torch.autograd.grad(pool.max_pool2d(x, 3, 2, 1), x, g)[0] for _ in range(2))
+    assert torch.equal(first, second)

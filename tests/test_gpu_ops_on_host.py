@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_as_good
 
-from fastnn.ops import _conv_on_gpus, _conv_shapes, _gpu, attention, conv, pool
+from fastnn.ops import _conv_on_gpus, _conv_shapes, _declare, _gpu, _pool_max, attention
 
 FOLDER = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
 LIBRARY = FOLDER / "libops_on_host.so"
@@ -42,7 +42,7 @@ def random(*shape, seed, layout=torch.contiguous_format):
     return x.contiguous(memory_format=layout) if len(shape) == 4 else x
 
 
-# Gradients of input, weight and bias, from what `fastnn.ops.conv` takes apart for each op.
+# Gradients of input, weight and bias, from what `fastnn.ops._conv_ops` takes apart for each op.
 backward = _conv_on_gpus.backward_candidates(lambda *args: args)["kernel"]
 
 # n, c, h, w, k, kernel, options: stride, padding, dilation, groups.
@@ -95,7 +95,7 @@ def test_conv(in_place_of_a_gpu, image, kernel, options, dtype, weight_layout, l
         truth = torch.autograd.grad(truth, exact, upstream.double())
         for a, b, c in zip(ours, theirs, truth, strict=True):
             assert_as_good(a, b, c, roundings=2)
-        fakes = conv._fake_backward(upstream, *given[:2], *options, True, True, True)
+        fakes = _declare.OPS["conv2d_backward"].fake(upstream, *given[:2], *options, True, True, True)
         assert [a.stride() for a in ours] == [f.stride() for f in fakes]
         some = backward(upstream, *given[:2], None, None, options, (), (False, True, False))
         assert [t.numel() for t in some] == [0, kernel[0] * kernel[1] * kernel[2] * kernel[3], 0]
@@ -281,7 +281,7 @@ def test_what_the_warpgroups_do_not_take(in_place_of_hopper, ops):
     options = (1, 1, 1, 1, 1, 1, 1)
     x, w = torch.zeros(1, 16, 6, 6, dtype=torch.bfloat16), torch.zeros(12, 16, 3, 3, dtype=torch.bfloat16)
     (forward,) = _conv_on_gpus.COVERS.values()
-    (of_gradients,) = _conv_on_gpus.backward_covers(conv._split_backward).values()
+    (of_gradients,) = _declare.OPS["conv2d_backward"].covers.values()
     assert forward(x, w, None, *options)
     assert not forward(x.float(), w.float(), None, *options)
     assert not forward(x[:, :12], w[:, :12], None, *options)
@@ -362,8 +362,8 @@ def test_pool(ops, dtype, layout):
         assert_as_good(ours, native, native.double())
     for name, options, rest in (
         ("max_pool2d_with_indices", window, window),
-        ("adaptive_max_pool2d", (4, 3), pool._ADAPTIVE),
-        ("adaptive_max_pool2d", (3, 5), pool._ADAPTIVE),
+        ("adaptive_max_pool2d", (4, 3), _pool_max.ADAPTIVE),
+        ("adaptive_max_pool2d", (3, 5), _pool_max.ADAPTIVE),
     ):
         y, indices = getattr(ops, name)(x, *options)
         g = random(*y.shape, seed=3, layout=FORMATS[layout]).to(dtype)

@@ -1,4 +1,4 @@
-// Convolutions on a GPU: what the ops' implementations for GPUs (fastnn/ops/conv.py) choose among.
+// Convolutions on a GPU: what the ops' implementations for GPUs (fastnn/ops/_conv_on_gpus.py) choose among.
 #ifdef FASTNN_CUDA
 
 #include "cuda/depthwise.h"

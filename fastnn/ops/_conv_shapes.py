@@ -86,6 +86,12 @@ def stock_conv2d(input, weight, bias, *options):
     return F.conv2d(input, weight, bias, options[:2], options[2:4], options[4:6], options[6])
 
 
+def stock_with_relu(input, weight, bias, *rest):
+    """With a ReLU behind it if the number behind the options says so."""
+    out = stock_conv2d(input, weight, bias, *rest[:7])
+    return torch.relu(out) if rest[7] else out
+
+
 def unsupported_pooled(input, weight, bias, *rest):
     options, pool = rest[:7], rest[7:]
     reason = unsupported(input, weight, bias, *options)

@@ -70,6 +70,12 @@ class Op:
     def schema(self) -> torch.FunctionSchema:
         return self.packet.default._schema
 
+    @property
+    def family(self) -> str:
+        """The word in the names of its files: ``conv`` of ``conv.py`` as of ``_conv_shapes.py``."""
+        module = self.unsupported.__module__.rpartition(".")[2]
+        return module.split("_")[1] if module.startswith("_") else module
+
 
 # Every declared op by name, in the order of declaration.
 OPS: dict[str, Op] = {}

@@ -370,22 +370,18 @@ def linear_relu(input, weight, bias=None):
 
     Parameters
     ----------
-    input : Tensor
-        Shape ``(*, in_features)``.
-    weight : Tensor
-        Shape ``(out_features, in_features)``.
-    bias : Tensor, optional
-        Shape ``(out_features,)``.
+    input, weight, bias
+        As :func:`linear` takes them.
 
     Returns
     -------
     Tensor
-        Shape ``(*, out_features)``. NaN stays NaN.
+        As :func:`linear` gives it. NaN stays NaN.
 
     Raises
     ------
     RuntimeError
-        If the shapes do not fit or the dtypes differ.
+        Where :func:`linear` raises it.
     """
     return _linear_relu(input, weight, bias)
 
@@ -398,22 +394,18 @@ def linear_gelu(input, weight, bias=None):
 
     Parameters
     ----------
-    input : Tensor
-        Shape ``(*, in_features)``.
-    weight : Tensor
-        Shape ``(out_features, in_features)``.
-    bias : Tensor, optional
-        Shape ``(out_features,)``.
+    input, weight, bias
+        As :func:`linear` takes them.
 
     Returns
     -------
     Tensor
-        Shape ``(*, out_features)``. NaN stays NaN.
+        As :func:`linear` gives it. NaN stays NaN.
 
     Raises
     ------
     RuntimeError
-        If the shapes do not fit or the dtypes differ.
+        Where :func:`linear` raises it.
     """
     if _is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (input, weight, bias)):
         return F.gelu(linear(input, weight, bias))

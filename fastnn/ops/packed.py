@@ -114,14 +114,9 @@ linear_packed = declare(
 )
 
 
-def _stock_conv(input, weight, bias, packed, *rest):
-    out = shapes.stock_conv2d(input, weight, bias, *rest[:7])
-    return torch.relu(out) if rest[7] else out
-
-
 conv2d_packed = declare(
     "conv2d_packed",
-    stock=_stock_conv,
+    stock=lambda input, weight, bias, packed, *rest: shapes.stock_with_relu(input, weight, bias, *rest),
     unsupported=lambda input, weight, bias, packed, *rest: (
         _unfit(packed) or shapes.unsupported(input, weight, bias, *rest[:7])
     ),

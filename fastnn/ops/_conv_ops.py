@@ -1,0 +1,275 @@
+"""The ops of convolutions, alone and with the ReLU and the max-pooling behind them, their gradients and second derivatives.
+
+An op of gradients takes the gradient of the result back to the convolution's output, through what was fused behind it, and
+goes on as the convolution alone: so the three differ in how their arguments are taken apart, and in what they cover.
+`options` are the seven numbers of a convolution, `pool` the six of a pooling, as :mod:`fastnn.ops._conv_shapes` has them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastnn.ops import _conv_on_gpus as on_gpus
+from fastnn.ops import _conv_routes as routes
+from fastnn.ops import _conv_shapes as shapes
+from fastnn.ops import _pool_max
+from fastnn.ops._declare import Cost, declare, tensor_bytes
+
+
+def masked(grad, output):
+    # Nothing passes where the output is 0, and NaN lets the gradient through.
+    return torch.ops.aten.threshold_backward(grad, output, 0)
+
+
+def _places(locations, shape, *pool):
+    """Where in the convolution's output the maxima stood, and where there is one at all."""
+    there = locations != shapes.NO_LOCATION
+    indices = _pool_max.indices_of(locations, *shape[2:], *pool, 1, 1, False)
+    return torch.where(there, indices, 0), there
+
+
+def _to_convolution(grad, input, weight, output, locations, options, pool):
+    """The gradient of the convolution's output, from that of the ReLU's `output` or of the pooled result."""
+    if output is not None:
+        return masked(grad, output)
+    if locations is not None:
+        shape = shapes.output_shape(input, weight, *options)
+        indices, there = _places(locations, shape, *pool)
+        return _pool_max.scatter(torch.where(there, grad, 0), indices, *shape[2:])
+    return grad
+
+
+def _to_result(grad, output, locations, pool):
+    """The transpose of :func:`_to_convolution`, which is linear in the gradient."""
+    if output is not None:
+        return masked(grad, output)
+    if locations is not None:
+        indices, there = _places(locations, grad.shape, *pool)
+        return torch.where(there, _pool_max.gather(grad, indices), 0)
+    return grad
+
+
+# ---- the backward ops ----
+
+
+def _split(grad, input, weight, *rest):
+    """The arguments of an op of gradients as `on_gpus.backward_candidates` has them."""
+    return grad, input, weight, None, None, rest[:7], (), rest[7:]
+
+
+def _split_relu(grad, input, weight, output, *rest):
+    return grad, input, weight, output, None, rest[:7], (), rest[7:]
+
+
+def _split_pooled(grad, input, weight, locations, *rest):
+    return grad, input, weight, None, locations, rest[:7], rest[7:13], rest[13:]
+
+
+def _unsupported_backward(grad, input, weight, *rest):
+    reason = shapes.unsupported(input, weight, None, *rest[:7])
+    if reason is None and grad.shape != shapes.output_shape(input, weight, *rest[:7]):
+        return "the gradient's shape is not the output's"
+    return reason
+
+
+def _unsupported_relu_backward(grad, input, weight, output, *rest):
+    reason = _unsupported_backward(grad, input, weight, *rest)
+    return reason or (None if output.shape == grad.shape else "the output's shape differs")
+
+
+def _unsupported_pooled_backward(grad, input, weight, locations, *rest):
+    options, pool = rest[:7], rest[7:13]
+    reason = shapes.unsupported_pooled(input, weight, None, *options, *pool)
+    if reason is not None:
+        return reason
+    shape = shapes.pooled_shape(shapes.output_shape(input, weight, *options), *pool)
+    if grad.shape != shape or locations.shape != shape or locations.dtype is not torch.uint8:
+        return "the gradient's or the locations' shape or dtype is not the output's"
+    return None
+
+
+def _declare_backward(name, split, **rest):
+    """Declares an op of gradients, `split` taking its arguments apart."""
+
+    def stock(*args):
+        grad, input, weight, output, locations, options, pool, wanted = split(*args)
+        grads = torch.ops.aten.convolution_backward(
+            _to_convolution(grad, input, weight, output, locations, options, pool),
+            input,
+            weight,
+            [weight.shape[0]],
+            options[:2],
+            options[2:4],
+            options[4:6],
+            False,
+            [0, 0],
+            options[6],
+            wanted,
+        )
+        return tuple(weight.new_empty(0) if g is None else g for g in grads)
+
+    def fake(*args):
+        _, input, weight, _, _, _, _, (input_grad, weight_grad, bias_grad) = split(*args)
+
+        def made(wanted, like, memory_format):
+            return like.new_empty(like.shape).to(memory_format=memory_format) if wanted else like.new_empty(0)
+
+        return (
+            made(input_grad, input, shapes.memory_format_of(input, weight)),
+            made(weight_grad, weight, torch._prims_common.suggest_memory_format(weight)),
+            weight.new_empty(weight.shape[0] if bias_grad else 0),
+        )
+
+    def cost(*args):
+        grad, input, weight, _, _, options, _, (input_grad, weight_grad, bias_grad) = split(*args)
+        products = int(input_grad) + int(weight_grad)
+        return Cost(
+            shapes.products_of(input, weight, *options) * products + grad.numel() * int(bias_grad),
+            tensor_bytes(grad) + tensor_bytes(input, weight) * products,
+        )
+
+    def unsupported_on_gpus(*args):
+        _, input, weight, _, _, options, _, _ = split(*args)
+        return on_gpus.why_not(input, weight, None, *options)
+
+    def keep(ctx, inputs, output):
+        *tensors, ctx.options, ctx.pool, ctx.wanted = split(*inputs)
+        ctx.save_for_backward(*tensors)
+        ctx.others = len(inputs) - 3
+
+    return declare(
+        name,
+        stock=stock,
+        fake=fake,
+        cost=cost,
+        unsupported_on_gpus=unsupported_on_gpus,
+        on_gpus="cuda",
+        candidates=on_gpus.backward_candidates(split),
+        covers=on_gpus.backward_covers(split),
+        keep=keep,
+        backward=_second_derivative,
+        **rest,
+    )
+
+
+def _second_derivative(ctx, grad_grad_input, grad_grad_weight, grad_grad_bias):
+    """The gradients are linear in `grad`, `input` and `weight`: their derivatives are convolutions of the same kind."""
+    grad, input, weight, output, locations = ctx.saved_tensors
+    options = ctx.options
+    grad = _to_convolution(grad, input, weight, output, locations, options, ctx.pool)
+    to_grad = to_input = to_weight = None
+    wanted_input, wanted_weight, wanted_bias = ctx.wanted
+    if wanted_input and grad_grad_input is not None:
+        if ctx.needs_input_grad[0]:
+            to_grad = conv2d(grad_grad_input, weight, None, *options)
+        if ctx.needs_input_grad[2]:
+            to_weight = conv2d_backward(grad, grad_grad_input, weight, *options, False, True, False)[1]
+    if wanted_weight and grad_grad_weight is not None:
+        if ctx.needs_input_grad[0]:
+            term = conv2d(input, grad_grad_weight, None, *options)
+            to_grad = term if to_grad is None else to_grad + term
+        if ctx.needs_input_grad[1]:
+            to_input = conv2d_backward(grad, input, grad_grad_weight, *options, True, False, False)[0]
+    if wanted_bias and grad_grad_bias is not None and ctx.needs_input_grad[0]:
+        term = grad_grad_bias[:, None, None].expand_as(grad)
+        to_grad = term if to_grad is None else to_grad + term
+    if to_grad is not None:
+        to_grad = _to_result(to_grad, output, locations, ctx.pool)
+    return (to_grad, to_input, to_weight, *(None,) * ctx.others)
+
+
+conv2d_backward = _declare_backward(
+    "conv2d_backward", _split, unsupported=_unsupported_backward, slower=routes.slower_backward
+)
+
+conv2d_relu_backward = _declare_backward(
+    "conv2d_relu_backward", _split_relu, unsupported=_unsupported_relu_backward
+)
+
+conv2d_relu_max_pool2d_backward = _declare_backward(
+    "conv2d_relu_max_pool2d_backward",
+    _split_pooled,
+    unsupported=_unsupported_pooled_backward,
+    own_dtype=("locations",),
+)
+
+# ---- the forward ops ----
+
+
+def to_inputs(ctx, grads):
+    """The gradients asked for, and None for every option."""
+    chosen = [g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)]
+    return (*chosen, *(None,) * len(ctx.options))
+
+
+def _grad_by(backward):
+    def gradient(ctx, grad, *_):
+        if grad is None:
+            return to_inputs(ctx, (None, None, None))
+        return to_inputs(ctx, backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:3]))
+
+    return gradient
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.options = inputs[3:]
+
+
+def _keep_relu(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1], output)
+    ctx.options = inputs[3:]
+
+
+def _keep_pooled(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.options = inputs[3:]
+
+
+conv2d = declare(
+    "conv2d",
+    stock=shapes.stock_conv2d,
+    unsupported=shapes.unsupported,
+    unsupported_on_gpus=on_gpus.why_not,
+    on_gpus="cuda",
+    candidates=on_gpus.candidates(relu=False),
+    covers=on_gpus.COVERS,
+    slower=routes.slower,
+    fake=shapes.fake,
+    cost=shapes.cost,
+    keep=_keep,
+    backward=_grad_by(conv2d_backward),
+    autocast=True,
+)
+
+conv2d_relu = declare(
+    "conv2d_relu",
+    stock=lambda *args: torch.relu(shapes.stock_conv2d(*args)),
+    unsupported=shapes.unsupported,
+    unsupported_on_gpus=on_gpus.why_not,
+    on_gpus="cuda",
+    candidates=on_gpus.candidates(relu=True),
+    covers=on_gpus.COVERS,
+    slower=routes.slower_relu,
+    fake=shapes.fake,
+    cost=shapes.cost,
+    keep=_keep_relu,
+    backward=_grad_by(conv2d_relu_backward),
+    autocast=True,
+)
+
+conv2d_relu_max_pool2d = declare(
+    "conv2d_relu_max_pool2d",
+    stock=shapes.stock_pooled,
+    unsupported=shapes.unsupported_pooled,
+    unsupported_on_gpus=on_gpus.why_not,
+    on_gpus="cuda",
+    candidates=on_gpus.candidates(relu=True, pooled=True),
+    covers=on_gpus.COVERS,
+    slower=routes.slower_pooled,
+    fake=shapes.fake_pooled,
+    cost=shapes.cost_pooled,
+    keep=_keep_pooled,
+    backward=_grad_by(conv2d_relu_max_pool2d_backward),
+    autocast=True,
+)
