@@ -370,18 +370,22 @@ def linear_relu(input, weight, bias=None):
 
     Parameters
     ----------
-    input, weight, bias
-        As :func:`linear` takes them.
+    input : Tensor
+        Shape ``(*, in_features)``.
+    weight : Tensor
+        Shape ``(out_features, in_features)``.
+    bias : Tensor, optional
+        Shape ``(out_features,)``.
 
     Returns
     -------
     Tensor
-        As :func:`linear` gives it. NaN stays NaN.
+        Shape ``(*, out_features)``. NaN stays NaN.
 
     Raises
     ------
     RuntimeError
-        Where :func:`linear` raises it.
+        If the shapes do not fit or the dtypes differ.
     """
     return _linear_relu(input, weight, bias)
 
@@ -394,18 +398,22 @@ def linear_gelu(input, weight, bias=None):
 
     Parameters
     ----------
-    input, weight, bias
-        As :func:`linear` takes them.
+    input : Tensor
+        Shape ``(*, in_features)``.
+    weight : Tensor
+        Shape ``(out_features, in_features)``.
+    bias : Tensor, optional
+        Shape ``(out_features,)``.
 
     Returns
     -------
     Tensor
-        As :func:`linear` gives it. NaN stays NaN.
+        Shape ``(*, out_features)``. NaN stays NaN.
 
     Raises
     ------
     RuntimeError
-        Where :func:`linear` raises it.
+        If the shapes do not fit or the dtypes differ.
     """
     if _is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (input, weight, bias)):
         return F.gelu(linear(input, weight, bias))
