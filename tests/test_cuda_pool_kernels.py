@@ -1,4 +1,4 @@
-"""The CUDA kernels of pool on a model of a GPU, without torch, under sanitizers too: planes, and large windows."""
+"""The CUDA kernels of pool on a model of a GPU, without torch, under sanitizers too: staged rows, and large windows."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ STRIPS = [  # planes of which a block has some rows
     (1, 1, (160, 3, 2, 1, 3), (61, 3, 3, 1, 2)),
     (1, 1, (40, 2, 3, 0, 1), (601, 2, 2, 0, 1)),
     (1, 1, (9, 3, 1, 1, 1), (1900, 3, 1, 1, 1)),  # few rows, in the larger of the budgets
+]
+# On channels_last, of channels that do not fill 16 bytes.
+FEW_CHANNELS = [
+    (2, 3, (9, 2, 2, 0, 1), (10, 2, 2, 0, 1)),
+    (1, 7, (11, 3, 2, 1, 1), (9, 3, 2, 1, 1)),
+    (1, 13, (8, 3, 1, 1, 1), (7, 3, 1, 1, 1)),
+    (1, 5, (60, 3, 3, 0, 1), (61, 3, 3, 1, 1)),
+    (1, 7, (70, 3, 2, 1, 1), (45, 3, 2, 1, 1)),
+    (1, 3, (40, 4, 3, 2, 2), (41, 3, 1, 1, 3)),
+    (1300, 3, (3, 2, 2, 0, 1), (5, 2, 2, 0, 1)),  # several images a block
+    (1100, 1, (5, 3), (4, 3)),
+    (1, 9, (17, 5), (13, 13)),
+    (1, 9, (80, 7), (30, 11)),
 ]
 ADAPTIVE = [
     (2, 3, (7, 3), (13, 6)),
@@ -158,7 +171,7 @@ class Pooling:
         return pick(self.rows)[:, None] * pick(self.columns)[None, :]
 
 
-def check_max(p, dtype, level="planes", by=0, backward=True):
+def check_max(p, dtype, level="staged", by=0, backward=True):
     rng = np.random.default_rng(p.inputs[2] * p.inputs[3])
     kind = DTYPES[dtype]
     x64 = rng.standard_normal(p.inputs).round(1).astype(kind).astype(np.float64)
@@ -188,7 +201,7 @@ def check_max(p, dtype, level="planes", by=0, backward=True):
         assert np.all(np.abs(p.exact(gx) - want) <= bound(dtype, 25, size))
 
 
-def check_avg(p, dtype, level="planes", by=0, backward=True):
+def check_avg(p, dtype, level="staged", by=0, backward=True):
     rng = np.random.default_rng(p.inputs[2] * p.inputs[3])
     kind = DTYPES[dtype]
     x64, g64 = (rng.standard_normal(s).astype(kind).astype(np.float64) for s in (p.inputs, p.outputs))
@@ -226,6 +239,13 @@ def test_avg(case, dtype):
 
 
 @EVERY_DTYPE
+@pytest.mark.parametrize("case", FEW_CHANNELS, ids=str)
+def test_few_channels(case, dtype):
+    check_max(Pooling(case, channels_last=True), dtype)
+    check_avg(Pooling(without_dilation(case), channels_last=True), dtype)
+
+
+@EVERY_DTYPE
 @pytest.mark.parametrize("by", [0, 1])
 @pytest.mark.parametrize(
     ("case", "channels_last"), [(c, False) for c in BY_WARPS] + [(c, True) for c in BY_BLOCKS], ids=str
@@ -246,6 +266,6 @@ def test_others_are_not_staged(case, by, dtype):
         case = (*case[:3], (60001, *case[3][1:]))
     p = Pooling(case)
     for check in (check_max, check_avg):
-        with pytest.raises(ValueError, match="not for the kernels for planes"):
+        with pytest.raises(ValueError, match="not for the kernels called staged"):
             check(p, dtype, by=by)
         check(p, dtype, level="cuda", by=by)

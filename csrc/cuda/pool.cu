@@ -1,7 +1,7 @@
 #include "cuda/pool.h"
 
 #include "cuda/pool_large_windows.h"
-#include "cuda/pool_planes.h"
+#include "cuda/pool_staged.h"
 #include "cuda/pool_windows.h"
 
 namespace fastnn::cuda {
@@ -135,7 +135,7 @@ T* offset(T* data, int64_t elements) {
 
 const char* max_pool_forward(const MaxPoolArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_large_windows(a, stream, wrong) || pool_planes(a, stream, wrong)) return wrong;
+  if (pool_large_windows(a, stream, wrong) || pool_staged(a, stream, wrong)) return wrong;
   const Images s(a.shape);
   return vectorized(
       a.dtype, a.shape, a.locations,
@@ -156,7 +156,7 @@ const char* max_pool_forward(const MaxPoolArgs& a, Stream stream) {
 
 const char* max_pool_backward(const MaxPoolBackwardArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_planes(a, stream, wrong)) return wrong;
+  if (pool_staged(a, stream, wrong)) return wrong;
   const Images s(a.shape);
   return vectorized(
       a.dtype, a.shape, a.locations,
@@ -174,7 +174,7 @@ const char* max_pool_backward(const MaxPoolBackwardArgs& a, Stream stream) {
 
 const char* avg_pool_forward(const AvgPoolArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_large_windows(a, stream, wrong) || pool_planes(a, stream, wrong)) return wrong;
+  if (pool_large_windows(a, stream, wrong) || pool_staged(a, stream, wrong)) return wrong;
   const Images s(a.shape);
   return vectorized(
       a.dtype, a.shape, nullptr,
@@ -192,7 +192,7 @@ const char* avg_pool_forward(const AvgPoolArgs& a, Stream stream) {
 
 const char* avg_pool_backward(const AvgPoolBackwardArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_planes(a, stream, wrong)) return wrong;
+  if (pool_staged(a, stream, wrong)) return wrong;
   const Images s(a.shape);
   return vectorized(
       a.dtype, a.shape, nullptr,

@@ -7,7 +7,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/depthwise.h"
-#include "cuda/pool_planes.h"
+#include "cuda/pool_staged.h"
 #include "cuda/runtime.h"
 
 namespace {
@@ -104,9 +104,9 @@ const char* run_pool() {
   const char* wrong = nullptr;
   const MaxPoolArgs forward{DType::f32, s, x.data(), y.data(), places, nullptr};
   const MaxPoolBackwardArgs backward{DType::f32, s, y.data(), places, nullptr, x.data()};
-  if (!cuda::pool_planes(forward, nullptr, wrong)) return "not for the kernels for planes";
-  if (wrong == nullptr && !cuda::pool_planes(backward, nullptr, wrong))
-    return "not for the kernels for planes";
+  if (!cuda::pool_staged(forward, nullptr, wrong)) return "not for the kernels called staged";
+  if (wrong == nullptr && !cuda::pool_staged(backward, nullptr, wrong))
+    return "not for the kernels called staged";
   return wrong;
 }
 

@@ -1,4 +1,4 @@
-#include "cuda/pool_planes.h"
+#include "cuda/pool_staged.h"
 
 #include "cuda/pool_windows.h"
 #include "cuda/tensor_core.h"
@@ -9,71 +9,80 @@ namespace {
 // Places, one below the other, that a thread has at a time: what it knows of their columns it keeps.
 constexpr int kRun = 4;
 
-// Rows that blocks work on, one after another: windows, elements, or cells of stride x stride elements. A
-// block has some whole planes, or a strip of the rows of one.
+// Rows that blocks work on, one after another: windows, elements, or cells of stride x stride elements, of
+// each channel. A block has some whole images, or a strip of the rows of one.
 struct Strips {
-  int rows, columns;  // of a plane
-  int planes, height;
-  Divisor by_strips, by_columns, by_runs;  // runs of kRun rows of a plane
-  int results_at, others_at;               // where these begin in shared memory, in bytes
+  int rows, line, channels;  // of an image, line = columns * channels
+  int images, height;
+  Divisor by_strips, by_line, by_channels, by_runs;  // runs of kRun rows of an image
+  int results_at, others_at;                         // where these begin in shared memory, in bytes
 
   struct Strip {
-    int64_t plane;
-    int planes, row, rows;
+    int64_t image;
+    int images, row, rows;
   };
-  __device__ Strip strip(int64_t images) const {
+  __device__ Strip strip(int64_t all) const {
     uint32_t i = blockIdx.x;
     const int row = static_cast<int>(by_strips.split(i)) * height;
-    const int64_t plane = int64_t{i} * planes;
-    return {plane, static_cast<int>(images - plane < planes ? images - plane : planes), row,
+    const int64_t image = int64_t{i} * images;
+    return {image, static_cast<int>(all - image < images ? all - image : images), row,
             rows - row < height ? rows - row : height};
   }
-  // A place of a strip, and its number among the strip's. `planes` of those before it are whole.
+  // A place of a strip, and its number among the strip's.
   struct Place {
-    int plane, row, column, index;
+    int image, row, column, channel, index;
   };
   // Calls f(place, runs) for the first of `runs` places, one below the other, that a thread works on.
   template <class F>
   __device__ void each_place(const Strip& strip, const F& f) const {
-    // Runs of a plane, or of the strip of one.
-    const int height = planes == 1 ? strip.rows : rows, runs = (height + kRun - 1) / kRun;
-    const int count = strip.planes * runs * columns;
+    // Runs of an image, or of the strip of one.
+    const int height_now = images == 1 ? strip.rows : rows, runs = (height_now + kRun - 1) / kRun;
+    const int count = strip.images * runs * line;
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-      uint32_t rest = static_cast<uint32_t>(i);
-      const int column = static_cast<int>(by_columns.split(rest));
-      int plane = 0, row = static_cast<int>(rest) * kRun;
-      if (planes > 1) {
+      uint32_t rest = static_cast<uint32_t>(i), column = by_line.split(rest);
+      int image = 0, row = static_cast<int>(rest) * kRun;
+      if (images > 1) {
         row = static_cast<int>(by_runs.split(rest)) * kRun;
-        plane = static_cast<int>(rest);
+        image = static_cast<int>(rest);
       }
-      f(Place{plane, strip.row + row, column, (plane * height + row) * columns + column},
-        height - row < kRun ? height - row : kRun);
+      const int index = (image * height_now + row) * line + static_cast<int>(column);
+      const int channel = channels == 1 ? 0 : static_cast<int>(by_channels.split(column));
+      f(Place{image, strip.row + row, static_cast<int>(column), channel, index},
+        height_now - row < kRun ? height_now - row : kRun);
     }
   }
 };
 
-// The rows [first, end) of a strip's planes, all of them if it has several, in shared memory: each element as
+// The rows [first, end) of a strip's images, all of them if it has several, in shared memory: each element as
 // far from a multiple of 16 bytes as in the tensor.
 template <class T>
 struct Staged {
   static constexpr int V = 16 / sizeof(T);
   T* data;
   int64_t begin, total;  // of the tensor's elements: the first of these rows, and how many there are
-  int skew, count, first, plane, line;
+  int skew, count, first, image, line, channels;
 
-  __device__ Staged(T* shared, const Strips::Strip& strip, int first_row, int end_row, int64_t images,
+  __device__ Staged(T* shared, const Images& s, const Strips::Strip& strip, int first_row, int end_row,
                     int rows, int columns)
-      : data(shared), first(first_row < 0 ? 0 : first_row), plane(rows * columns), line(columns) {
+      : data(shared),
+        first(first_row < 0 ? 0 : first_row),
+        image(rows * columns * s.channels),
+        line(columns * s.channels),
+        channels(s.channels) {
     if (end_row > rows) end_row = rows;
     if (end_row < first) end_row = first;
-    begin = strip.plane * plane + int64_t{first} * line;
-    total = images * plane;
+    begin = strip.image * image + int64_t{first} * line;
+    total = s.images * image;
     skew = static_cast<int>(begin & (V - 1));
-    count = strip.planes == 1 ? (end_row - first) * line : strip.planes * plane;
+    count = strip.images == 1 ? (end_row - first) * line : strip.images * image;
   }
-  // Where element (0, 0) of a plane would be.
-  __device__ int origin(int of) const { return skew + of * plane - first * line; }
-  __device__ View<T, int> view(int of) const { return {data, origin(of), line, 1}; }
+  // Where an element of an image is.
+  __device__ int at(int of, int row, int column, int channel) const {
+    return skew + of * image + (row - first) * line + column * channels + channel;
+  }
+  __device__ View<T, int> view(const Strips::Place& p) const {
+    return {data, at(p.image, 0, 0, p.channel), line, channels};
+  }
 
   // Starts to read them.
   __device__ void copy_from(const T* tensor) {
@@ -114,21 +123,16 @@ template <class T>
 __device__ Staged<T> input_of(const Images& s, const Strips& t, const Strips::Strip& strip) {
   const int last = strip.row + strip.rows - 1;
   int first = 0, end = s.rows.inputs;
-  if (t.planes == 1) {
+  if (t.images == 1) {
     first = s.rows.start(strip.row);
     end = s.rows.adaptive ? s.rows.end(last) : s.rows.start(last) + (s.rows.kernel - 1) * s.rows.dilation + 1;
   }
-  return {shared_memory<T>(), strip, first, end, s.images, s.rows.inputs, s.columns.inputs};
+  return {shared_memory<T>(), s, strip, first, end, s.rows.inputs, s.columns.inputs};
 }
 template <class T>
 __device__ Staged<T> in_shared(int at, const Images& s, const Strips::Strip& strip, int rows, int columns) {
-  return {reinterpret_cast<T*>(shared_memory<unsigned char>() + at),
-          strip,
-          strip.row,
-          strip.row + strip.rows,
-          s.images,
-          rows,
-          columns};
+  auto* memory = reinterpret_cast<T*>(shared_memory<unsigned char>() + at);
+  return {memory, s, strip, strip.row, strip.row + strip.rows, rows, columns};
 }
 
 // Where the taps of a window of K elements lie along one axis, and their numbers. One in the padding is given
@@ -182,7 +186,7 @@ enum class Wanted { nothing, locations, indices };  // beside the maxima; with i
 
 // K: the windows are K x K elements without dilation; or 0, any.
 template <class T, int K, Wanted kWanted>
-__global__ void max_planes(Images s, Strips t, const T* input, T* output, uint8_t* locations,
+__global__ void max_staged(Images s, Strips t, const T* input, T* output, uint8_t* locations,
                            int64_t* indices) {
   constexpr bool kPlaces = kWanted != Wanted::nothing;
   const auto strip = t.strip(s.images);
@@ -192,18 +196,18 @@ __global__ void max_planes(Images s, Strips t, const T* input, T* output, uint8_
   in.copy_from(input);
   wait_for_all_copies();
   t.each_place(strip, [&](const Strips::Place& p, int runs) {
-    const auto view = in.view(p.plane);
+    const auto view = in.view(p);
     T* to = out.data + (out.skew + p.index);
     uint8_t* tap = taps.data + (taps.skew + p.index);
     const auto store = [&](int u, const Largest<T, 1, kPlaces>& largest) {
       *to = stored<T>(largest.best[0]);
-      to += t.columns;
+      to += t.line;
       if constexpr (kPlaces) {
         if (kWanted == Wanted::locations || locations != nullptr) *tap = static_cast<uint8_t>(largest.at[0]);
-        tap += t.columns;
+        tap += t.line;
       }
       if constexpr (kWanted == Wanted::indices) {
-        indices[out.begin + p.index + (u - p.row) * t.columns] = s.index(u, p.column, largest.at[0]);
+        indices[out.begin + p.index + (u - p.row) * t.line] = s.index(u, p.column, largest.at[0]);
       }
     };
     if constexpr (K > 0) {
@@ -212,7 +216,9 @@ __global__ void max_planes(Images s, Strips t, const T* input, T* output, uint8_
       int start = p.row * s.rows.stride - s.rows.padding;
       const T* from[K];  // where the window's first row would be
 #pragma unroll
-      for (int k = 0; k < K; ++k) from[k] = view.data + (view.origin + start * line + columns.at[k]);
+      for (int k = 0; k < K; ++k) {
+        from[k] = in.data + in.at(p.image, start, columns.at[k], p.channel);
+      }
       for (int run = 0; run < runs; ++run) {
         Square<T, K> square;
         const auto largest = [&] {
@@ -254,8 +260,8 @@ __device__ int extent(const Axis& axis, int start, bool count_include_pad) {
          (count_include_pad ? start : max(start, 0));
 }
 
-template <class T, int K>
-__global__ void avg_planes(Images s, Strips t, Averaging<acc_t<T>> averaging, const T* input, T* output) {
+template <class T, int K, bool kPlanes>
+__global__ void avg_staged(Images s, Strips t, Averaging<acc_t<T>> averaging, const T* input, T* output) {
   using A = acc_t<T>;
   const auto strip = t.strip(s.images);
   auto in = input_of<T>(s, t, strip);
@@ -263,16 +269,16 @@ __global__ void avg_planes(Images s, Strips t, Averaging<acc_t<T>> averaging, co
   in.copy_from(input);
   wait_for_all_copies();
   t.each_place(strip, [&](const Strips::Place& p, int runs) {
-    const auto view = in.view(p.plane);
     T* to = out.data + (out.skew + p.index);
     if constexpr (K > 0) {
-      const int line = view.line, first = p.column * s.columns.stride - s.columns.padding;
+      const int line = in.line, first = p.column * s.columns.stride - s.columns.padding;
+      int start = p.row * s.rows.stride - s.rows.padding;
+      const int step = kPlanes ? 1 : s.channels;
+      const T* from = in.data + in.at(p.image, start, first, p.channel);
       bool inside[K];
 #pragma unroll
       for (int k = 0; k < K; ++k) inside[k] = first + k >= 0 && first + k < s.columns.inputs;
       const int width = extent<K>(s.columns, first, averaging.count_include_pad);
-      int start = p.row * s.rows.stride - s.rows.padding;
-      const T* from = view.data + (view.origin + start * line + first);
       for (int run = 0; run < runs; ++run) {
         A sum = 0;
 #pragma unroll
@@ -280,19 +286,19 @@ __global__ void avg_planes(Images s, Strips t, Averaging<acc_t<T>> averaging, co
           const bool there = start + r >= 0 && start + r < s.rows.inputs;
 #pragma unroll
           for (int c = 0; c < K; ++c) {
-            if (there && inside[c]) sum += widen(from[r * line + c]);
+            if (there && inside[c]) sum += widen(from[r * line + c * step]);
           }
         }
         const int height = extent<K>(s.rows, start, averaging.count_include_pad);
         *to = narrow<T>(sum / averaging.over(height, width));
-        start += s.rows.stride, from += s.rows.stride * line, to += t.columns;
+        start += s.rows.stride, from += s.rows.stride * line, to += t.line;
       }
     } else {
       for (int run = 0; run < runs; ++run) {
         A sum[1] = {};
-        sum_of_window(s, p.row + run, p.column, view, sum);
+        sum_of_window(s, p.row + run, p.column, in.view(p), sum);
         *to = narrow<T>(sum[0] / averaging.over(s, p.row + run, p.column));
-        to += t.columns;
+        to += t.line;
       }
     }
   });
@@ -341,7 +347,7 @@ struct Cells {
 template <int kReach>
 __device__ void windows_of(const Images& s, const Strips& t, const Strips::Strip& strip, int& first,
                            int& end) {
-  if (t.planes > 1) {
+  if (t.images > 1) {
     first = 0, end = s.rows.outputs;
   } else if constexpr (kReach >= 0) {
     first = strip.row - kReach, end = strip.row + strip.rows;
@@ -351,8 +357,8 @@ __device__ void windows_of(const Images& s, const Strips& t, const Strips::Strip
 }
 
 // The input's gradient, if kMax of a max-pooling, else of an average: of windows of K x K elements at a
-// stride of S, without dilation. A thread has cells.
-template <class T, int K, int S, bool kMax>
+// stride of S, without dilation. A thread has cells. kPlanes: there is one channel.
+template <class T, int K, int S, bool kMax, bool kPlanes>
 __global__ void square_backward(Images s, Strips t, Averaging<acc_t<T>> averaging, const T* grad,
                                 const uint8_t* locations, T* grad_input) {
   using A = acc_t<T>;
@@ -360,10 +366,10 @@ __global__ void square_backward(Images s, Strips t, Averaging<acc_t<T>> averagin
   const auto strip = t.strip(s.images);
   int first, end;
   windows_of<kReach>(s, t, strip, first, end);
-  Staged<T> g(shared_memory<T>(), strip, first, end, s.images, s.rows.outputs, s.columns.outputs);
-  Staged<uint8_t> taps(shared_memory<uint8_t>() + t.others_at, strip, first, end, s.images, s.rows.outputs,
+  Staged<T> g(shared_memory<T>(), s, strip, first, end, s.rows.outputs, s.columns.outputs);
+  Staged<uint8_t> taps(shared_memory<uint8_t>() + t.others_at, s, strip, first, end, s.rows.outputs,
                        s.columns.outputs);
-  const Strips::Strip elements{strip.plane, strip.planes, strip.row * S - s.rows.padding, strip.rows * S};
+  const Strips::Strip elements{strip.image, strip.images, strip.row * S - s.rows.padding, strip.rows * S};
   const auto out = in_shared<T>(t.results_at, s, elements, s.rows.inputs, s.columns.inputs);
   g.copy_from(grad);
   if constexpr (kMax) taps.copy_from(locations);
@@ -381,18 +387,19 @@ __global__ void square_backward(Images s, Strips t, Averaging<acc_t<T>> averagin
 #pragma unroll
     for (int c = 0; c < S; ++c) element[c] = column + c >= 0 && column + c < s.columns.inputs;
     int u = p.row - kReach, row = p.row * S - s.rows.padding;
-    const T* from = g.data + (g.origin(p.plane) + u * g.line + p.column);
-    const uint8_t* tap_from = taps.data + (taps.origin(p.plane) + u * g.line + p.column);
-    T* to = out.data + (out.origin(p.plane) + row * out.line + column);
+    const int step = kPlanes ? 1 : s.channels;
+    const T* from = g.data + g.at(p.image, u, p.column, p.channel);
+    const uint8_t* tap_from = taps.data + taps.at(p.image, u, p.column, p.channel);
+    T* to = out.data + out.at(p.image, row, column, p.channel);
     Cells<T, K, S> cells;
     const auto next = [&] {
       const bool there = u >= 0 && u < s.rows.outputs;
       const int height = extent<K>(s.rows, u * S - s.rows.padding, averaging.count_include_pad);
       cells.next_row([&](int j, A& value, int& tap) {
         const bool held = there && window[j];
-        value = held ? widen(from[-j]) : A{0};
+        value = held ? widen(from[-j * step]) : A{0};
         if constexpr (kMax) {
-          tap = held ? tap_from[-j] : -1;
+          tap = held ? tap_from[-j * step] : -1;
         } else if (held) {
           value /= averaging.over(height, width[j]);
         }
@@ -409,7 +416,7 @@ __global__ void square_backward(Images s, Strips t, Averaging<acc_t<T>> averagin
 #pragma unroll
         for (int c = 0; c < S; ++c) {
           const T sum = narrow<T>(cells.template gradient<kMax>(r, c));
-          if (there && element[c]) to[c] = sum;
+          if (there && element[c]) to[c * step] = sum;
         }
         ++row, to += out.line;
       }
@@ -433,14 +440,14 @@ __device__ A sum_over_windows(const Axis& rows, const View<A, int>& quotients, i
 // The same of any windows. A thread has elements. What an average hands back to all elements of a window is
 // divided once.
 template <class T, bool kMax>
-__global__ void planes_backward(Images s, Strips t, Averaging<acc_t<T>> averaging, const T* grad,
+__global__ void backward_staged(Images s, Strips t, Averaging<acc_t<T>> averaging, const T* grad,
                                 const uint8_t* locations, const int64_t* indices, T* grad_input) {
   using A = acc_t<T>;
   const auto strip = t.strip(s.images);
   int first, end;
   windows_of<-1>(s, t, strip, first, end);
-  Staged<T> g(shared_memory<T>(), strip, first, end, s.images, s.rows.outputs, s.columns.outputs);
-  Staged<uint8_t> taps(shared_memory<uint8_t>() + t.others_at, strip, first, end, s.images, s.rows.outputs,
+  Staged<T> g(shared_memory<T>(), s, strip, first, end, s.rows.outputs, s.columns.outputs);
+  Staged<uint8_t> taps(shared_memory<uint8_t>() + t.others_at, s, strip, first, end, s.rows.outputs,
                        s.columns.outputs);
   const auto out = in_shared<T>(t.results_at, s, strip, s.rows.inputs, s.columns.inputs);
   A* quotients = reinterpret_cast<A*>(shared_memory<uint8_t>() + t.others_at);
@@ -450,8 +457,9 @@ __global__ void planes_backward(Images s, Strips t, Averaging<acc_t<T>> averagin
   if constexpr (!kMax) {
     for (int i = static_cast<int>(threadIdx.x); i < g.count; i += kThreads) {
       uint32_t rest = static_cast<uint32_t>(i);
+      if (t.channels > 1) t.by_channels.split(rest);
       const int w = static_cast<int>(s.columns.by_outputs.split(rest));
-      const int u = static_cast<int>(t.planes > 1 ? s.rows.by_outputs.split(rest) : rest) + g.first;
+      const int u = static_cast<int>(t.images > 1 ? s.rows.by_outputs.split(rest) : rest) + g.first;
       quotients[i] = widen(g.data[g.skew + i]) / averaging.over(s, u, w);
     }
     __syncthreads();
@@ -461,21 +469,22 @@ __global__ void planes_backward(Images s, Strips t, Averaging<acc_t<T>> averagin
     const auto each_run = [&](const auto& gradient) {
       for (int run = 0; run < runs; ++run) {
         *to = narrow<T>(gradient(p.row + run));
-        to += t.columns;
+        to += t.line;
       }
     };
     if constexpr (kMax) {
-      const int64_t plane = (strip.plane + p.plane) * (int64_t{s.rows.outputs} * s.columns.outputs);
-      const View<uint8_t, int> local{locations == nullptr ? nullptr : taps.data, taps.origin(p.plane),
-                                     taps.line, 1};
-      const View<int64_t, int> global{indices == nullptr ? nullptr : indices + plane, 0, taps.line, 1};
+      const int64_t image = (strip.image + p.image) * g.image;
+      View<uint8_t, int> local = taps.view(p);
+      if (locations == nullptr) local.data = nullptr;
+      const View<int64_t, int> global{indices == nullptr ? nullptr : indices + image, p.channel, g.line,
+                                      g.channels};
       each_run([&](int row) {
         A sum[1] = {};
-        max_gradient<1>(s, row, p.column, g.view(p.plane), local, global, sum);
+        max_gradient<1>(s, row, p.column, g.view(p), local, global, sum);
         return sum[0];
       });
     } else {
-      const View<A, int> from{quotients, g.origin(p.plane) - g.skew, g.line, 1};
+      const View<A, int> from{quotients, g.at(p.image, 0, 0, p.channel) - g.skew, g.line, g.channels};
       const int left = s.columns.first_window(p.column), right = s.columns.last_window(p.column);
       each_run([&](int row) { return sum_over_windows(s.rows, from, row, left, right); });
     }
@@ -484,7 +493,7 @@ __global__ void planes_backward(Images s, Strips t, Averaging<acc_t<T>> averagin
   out.copy_to(grad_input);
 }
 
-// What a strip of so many rows reads and writes, in rows of the planes.
+// What a strip of so many rows reads and writes, in rows of the images.
 struct Rows {
   int64_t read, written;
 };
@@ -498,19 +507,19 @@ struct Plan {
   dim3 blocks;
   size_t shared = 0;
 
-  // Shares out `rows` x `columns` of each plane. The rows that are read and written have `read` and `written`
-  // elements, and rows_of(height) are those of a strip. Returns false if none fits.
+  // Shares out `rows` x `columns` of each image. The rows that are read and written have `read` and `written`
+  // columns, and rows_of(height) are those of a strip. Returns false if none fits.
   template <class RowsOf>
   bool share(const Images& s, int64_t rows, int64_t columns, int64_t read, int64_t written,
              const Bytes& bytes, const RowsOf& rows_of) {
-    // Blocks of which more are worth more than planes in each. Bytes of shared memory of which a
+    // Blocks of which more are worth more than images in each. Bytes of shared memory of which a
     // multiprocessor has many times, some times, or at least (of compute capability 8.6).
     constexpr int64_t kBlocks = 512, kMany = 20 * 1024, kSome = 40 * 1024, kMost = 96 * 1024;
     // Data may begin anywhere in 16 bytes.
     const auto vectors = [](int64_t count, int64_t each) { return (count * each + 31 - each) / 16 * 16; };
-    const auto lay_out = [&](int64_t planes, int64_t height) {
+    const auto lay_out = [&](int64_t images, int64_t height) {
       const Rows r = rows_of(height);
-      const int64_t in = planes * r.read * read, out = planes * r.written * written;
+      const int64_t in = images * r.read * read * s.channels, out = images * r.written * written * s.channels;
       const int64_t results = vectors(in, bytes.element), others = results + vectors(out, bytes.element);
       strips.results_at = static_cast<int>(results);
       strips.others_at = static_cast<int>(others);
@@ -519,7 +528,7 @@ struct Plan {
       shared = static_cast<size_t>(total);
       return total;
     };
-    int64_t planes = 1, height = rows;
+    int64_t images = 1, height = rows;
     for (const int64_t budget : {kMany, kSome, kMost}) {
       height = rows;
       while (height > 1 && lay_out(1, height) > budget) height = (height + 1) / 2;
@@ -527,16 +536,18 @@ struct Plan {
       if (height >= 4 && lay_out(1, height) <= budget) break;
     }
     if (height == rows) {
-      while (s.images / (2 * planes) >= kBlocks && lay_out(2 * planes, rows) <= kMany) planes *= 2;
+      while (s.images / (2 * images) >= kBlocks && lay_out(2 * images, rows) <= kMany) images *= 2;
     }
-    const int64_t count = ceil_div(rows, height), total = ceil_div(s.images, planes) * count;
-    if (lay_out(planes, height) > kMost || total > kMostPerLaunch) return false;
+    const int64_t count = ceil_div(rows, height), total = ceil_div(s.images, images) * count;
+    if (lay_out(images, height) > kMost || total > kMostPerLaunch) return false;
     strips.rows = static_cast<int>(rows);
-    strips.columns = static_cast<int>(columns);
-    strips.planes = static_cast<int>(planes);
+    strips.line = static_cast<int>(columns * s.channels);
+    strips.channels = s.channels;
+    strips.images = static_cast<int>(images);
     strips.height = static_cast<int>(height);
     strips.by_strips = Divisor(count);
-    strips.by_columns = Divisor(columns);
+    strips.by_line = Divisor(columns * s.channels);
+    strips.by_channels = Divisor(s.channels);
     strips.by_runs = Divisor(ceil_div(rows, kRun));
     blocks = dim3(static_cast<unsigned>(total));
     return true;
@@ -587,9 +598,10 @@ void for_square(const Images& s, const F& f) {
   }
 }
 
+// Whether a call is for these kernels: of channels in multiples of 16 bytes others take whole vectors.
 template <class... Pointers>
-bool are_aligned(Pointers... data) {
-  return (is_aligned(data, 16) && ...);
+bool is_for_staging(DType dtype, const PoolShape& s, Pointers... data) {
+  return (!s.channels_last || s.c * size_of(dtype) % 16 != 0) && (is_aligned(data, 16) && ...);
 }
 
 template <class T, bool kMax>
@@ -603,8 +615,10 @@ bool start_backward(const PoolShape& shape, const Averaging<acc_t<T>>& averaging
   const int64_t beside = locations != nullptr;
   const auto start_square = [&]<int K, int S>() {
     if (!p.of_gradients(s, {sizeof(T), beside, 0}, S)) return false;
-    wrong = launch(square_backward<T, K, S, kMax>, p.blocks, dim3(kThreads), p.shared, stream, s, p.strips,
-                   averaging, from, locations, to);
+    const auto kernel =
+        s.channels == 1 ? square_backward<T, K, S, kMax, true> : square_backward<T, K, S, kMax, false>;
+    wrong = launch(kernel, p.blocks, dim3(kThreads), p.shared, stream, s, p.strips, averaging, from,
+                   locations, to);
     return true;
   };
   const int kernel = square_of(s), stride = stride_of(s);
@@ -616,23 +630,23 @@ bool start_backward(const PoolShape& shape, const Averaging<acc_t<T>>& averaging
   }
   constexpr int64_t kQuotient = kMax ? 0 : sizeof(acc_t<T>);
   if (!p.of_gradients(s, {sizeof(T), beside + kQuotient, 0}, 0)) return false;
-  wrong = launch(planes_backward<T, kMax>, p.blocks, dim3(kThreads), p.shared, stream, s, p.strips, averaging,
+  wrong = launch(backward_staged<T, kMax>, p.blocks, dim3(kThreads), p.shared, stream, s, p.strips, averaging,
                  from, locations, indices, to);
   return true;
 }
 
 }  // namespace
 
-bool pool_planes(const MaxPoolArgs& a, Stream stream, const char*& wrong) {
-  if (a.shape.channels_last || !are_aligned(a.input, a.output, a.locations)) return false;
+bool pool_staged(const MaxPoolArgs& a, Stream stream, const char*& wrong) {
+  if (!is_for_staging(a.dtype, a.shape, a.input, a.output, a.locations)) return false;
   const Images s(a.shape);
   Plan p;
   if (!p.of_windows(s, {size_of(a.dtype), 0, a.locations != nullptr})) return false;
   dispatch(a.dtype, [&]<class T>() {
     for_square(s, [&]<int K>() {
-      const auto kernel = a.indices != nullptr     ? max_planes<T, K, Wanted::indices>
-                          : a.locations != nullptr ? max_planes<T, K, Wanted::locations>
-                                                   : max_planes<T, K, Wanted::nothing>;
+      const auto kernel = a.indices != nullptr     ? max_staged<T, K, Wanted::indices>
+                          : a.locations != nullptr ? max_staged<T, K, Wanted::locations>
+                                                   : max_staged<T, K, Wanted::nothing>;
       wrong = launch(kernel, p.blocks, dim3(kThreads), p.shared, stream, s, p.strips,
                      static_cast<const T*>(a.input), static_cast<T*>(a.output), a.locations, a.indices);
     });
@@ -640,14 +654,15 @@ bool pool_planes(const MaxPoolArgs& a, Stream stream, const char*& wrong) {
   return true;
 }
 
-bool pool_planes(const AvgPoolArgs& a, Stream stream, const char*& wrong) {
-  if (a.shape.channels_last || !are_aligned(a.input, a.output)) return false;
+bool pool_staged(const AvgPoolArgs& a, Stream stream, const char*& wrong) {
+  if (!is_for_staging(a.dtype, a.shape, a.input, a.output)) return false;
   const Images s(a.shape);
   Plan p;
   if (!p.of_windows(s, {size_of(a.dtype), 0, 0})) return false;
   dispatch(a.dtype, [&]<class T>() {
     for_square(s, [&]<int K>() {
-      wrong = launch(avg_planes<T, K>, p.blocks, dim3(kThreads), p.shared, stream, s, p.strips,
+      const auto kernel = K > 0 && s.channels == 1 ? avg_staged<T, K, true> : avg_staged<T, K, false>;
+      wrong = launch(kernel, p.blocks, dim3(kThreads), p.shared, stream, s, p.strips,
                      Averaging<acc_t<T>>{a.count_include_pad, static_cast<acc_t<T>>(a.divisor)},
                      static_cast<const T*>(a.input), static_cast<T*>(a.output));
     });
@@ -655,8 +670,8 @@ bool pool_planes(const AvgPoolArgs& a, Stream stream, const char*& wrong) {
   return true;
 }
 
-bool pool_planes(const MaxPoolBackwardArgs& a, Stream stream, const char*& wrong) {
-  if (a.shape.channels_last || !are_aligned(a.grad, a.locations, a.grad_input)) return false;
+bool pool_staged(const MaxPoolBackwardArgs& a, Stream stream, const char*& wrong) {
+  if (!is_for_staging(a.dtype, a.shape, a.grad, a.locations, a.grad_input)) return false;
   bool taken = false;
   dispatch(a.dtype, [&]<class T>() {
     taken = start_backward<T, true>(a.shape, {}, a.grad, a.locations, a.indices, a.grad_input, stream, wrong);
@@ -664,8 +679,8 @@ bool pool_planes(const MaxPoolBackwardArgs& a, Stream stream, const char*& wrong
   return taken;
 }
 
-bool pool_planes(const AvgPoolBackwardArgs& a, Stream stream, const char*& wrong) {
-  if (a.shape.channels_last || !are_aligned(a.grad, a.grad_input)) return false;
+bool pool_staged(const AvgPoolBackwardArgs& a, Stream stream, const char*& wrong) {
+  if (!is_for_staging(a.dtype, a.shape, a.grad, a.grad_input)) return false;
   bool taken = false;
   dispatch(a.dtype, [&]<class T>() {
     taken = start_backward<T, false>(a.shape, {a.count_include_pad, static_cast<acc_t<T>>(a.divisor)}, a.grad,
