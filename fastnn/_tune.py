@@ -71,6 +71,7 @@ def tune(model: Callable, *inputs: Any, **kwargs: Any) -> Tuning:
     torch's. A kernel that fails, or disagrees with torch's op, is dropped. The choices are kept as readable JSON in the user's
     cache folder, and hold for this user, this kind of GPU and these versions of fastnn and torch from then on. Where gradients
     are enabled and the output requires them, the backward pass is measured as well; the parameters' gradients are as before.
+    ``torch.compile`` asks for choices while it traces, so tune the model before you compile it.
 
     Parameters
     ----------

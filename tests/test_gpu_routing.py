@@ -241,8 +241,34 @@ def test_tracer_takes_the_answers_as_constants(monkeypatch):
     @torch.compile(fullgraph=True, backend="eager")
     def f(x):
         usable = _gpu._unusable("triton", 0) is None
-        if usable and _choice._for_all("linear", 0) == "kernel" and _choice._for_all("conv2d", 0) is None:
+        if (
+            usable
+            and _choice._chosen_for("linear", 0, "*") == "kernel"
+            and _choice._chosen_for("conv2d", 0, "*") is None
+        ):
             return x + 1
         return x
 
     assert torch.equal(f(torch.zeros(2)), torch.ones(2))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tracer_asks_for_the_class_of_fixed_sizes(monkeypatch, dynamic):
+    """Where sizes are symbols, what holds for the whole op counts, and another batch is not traced again."""
+    tables = {"linear": {"float32 64x32 16x32 None": "class"}}, {"linear": {"*": "all"}}
+    monkeypatch.setattr(_choice, "_tables", lambda index: tables)
+    traced, device = [], torch.device("cuda", 0)
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, backend=backend, dynamic=dynamic)
+    def f(x, w):
+        return x.sum() * 0 + {"class": 1, "all": 2}[_choice.chosen("linear", (x, w, None), device)]
+
+    w = torch.zeros(16, 32)
+    assert f(torch.zeros(40, 32), w) == (2 if dynamic else 1)
+    assert f(torch.zeros(50, 32), w) == (2 if dynamic else 1)
+    if dynamic:
+        assert len(traced) == 1

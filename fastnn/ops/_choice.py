@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 #: The candidate that every op has: torch's own.
 TORCH = "torch"
@@ -32,16 +33,27 @@ measured: dict[tuple[str, str], str] = {}
 VERSION = 1
 
 
+_DTYPES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+
+
+def _rounded(size: int) -> int:
+    """The next power of two; 0 and 1 stay."""
+    return 1 << (size - 1).bit_length() if size > 1 else size
+
+
 def call_class(args) -> str:
     """The class of an op's call, such as ``bfloat16 channels_last 8x64x64x64 64x64x4x4 64 1 1 1 1 1 1 1``."""
     parts = []
     for a in args:
         if isinstance(a, torch.Tensor):
             if not parts:
-                parts.append(str(a.dtype).removeprefix("torch."))
+                parts.append(_DTYPES.get(a.dtype, "other"))
                 if a.dim() == 4 and a.shape[1] > 1 and a.stride(1) == 1:
                     parts.append("channels_last")
-            parts.append("x".join(str(_rounded(int(size))) for size in a.shape) or "scalar")
+            parts.append("x".join([str(_rounded(size)) for size in a.shape]) or "scalar")
         elif not isinstance(a, float):  # such as a scale: it changes no kernel's time
             parts.append(str(int(a) if isinstance(a, bool) else a))
     return " ".join(parts)
@@ -62,26 +74,25 @@ def fastest_kernel(seconds: dict[str, float]) -> str | None:
     return fastest(kernels) if kernels else None
 
 
-def _rounded(size: int) -> int:
-    return 1 << (size - 1).bit_length() if size > 1 else size
-
-
 def chosen(op: str, args, device: torch.device) -> str | None:
     """The name of the candidate that a call was measured to be fastest on, or None if none was."""
     if torch.compiler.is_compiling():
-        return _for_all(op, device.index)
+        # A class would tie what is traced to sizes that are symbols.
+        fixed = all([has_static_value(n) for a in args if isinstance(a, torch.Tensor) for n in a.shape])
+        return _chosen_for(op, device.index, call_class(args) if fixed else ALL)
     mine, shipped = _tables(device.index)
-    mine, shipped = mine.get(op, {}), shipped.get(op, {})
-    if not mine and not shipped and not measured:
+    if op not in mine and op not in shipped and not measured:
         return None
-    of = call_class(args)
+    return _look_up(op, device.index, call_class(args))
+
+
+def _look_up(op: str, index: int, of: str) -> str | None:
+    mine, shipped = (choices.get(op, {}) for choices in _tables(index))
     return measured.get((op, of)) or mine.get(of) or shipped.get(of) or shipped.get(ALL)
 
 
-# A tracer takes what holds for the whole process, and asks for no class, since sizes may be symbols there.
-@torch.compiler.assume_constant_result
-def _for_all(op: str, index: int) -> str | None:
-    return _tables(index)[1].get(op, {}).get(ALL)
+# A tracer takes what it says for a constant.
+_chosen_for = torch.compiler.assume_constant_result(_look_up)
 
 
 @cache
