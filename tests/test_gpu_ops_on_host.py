@@ -302,9 +302,9 @@ def test_what_the_warpgroups_do_not_take(in_place_of_hopper, ops):
     given = {"grad": q, "query": q, "key": q, "value": q, "output": q, "logsumexp": sums}
     made = {name: torch.empty_like(output) for name in ("grad_query", "grad_key", "grad_value")}
     for wrong, message in (
-        ({"grad": q[:, :1]}, "of one shape"),
+        ({"grad": q[:, :1]}, "a gradient and an output of shape"),
         ({"output": q.float()}, "dtype"),
-        ({"logsumexp": sums.double()}, "logsumexp for each query"),
+        ({"logsumexp": sums.double()}, "a float32 logsumexp of shape"),
         ({"grad_key": output[:, :1]}, "grad_key to have aligned rows"),
         ({"grad_value": output.float()}, "dtype"),
     ):

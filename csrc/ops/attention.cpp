@@ -48,6 +48,21 @@ AttentionShape check_attention(const Tensor& query, const Tensor& key, const Ten
   return s;
 }
 
+void check_backward(const AttentionShape& s, const Tensor& query, const Tensor& grad, const Tensor& output,
+                    const Tensor& logsumexp, ScalarType sums) {
+  const Sizes sizes{s.batch, s.heads, s.queries, s.value_width};
+  check_like(query, grad, "grad");
+  check_like(query, output, "output");
+  FASTNN_CHECK(sizes_of(grad) == sizes && sizes_of(output) == sizes,
+               "attention's backward expects a gradient and an output of shape [", s.batch, ", ", s.heads,
+               ", ", s.queries, ", ", s.value_width, "], got ", shape(grad), " and ", shape(output));
+  FASTNN_CHECK(logsumexp.scalar_type() == sums && same_device(logsumexp, query) &&
+                   sizes_of(logsumexp) == (Sizes{s.batch, s.heads, s.queries}),
+               "attention's backward expects a ", sums == ScalarType::Double ? "float64" : "float32",
+               " logsumexp of shape [", s.batch, ", ", s.heads, ", ", s.queries,
+               "] on the query's device, got ", shape(logsumexp));
+}
+
 HeadStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
 namespace {
@@ -121,16 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query,
                                                       Tensor logsumexp, bool is_causal,
                                                       std::optional<double> scale) {
   const AttentionShape s = check_attention(query, key, value, mask, is_causal);
-  const Sizes sizes{s.batch, s.heads, s.queries, s.value_width};
-  check_like(query, grad, "grad");
-  check_like(query, output, "output");
-  FASTNN_CHECK(sizes_of(grad) == sizes && sizes_of(output) == sizes,
-               "attention's backward expects a gradient and an output of shape [", s.batch, ", ", s.heads,
-               ", ", s.queries, ", ", s.value_width, "], got ", shape(grad), " and ", shape(output));
-  const ScalarType sums = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  FASTNN_CHECK(logsumexp.scalar_type() == sums && sizes_of(logsumexp) == (Sizes{s.batch, s.heads, s.queries}),
-               "attention's backward expects a logsumexp of shape [", s.batch, ", ", s.heads, ", ", s.queries,
-               "], got ", shape(logsumexp));
+  check_backward(s, query, grad, output, logsumexp,
+                 query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   Tensor grad_query = empty_in_order(query, sizes_of(query)), grad_key = empty_in_order(key, sizes_of(key)),
          grad_value = empty_in_order(value, sizes_of(value));
   const Tensor g = rows(grad), q = rows(query), k = rows(key), v = rows(value), y = rows(output),

@@ -10,6 +10,10 @@ namespace fastnn::ops {
 AttentionShape check_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                const std::optional<Tensor>& mask, bool is_causal);
 
+// Refuses what a backward pass cannot have got from the forward one of these sizes, whose sums are `sums`.
+void check_backward(const AttentionShape& s, const Tensor& query, const Tensor& grad, const Tensor& output,
+                    const Tensor& logsumexp, ScalarType sums);
+
 HeadStrides strides_of(const Tensor& t);
 
 }  // namespace fastnn::ops

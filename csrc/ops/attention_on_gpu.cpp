@@ -69,15 +69,7 @@ void _attention_backward_on_hopper(Tensor grad, Tensor query, Tensor key, Tensor
                                    bool is_causal, double scale) {
   const AttentionShape s =
       check_on_hopper(query, key, value, is_causal, scale, &cuda::backward_fits_hopper, "128");
-  const Sizes sizes{s.batch, s.heads, s.queries, s.value_width};
-  check_like(query, grad, "grad");
-  check_like(query, output, "output");
-  FASTNN_CHECK(sizes_of(grad) == sizes && sizes_of(output) == sizes,
-               "attention's backward expects a gradient and an output of one shape, got ", shape(grad),
-               " and ", shape(output), " for a query of ", shape(query));
-  FASTNN_CHECK(logsumexp.scalar_type() == ScalarType::Float && same_device(logsumexp, query) &&
-                   sizes_of(logsumexp) == (Sizes{s.batch, s.heads, s.queries}),
-               "attention's backward expects a logsumexp for each query, got ", shape(logsumexp));
+  check_backward(s, query, grad, output, logsumexp, ScalarType::Float);
   check_output(query, grad_query, "grad_query", sizes_of(query));
   check_output(query, grad_key, "grad_key", sizes_of(key));
   check_output(query, grad_value, "grad_value", sizes_of(value));

@@ -7,6 +7,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/depthwise.h"
+#include "cuda/pool_large_windows.h"
 #include "cuda/pool_staged.h"
 #include "cuda/runtime.h"
 
@@ -98,16 +99,23 @@ const char* run_attention() {
 
 const char* run_pool() {
   Memory x, y, locations;
-  constexpr PoolAxis kRows{90, 45, 3, 2, 1, 1, false}, kColumns{81, 41, 3, 2, 1, 1, false};
-  const PoolShape s{1, 1, kRows, kColumns, false};
+  constexpr PoolAxis kRows{90, 45, 3, 2, 1, 1, false}, kColumns{81, 41, 3, 2, 1, 1, false},
+      kSixths{90, 4, 0, 1, 0, 1, true}, kAll{9, 1, 0, 1, 0, 1, true};
+  const PoolShape squares{1, 1, kRows, kColumns, false}, adaptive{1, 1, kSixths, kColumns, false},
+      large{1, 8, kAll, kAll, true};
   auto* places = static_cast<uint8_t*>(locations.data());
   const char* wrong = nullptr;
-  const MaxPoolArgs forward{DType::f32, s, x.data(), y.data(), places, nullptr};
-  const MaxPoolBackwardArgs backward{DType::f32, s, y.data(), places, nullptr, x.data()};
-  if (!cuda::pool_staged(forward, nullptr, wrong)) return "not for the kernels called staged";
-  if (wrong == nullptr && !cuda::pool_staged(backward, nullptr, wrong))
-    return "not for the kernels called staged";
-  return wrong;
+  const auto run = [&](bool taken) { return taken ? wrong : "not for these kernels"; };
+  const MaxPoolArgs forward{DType::f32, squares, x.data(), y.data(), places, nullptr};
+  const MaxPoolBackwardArgs backward{DType::f32, squares, y.data(), places, nullptr, x.data()};
+  const AvgPoolBackwardArgs spread{DType::f32, adaptive, true, 0, y.data(), x.data()};
+  const MaxPoolArgs largest{DType::f32, large, x.data(), y.data(), nullptr, nullptr};
+  const AvgPoolArgs mean{DType::f32, large, true, 0, x.data(), y.data()};
+  if (const char* failed = run(cuda::pool_staged(forward, nullptr, wrong))) return failed;
+  if (const char* failed = run(cuda::pool_staged(backward, nullptr, wrong))) return failed;
+  if (const char* failed = run(cuda::pool_staged(spread, nullptr, wrong))) return failed;
+  if (const char* failed = run(cuda::pool_large_windows(largest, nullptr, wrong))) return failed;
+  return run(cuda::pool_large_windows(mean, nullptr, wrong));
 }
 
 }  // namespace
