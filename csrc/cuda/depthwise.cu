@@ -18,10 +18,12 @@ struct Depthwise {
   Lanes lanes;
 };
 
-// Columns of the output that a thread of the 3 x 3 kernel makes: it reads what they share once.
+// Columns of the output that a thread makes of 3 x 3, 5 x 5 and 7 x 7 kernels: it reads what they share once.
 constexpr int kTile = 4;
-// Vectors of channels that a block has at most.
+// Vectors of channels that a block has at most; fewer, where their weights would take more shared memory than
+// leaves a multiprocessor some blocks.
 constexpr int kMostColumns = 32;
+constexpr int64_t kMostShared = 48 * 1024;
 
 // The weights of the block's channels, [tap][channel], zero behind the last channel.
 template <class T, int V>
@@ -49,8 +51,8 @@ __device__ inline void finish(const Depthwise& p, const float (&sum)[V], const T
   *reinterpret_cast<Vector<T, V>*>(to) = out;
 }
 
-// kStride: of a 3 x 3 kernel without dilation; 0 takes any kernel.
-template <class T, int V, int kStride, bool kTransposed>
+// K: the kernel is K x K without dilation, at a stride of kStride along both axes; or 0, any.
+template <class T, int V, int K, int kStride, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, 2)
     convolve(Depthwise p, const T* source, const T* weight, const T* bias, T* output) {
   float* weights = shared_memory<float>();
@@ -71,20 +73,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     return value;
   };
 
-  if constexpr (kStride > 0) {
-    constexpr int kWindow = (kTile - 1) * kStride + 3;
+  if constexpr (K > 0) {
+    // The rows of larger kernels stay a loop: what one of them reads fills the registers.
+    constexpr int kWindow = (kTile - 1) * kStride + K;
+    [[maybe_unused]] constexpr int kRowsAtOnce = K == 3 ? 3 : 1;
     const int x0 = tile * kTile;
     float sum[kTile][V] = {};
-#pragma unroll
-    for (int r = 0; r < 3; ++r) {
+#pragma unroll kRowsAtOnce
+    for (int r = 0; r < K; ++r) {
       const int row = y * kStride - p.ph + r;
       if (static_cast<unsigned>(row) >= static_cast<unsigned>(p.source_h)) continue;
       Vector<T, V> x[kWindow];
 #pragma unroll
       for (int i = 0; i < kWindow; ++i) x[i] = read(row, x0 * kStride - p.pw + i);
 #pragma unroll
-      for (int q = 0; q < 3; ++q) {
-        const float* w = weights + (r * 3 + q) * block_channels + column;
+      for (int q = 0; q < K; ++q) {
+        const float* w = weights + (r * K + q) * block_channels + column;
 #pragma unroll
         for (int t = 0; t < kTile; ++t)
 #pragma unroll
@@ -187,19 +191,21 @@ const char* with_elements(DType dtype, F&& f) {
   return "convolutions in float64 have no CUDA kernel";
 }
 
-template <class T, int V, int kStride, bool kTransposed>
+template <class T, int V, int K, int kStride, bool kTransposed>
 const char* start(Depthwise p, int64_t images, const void* source, const void* weight, const void* bias,
                   void* output, Stream stream) {
-  const int64_t vectors = p.channels / V;
-  const int tiles = kStride > 0 ? static_cast<int>(ceil_div(p.width, kTile)) : p.width;
-  p.lanes = Lanes(vectors, kMostColumns);
+  const int64_t vectors = p.channels / V, bytes = sizeof(float) * V * p.kh * p.kw;
+  const int tiles = K > 0 ? static_cast<int>(ceil_div(p.width, kTile)) : p.width;
+  int most = kMostColumns;
+  while (most > 1 && most * bytes > kMostShared) most /= 2;
+  p.lanes = Lanes(vectors, most);
   p.by_tiles = Divisor(tiles);
   p.by_height = Divisor(p.height);
   p.count = images * p.height * tiles;
-  return launch(convolve<T, V, kStride, kTransposed>,
+  return launch(convolve<T, V, K, kStride, kTransposed>,
                 dim3(static_cast<unsigned>(ceil_div(p.count, p.lanes.rows)),
                      static_cast<unsigned>(ceil_div(vectors, p.lanes.columns))),
-                dim3(kThreads), sizeof(float) * p.kh * p.kw * p.lanes.columns * V, stream, p,
+                dim3(kThreads), static_cast<size_t>(p.lanes.columns * bytes), stream, p,
                 static_cast<const T*>(source), static_cast<const T*>(weight), static_cast<const T*>(bias),
                 static_cast<T*>(output));
 }
@@ -207,11 +213,22 @@ const char* start(Depthwise p, int64_t images, const void* source, const void* w
 template <class T, int V>
 const char* start(const Depthwise& p, bool transposed, int64_t images, const void* source, const void* weight,
                   const void* bias, void* output, Stream stream) {
-  if (transposed) return start<T, V, 0, true>(p, images, source, weight, bias, output, stream);
-  const bool three = p.kh == 3 && p.kw == 3 && p.dh == 1 && p.dw == 1 && p.sh == p.sw;
-  if (three && p.sh == 1) return start<T, V, 1, false>(p, images, source, weight, bias, output, stream);
-  if (three && p.sh == 2) return start<T, V, 2, false>(p, images, source, weight, bias, output, stream);
-  return start<T, V, 0, false>(p, images, source, weight, bias, output, stream);
+  const auto run = [&]<int K, int kStride, bool kTransposed>() {
+    // Eight channels of a large window's row do not fit into the registers.
+    constexpr int kVector = K > 3 && V > 4 ? 4 : V;
+    return start<T, kVector, K, kStride, kTransposed>(p, images, source, weight, bias, output, stream);
+  };
+  if (transposed) return run.template operator()<0, 0, true>();
+  if (p.kh == p.kw && p.dh == 1 && p.dw == 1 && p.sh == p.sw && (p.sh == 1 || p.sh == 2)) {
+    const bool one = p.sh == 1;
+    if (p.kh == 3)
+      return one ? run.template operator()<3, 1, false>() : run.template operator()<3, 2, false>();
+    if (p.kh == 5)
+      return one ? run.template operator()<5, 1, false>() : run.template operator()<5, 2, false>();
+    if (p.kh == 7)
+      return one ? run.template operator()<7, 1, false>() : run.template operator()<7, 2, false>();
+  }
+  return run.template operator()<0, 0, false>();
 }
 
 const char* start(const Depthwise& p, DType dtype, bool transposed, int64_t images, const void* source,

@@ -155,7 +155,7 @@ template <class T, int K>
 struct Square {
   acc_t<T> x[K][K];
 
-  // `tap` is its number in the window, row * K + column, that Taps give.
+  // Taps are numbered as Taps number them: row * K + column.
   template <bool kPlaces>
   __device__ Largest<T, 1, kPlaces> largest(const int (&rows)[K], const int (&columns)[K]) const {
     Largest<T, 1, kPlaces> found(0);
