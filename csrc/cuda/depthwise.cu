@@ -132,8 +132,8 @@ struct WeightSums {
   Divisor by_ow, by_oh;
 };
 
-// The sums of one part of the pixels, [part][channel][tap]. kTaps: those of a 3 x 3 kernel at once, or 1 of
-// any.
+// The sums of one part of the pixels, [part][channel][tap]. kTaps at once: the 9 of a 3 x 3 kernel, a row of
+// 5 or 7, or 1 of any.
 template <class T, int V, int kTaps>
 __global__ void __launch_bounds__(kThreads, 2)
     add_weights(WeightSums p, const T* grad, const T* input, float* parts) {
@@ -152,7 +152,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const T* image = input + int64_t{n} * s.h * s.w * s.c + channel;
 #pragma unroll
     for (int i = 0; i < kTaps; ++i) {
-      const int tap = first_tap + i, r = kTaps == 1 ? tap / s.kw : i / 3, q = kTaps == 1 ? tap % s.kw : i % 3;
+      const int r = kTaps == 9 ? i / 3 : first_tap / s.kw, q = kTaps == 9   ? i % 3
+                                                               : kTaps == 1 ? first_tap % s.kw
+                                                                            : i;
       const int y = oy * s.sh - s.ph + r * s.dh, x = ox * s.sw - s.pw + q * s.dw;
       if (static_cast<unsigned>(y) >= static_cast<unsigned>(s.h) ||
           static_cast<unsigned>(x) >= static_cast<unsigned>(s.w)) {
@@ -285,11 +287,15 @@ const char* depthwise_weight_gradient(const ConvWeightGradientArgs& a, Stream st
                     steps = ceil_div(pixels, lanes.rows * most),
                     blocks = ceil_div(pixels, lanes.rows * steps);
       const WeightSums p{s, lanes, pixels, static_cast<int>(steps), Divisor(s.ow), Divisor(s.oh)};
-      const bool nine = s.kh == 3 && s.kw == 3;
+      const int at_once = s.kh == 3 && s.kw == 3 ? 9 : s.kw == 5 || s.kw == 7 ? s.kw : 1;
+      const auto kernel = at_once == 9   ? add_weights<T, V, 9>
+                          : at_once == 7 ? add_weights<T, V, 7>
+                          : at_once == 5 ? add_weights<T, V, 5>
+                                         : add_weights<T, V, 1>;
       const char* wrong =
-          launch(nine ? add_weights<T, V, 9> : add_weights<T, V, 1>,
+          launch(kernel,
                  dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(vectors, lanes.columns)),
-                      static_cast<unsigned>(nine ? 1 : taps)),
+                      static_cast<unsigned>(taps / at_once)),
                  dim3(kThreads), sizeof(float) * V * kThreads, stream, p, static_cast<const T*>(a.grad),
                  static_cast<const T*>(a.input), parts);
       if (wrong != nullptr) return wrong;
