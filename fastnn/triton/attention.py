@@ -291,20 +291,25 @@ class Tile(NamedTuple):
     stages: int
 
 
-def pick(kernel: str, width: int, dtype: torch.dtype, dropout: bool = False) -> Tile:
+def pick(kernel: str, width: int, dtype: torch.dtype, dropout: bool = False, masked: bool = False) -> Tile:
     """The tile of "forward", "keys" or "queries" for rows of `width`; to be replaced by what ``make gpu`` measures."""
     if dtype is torch.float32:
         # On the FMA units; operands take twice the room.
         return Tile(32, 32, 8, 1) if width <= 128 else Tile(16, 16, 8, 1)
+    # Random words and the addresses of a mask take registers, which operands that are fetched ahead then lack.
+    some, both = dropout or masked, dropout and masked
     if kernel == "forward":
-        return Tile(128, 64, 8, 3) if width <= 128 else Tile(64, 32, 8, 2)
-    if dropout and kernel == "keys" and width <= 128:
-        # The random words take registers as well.
-        return Tile(64, 32, 8, 2) if width <= 64 else Tile(32, 64, 8, 2)
+        if width > 128:
+            return Tile(64, 32, 8, 2)
+        return Tile(64 if both and width > 64 else 128, 64, 8, 3)
+    if kernel == "queries":
+        return Tile(64, 32 if both else 64, 8, 2) if width <= 128 else Tile(32, 64, 8, 1)
+    # Both gradients of keys and values stay in registers.
+    if width <= 64:
+        return Tile(64, 32 if some else 64, 8, 2)
     if width <= 128:
-        # Both gradients of keys and values in registers leave no room for operands that are fetched ahead.
-        return Tile(64, 64, 8, 1 if kernel == "keys" and width > 64 else 2)
-    return Tile(32, 64, 8, 1)
+        return Tile(32, 64, 8, 2) if dropout else Tile(64, 64, 8, 1)
+    return Tile(32, 32 if both else 64, 8, 1)
 
 
 def _padded(width: int) -> int:
@@ -340,7 +345,7 @@ def attention_forward(query, key, value, mask, is_causal, scale, output, dropout
     batch, heads, queries, width = query.shape
     logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32)
     mask, kind, mask_strides = _mask(mask, query, key)
-    tile = pick("forward", max(width, value.shape[3]), query.dtype, dropout_p > 0)
+    tile = pick("forward", max(width, value.shape[3]), query.dtype, dropout_p > 0, kind != NONE)
     forward[(triton.cdiv(queries, tile.m), batch * heads)](
         query, key, value, mask, output, logsumexp, logsumexp if seed is None else seed,
         width**-0.5 if scale is None else scale, dropout_p,
@@ -374,13 +379,13 @@ def attention_backward(
     to_query, to_key, to_value = gradients
     seed = logsumexp if seed is None else seed
     common = {"MASK": kind, "CAUSAL": is_causal, "DROPOUT": dropout_p > 0, "PRECISION": precision(), **widths}
-    tile = pick("keys", max(width, value_width), query.dtype, dropout_p > 0)
+    tile = pick("keys", max(width, value_width), query.dtype, dropout_p > 0, kind != NONE)
     backward_keys[(triton.cdiv(key.shape[2], tile.n), batch * key.shape[1])](
         query, key, value, mask, grad, logsumexp, products, to_key, to_value, seed, scale, dropout_p, *shape,
         *strides, *to_key.stride()[:3], *to_value.stride()[:3],
         BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
-    tile = pick("queries", max(width, value_width), query.dtype, dropout_p > 0)
+    tile = pick("queries", max(width, value_width), query.dtype, dropout_p > 0, kind != NONE)
     backward_queries[(triton.cdiv(queries, tile.m), batch * heads)](
         query, key, value, mask, grad, logsumexp, products, to_query, seed, scale, dropout_p, *shape,
         *strides, *to_query.stride()[:3],

@@ -150,7 +150,7 @@ def pick(rows: int, columns: int, dtype: torch.dtype, aligned: bool) -> Tile:
     """
     if dtype is torch.float32:
         # On the FMA units: operands take twice the room.
-        return Tile(64, 64, 32, 8, 3) if rows > 32 else Tile(32, 64, 32, 4, 3)
+        return Tile(64 if rows > 32 else 32, 64, 32, 8, 3)
     if not aligned:
         return Tile(32, 32, 32, 4, 3) if rows <= 32 else Tile(64, 64, 32, 4, 3)
     if rows <= 32:
