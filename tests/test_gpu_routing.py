@@ -10,7 +10,7 @@ from conftest import look_ups
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnn.ops import _choice, _declare, _gpu, attention, conv, linear, pool
+from fastnn.ops import _choice, _declare, _gpu, _linear_routes, attention, conv, linear, pool
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_chosen_kernel_takes_only_what_it_covers(fake_gpu, monkeypatch):
 
 def test_what_is_slower_on_the_cpu_is_not_asked_about_a_gpu(fake_gpu, monkeypatch):
     look_ups(monkeypatch, {"linear": "kernel", "conv2d": "kernel"})
-    monkeypatch.setattr(linear, "_MKL_AT_ITS_BEST", True)
+    monkeypatch.setattr(_linear_routes, "_MKL_AT_ITS_BEST", True)
     with InPlaceOfKernels() as kernels_run:
         linear.linear(fake_gpu(300, 70), fake_gpu(50, 70))
         conv.conv2d(fake_gpu(8, 256, 56, 56), fake_gpu(256, 256, 3, 3))

@@ -13,12 +13,8 @@ from fastnn.ops import _conv_on_gpus as on_gpus
 from fastnn.ops import _conv_routes as routes
 from fastnn.ops import _conv_shapes as shapes
 from fastnn.ops import _pool_max
+from fastnn.ops._bilinear import masked, second_derivative
 from fastnn.ops._declare import Cost, declare, tensor_bytes
-
-
-def masked(grad, output):
-    # Nothing passes where the output is 0, and NaN lets the gradient through.
-    return torch.ops.aten.threshold_backward(grad, output, 0)
 
 
 def _places(locations, shape, *pool):
@@ -152,27 +148,16 @@ def _declare_backward(name, split, **rest):
     )
 
 
-def _second_derivative(ctx, grad_grad_input, grad_grad_weight, grad_grad_bias):
-    """The gradients are linear in `grad`, `input` and `weight`: their derivatives are convolutions of the same kind."""
+def _second_derivative(ctx, by_input, by_weight, by_bias):
     grad, input, weight, output, locations = ctx.saved_tensors
     options = ctx.options
-    grad = _to_convolution(grad, input, weight, output, locations, options, ctx.pool)
-    to_grad = to_input = to_weight = None
-    wanted_input, wanted_weight, wanted_bias = ctx.wanted
-    if wanted_input and grad_grad_input is not None:
-        if ctx.needs_input_grad[0]:
-            to_grad = conv2d(grad_grad_input, weight, None, *options)
-        if ctx.needs_input_grad[2]:
-            to_weight = conv2d_backward(grad, grad_grad_input, weight, *options, False, True, False)[1]
-    if wanted_weight and grad_grad_weight is not None:
-        if ctx.needs_input_grad[0]:
-            term = conv2d(input, grad_grad_weight, None, *options)
-            to_grad = term if to_grad is None else to_grad + term
-        if ctx.needs_input_grad[1]:
-            to_input = conv2d_backward(grad, input, grad_grad_weight, *options, True, False, False)[0]
-    if wanted_bias and grad_grad_bias is not None and ctx.needs_input_grad[0]:
-        term = grad_grad_bias[:, None, None].expand_as(grad)
-        to_grad = term if to_grad is None else to_grad + term
+    to_grad, to_input, to_weight = second_derivative(
+        ctx,
+        (_to_convolution(grad, input, weight, output, locations, options, ctx.pool), input, weight),
+        (by_input, by_weight, None if by_bias is None else by_bias[:, None, None]),
+        lambda input, weight: conv2d(input, weight, None, *options),
+        lambda grad, input, weight, *wanted: conv2d_backward(grad, input, weight, *options, *wanted),
+    )
     if to_grad is not None:
         to_grad = _to_result(to_grad, output, locations, ctx.pool)
     return (to_grad, to_input, to_weight, *(None,) * ctx.others)

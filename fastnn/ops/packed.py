@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastnn.ops import _conv_shapes as shapes
+from fastnn.ops import _linear_ops as _fully_connected
 from fastnn.ops import linear as _linear
 from fastnn.ops._declare import FLOATS, declare
 
@@ -99,17 +100,17 @@ def _unfit(packed):
 # What the library knows activations as.
 _UNPACKED = {"none": _linear.linear, "relu": _linear.linear_relu, "gelu": _linear.linear_gelu}
 _NUMBERS = {name: number for number, name in enumerate(_UNPACKED)}
-_STOCK = (F.linear, _linear.stock_relu, _linear.stock_gelu)
+_STOCK = (F.linear, _fully_connected.stock_relu, _fully_connected.stock_gelu)
 
 
 linear_packed = declare(
     "linear_packed",
     stock=lambda input, weight, bias, packed, activation: _STOCK[activation](input, weight, bias),
     unsupported=lambda input, weight, bias, packed, activation: (
-        _unfit(packed) or _linear.unsupported(input, weight, bias)
+        _unfit(packed) or _fully_connected.unsupported(input, weight, bias)
     ),
-    fake=lambda input, weight, bias, packed, activation: _linear.fake(input, weight, bias),
-    cost=lambda input, weight, bias, packed, activation: _linear.cost(input, weight, bias),
+    fake=lambda input, weight, bias, packed, activation: _fully_connected.fake(input, weight, bias),
+    cost=lambda input, weight, bias, packed, activation: _fully_connected.cost(input, weight, bias),
     own_dtype=("packed",),
 )
 
