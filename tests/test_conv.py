@@ -109,6 +109,17 @@ def test_as_good_as_stock(op, dtype, layout, level, native):
 
 
 @BOTH_LAYOUTS
+@pytest.mark.parametrize("images", [1, 3])
+def test_deep_sums_are_in_parts(images, layout, level):
+    """One chain of additions over a deep window errs several times as much as stock, which adds up parts of it."""
+    for channels in (24, 42, 43, 64, 130, 256, 300):
+        for size, padding in ((7, 1), (14, 1), (9, 0)):
+            x, w, b = inputs((images, channels, size, size), (40, channels, 3, 3), layout=layout)
+            exact = TF.conv2d(x.double(), w.double(), b.double(), 1, padding)
+            assert_as_good(conv.conv2d(x, w, b, 1, padding), TF.conv2d(x, w, b, 1, padding), exact)
+
+
+@BOTH_LAYOUTS
 @EVERY_DTYPE
 def test_pooled(dtype, layout, level, native):
     """Maxima of 16-bit numbers tie where the oracle's do not: their gradients go elsewhere, so only values are compared."""

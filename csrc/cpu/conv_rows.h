@@ -31,6 +31,7 @@ struct RowsTile {
   int64_t runs, run;       // stretches of a window, and the elements of each
   const int64_t* offsets;  // of the stretches, from the window's first element on
   int64_t step;            // elements from window to window
+  int64_t chain;           // products that are added up in a register, and then to the sum of those before
   const typename Gemm<T>::Elem* panel;
   Epilogue<T> last;
   int64_t out_row;  // elements from pixel to pixel of the result
@@ -42,10 +43,22 @@ inline void rows_tile(int count, const RowsTile<T>& t, const acc_t<T>* from, T* 
   if (count == MR) {
     Tile<T, MR, NV> tile;
     tile.clear();
+    Chains<T, MR, NV> chains;
     const auto* b = t.panel;
-    for (int64_t r = 0; r < t.runs; ++r, b += t.run * kNR<T>)
-      tile.template multiply<true>(t.run, from + t.offsets[r], t.step, 1, b, kNR<T>);
-    return finish<T>(tile, nullptr, 0, t.last, out, t.out_row, t.n);
+    int64_t length = 0;  // of the chain so far
+    for (int64_t r = 0; r < t.runs; ++r) {
+      for (int64_t e = 0; e < t.run; e += t.chain) {
+        const int64_t count = min_of(t.chain, t.run - e);
+        if (length + count > t.chain) [[unlikely]] {
+          chains.take(tile);
+          length = 0;
+        }
+        tile.template multiply<true>(count, from + t.offsets[r] + e, t.step, 1, b, kNR<T>);
+        b += count * kNR<T>;
+        length += count;
+      }
+    }
+    return finish<T>(tile, chains.before_last(), chains.kRow, t.last, out, t.out_row, t.n);
   }
   if constexpr (MR > 1) rows_tile<T, NV, MR - 1>(count, t, from, out);
 }
@@ -94,6 +107,8 @@ class RowsForward {
     }
     tile_.offsets = offsets;
     tile_.step = s_.sw * pixel_;
+    // A chain half as long again is no worse than torch's, whose sums are in parts from some length on.
+    tile_.chain = depth_ > kChain + kChain / 2 ? kChain : depth_;
     tile_.out_row = s_.k;
     tile_.last.activation = args.relu ? Activation::relu : Activation::none;
     if (weight_.data == nullptr) {

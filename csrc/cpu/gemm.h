@@ -378,9 +378,6 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
 inline constexpr int64_t kDotMost = 24, kDotMostColumns = 12;
 // Rows of B that are packed at a time where it is used once: 64 x 32 floats are 8 KiB.
 inline constexpr int64_t kStretch = 64;
-// Products that a register adds up before the sum joins the total: one chain of 4096 would be 4 times as
-// inexact.
-inline constexpr int64_t kChain = 4 * kStretch;
 
 // Rows and columns of a dot product tile: 3 x 8 sums where there are 32 registers, 2 x 4 where there are 16.
 #if FASTNN_ISA_LEVEL >= 2
@@ -515,23 +512,13 @@ template <class T, int MR>
 inline void few_rows_tile(const GemmArgs<T>& g, const typename Gemm<T>::Elem* a, int64_t a_row,
                           typename Gemm<T>::Elem* packed, const acc_t<T>* bias, int64_t j0, int n) {
   constexpr int kWidth = kNR<T>, kPer = Gemm<T>::kPerElem;
-  using A = acc_t<T>;
+  static_assert(kChain % kStretch == 0);
   Tile<T, MR> tile;
   tile.clear();
-  A total[MR][kNV * Vec<A>::size];
-  bool split = false;
+  Chains<T, MR, kNV> chains;
   const T* b = g.b + j0;
   for (int64_t k0 = 0; k0 < g.k; k0 += kStretch) {
-    if (k0 > 0 && k0 % kChain == 0) {
-      for (int i = 0; i < MR; ++i) {
-        for (int v = 0; v < kNV; ++v) {
-          A* t = total[i] + v * Vec<A>::size;
-          store(t, split ? load(t) + tile.sum[i][v] : tile.sum[i][v]);
-        }
-      }
-      tile.clear();
-      split = true;
-    }
+    if (k0 > 0 && k0 % kChain == 0) chains.take(tile);
     const int64_t k = min_of(kStretch, g.k - k0);
     const auto* rows = a + k0 / kPer;
     if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
@@ -544,7 +531,7 @@ inline void few_rows_tile(const GemmArgs<T>& g, const typename Gemm<T>::Elem* a,
     tile.template multiply<true>(packed_k<T>(k), rows, a_row, 1, packed);
   }
   const Epilogue<T> last{bias, g.activation};
-  finish<T>(tile, split ? total[0] : nullptr, kNR<T>, last, g.c + j0, g.c_m, n);
+  finish<T>(tile, chains.before_last(), chains.kRow, last, g.c + j0, g.c_m, n);
 }
 
 template <class T, int MR = kMR, class... Args>

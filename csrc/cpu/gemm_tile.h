@@ -392,6 +392,35 @@ inline void pack_a(const T* a, int64_t a_m, int64_t a_k, int64_t m, int64_t k, t
 
 // ---- storing a tile ----
 
+// Products that a register adds up before the sum joins the total: one chain of 4096 would be 4 times as
+// inexact.
+inline constexpr int64_t kChain = 256;
+
+// The sums of a tile so far, taken out of its registers to start another chain: one pass over the tile for
+// kChain of its products.
+template <class T, int MR, int NV>
+struct Chains {
+  using V = Vec<acc_t<T>>;
+  static constexpr int64_t kRow = NV * V::size;
+  acc_t<T> total[MR][kRow];
+  bool any = false;
+
+  FASTNN_INLINE void take(Tile<T, MR, NV>& tile) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        acc_t<T>* to = total[i] + j * V::size;
+        store(to, any ? load(to) + tile.sum[i][j] : tile.sum[i][j]);
+      }
+    }
+    any = true;
+    tile.clear();
+  }
+  // For `finish`, to which the last chain goes in the tile; null where it is the only one.
+  const acc_t<T>* before_last() const { return any ? total[0] : nullptr; }
+};
+
 // What happens to a finished sum on its way to memory: C = activation(sum + partial + bias).
 template <class T>
 struct Epilogue {
