@@ -143,7 +143,8 @@ def cases(target: str, inputs: list[str], directions=()) -> list[Case]:
     given = tuple(map(parse_input, inputs))
     ours = fastnn.convert(copy.deepcopy(stock))
     calls: dict[str, tuple] = {}
-    handles = [layer.register_forward_hook(_recorder(name, calls)) for name, layer in _replaced(ours).items()]
+    layers = _replaced(ours)
+    handles = [members[0].register_forward_hook(_recorder(name, calls)) for name, members in layers.items()]
     try:
         with torch.no_grad():
             stock(*given)
@@ -159,13 +160,15 @@ def cases(target: str, inputs: list[str], directions=()) -> list[Case]:
     name = target.rpartition(":")[2]
     pair = {"stock": stock, "fastnn": ours}
     made = _cases(type(stock).__name__, name, pair, given, wanted, whole=True)
-    layers = _replaced(ours)
     for layer_name, layer_inputs in calls.items():
-        layer = layers[layer_name]
-        pair = {"stock": _counterpart(layer), "fastnn": copy.deepcopy(layer)}
+        alone = [copy.deepcopy(layer) for layer in layers[layer_name]]
+        layer = alone[0] if len(alone) == 1 else torch.nn.Sequential(*alone)
+        pair = {"stock": _counterpart(layer), "fastnn": fastnn.convert(layer)}
         # A layer hands a gradient on, but for one that is fed with the model's own input.
         first = any(t.shape == x.shape and torch.equal(t, x) for t in layer_inputs for x in given)
-        made += _cases(type(layer).__name__, layer_name, pair, layer_inputs, wanted, grad=not first)
+        made += _cases(
+            "+".join(type(m).__name__ for m in alone), layer_name, pair, layer_inputs, wanted, grad=not first
+        )
     made = [c for c in made if not c.backward or any(t.requires_grad for t in c.call("stock")[1])]
     request = (target, tuple(inputs), tuple(directions))
     return [replace(c, source=(*request, i)) for i, c in enumerate(made)]
@@ -202,35 +205,50 @@ def _recorder(name: str, calls: dict) -> Callable:
     return hook
 
 
-def _replaced(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The layers of fastnn's in a model by name; not those inside of another, nor the stack of encoder layers itself."""
-    import fastnn.nn as nn
+class _ByTorch(torch.nn.Module):
+    """A layer that torch has not, such as a LinearReLU, by torch's ops."""
 
-    found: dict[str, torch.nn.Module] = {}
-    for name, module in model.named_modules():
-        if not type(module).__module__.startswith("fastnn.") or isinstance(module, nn.TransformerEncoder):
-            continue
-        if type(module).__name__ == "Fused" or not name:
-            continue
-        if not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return found
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs):
+        return self.layer.stock_forward(self.layer.as_torch(), *inputs)
 
 
 def _counterpart(layer: torch.nn.Module) -> torch.nn.Module:
-    """What torch has in place of a layer; several modules in place of a fused one."""
+    """The same layer, or the same layers, of torch."""
     import fastnn
-    import fastnn.nn as nn
+    from fastnn.nn._layer import LAYERS
 
     made = copy.deepcopy(layer)
-    if isinstance(layer, nn.LinearReLU):
-        made.__class__ = torch.nn.Linear
-        return torch.nn.Sequential(made, torch.nn.ReLU())
-    if isinstance(layer, (nn.ConvReLU2d, nn.ConvReLUMaxPool2d)):
-        made.__class__ = torch.nn.Conv2d
-        after = [torch.nn.ReLU()]
-        if isinstance(layer, nn.ConvReLUMaxPool2d):
-            pool = (layer.pool_kernel_size, layer.pool_stride, layer.pool_padding)
-            after.append(torch.nn.MaxPool2d(*pool))
-        return torch.nn.Sequential(made, *after)
-    return fastnn.revert(made)
+    declared = LAYERS.get(type(made))
+    return fastnn.revert(made) if declared is None or declared.torchs else _ByTorch(made)
+
+
+def _replaced(model: torch.nn.Module) -> dict[str, list[torch.nn.Module]]:
+    """The layers of fastnn's in a model by name, each with those after it that run with it as one.
+
+    Not those inside of another, nor what only holds others: containers and the stack of encoder layers.
+    """
+    import fastnn.nn as nn
+    from fastnn.nn._layer import LAYERS
+    from fastnn.nn.container import groups
+
+    after: dict[torch.nn.Module, list[torch.nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):
+            for first, *others in groups(module):
+                after[module._modules[first]] = [module._modules[name] for name in others]
+    found: dict[str, list[torch.nn.Module]] = {}
+    for name, module in model.named_modules():
+        if (
+            not name
+            or type(module) not in LAYERS
+            or isinstance(module, (nn.Sequential, nn.TransformerEncoder))
+        ):
+            continue
+        in_another = any(name.startswith(f"{outer}.") for outer in found)
+        if not in_another and not any(module in members for members in found.values()):
+            found[name] = [module, *after.get(module, [])]
+    return found

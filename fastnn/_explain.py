@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.nn.modules import module as torch_module
 
 from fastnn import _library, nn
-from fastnn.nn._fusing import Fused
+from fastnn.nn.container import FUSED, sees_fused
 from fastnn.ops import _declare, _gpu
 
 __all__ = ["Explanation", "Row", "explain"]
@@ -89,18 +89,20 @@ class _Recorder:
             where = "torch" if reason is not None else f"fastnn {_kernel(op, args)}"
             self.add(self.running[-1][0] if self.running else "", op.name, args, where, reason or "")
 
+    @sees_fused
     def before_layer(self, module: Module, args: tuple) -> None:
         if threading.get_ident() == self.thread:
             name = self.names.get(module, type(module).__name__)
             self.running.append((name, len(self.rows)))
 
+    @sees_fused
     def after_layer(self, module: Module, args: tuple, output: Any) -> None:
         if threading.get_ident() != self.thread:
             return
         name, rows_before = self.running.pop()
         if len(self.rows) > rows_before:
             return
-        if isinstance(module, Fused):
+        if output is FUSED:
             where, reason = "fused", "done by the layer before it"
         elif isinstance(module, _LAYERS):
             where, reason = "torch", "the layer went to torch as a whole"

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
-from torch.nn import Module, Sequential
+from torch.nn import Module
 
-from fastnn import nn
-from fastnn.nn._fusing import Fused, is_plain_gelu, runs_alone
+from fastnn.nn._layer import class_of_ours, class_of_torchs, drop_packs
 
 __all__ = ["convert", "revert"]
 
 M = TypeVar("M", bound=Module)
 
-# The layers that torch has too, by torch's class. Each holds the state that torch's holds.
-_OURS = {getattr(torch.nn, name): getattr(nn, name) for name in nn.ACCELERATED if hasattr(torch.nn, name)}
-_UNFUSED = {
-    nn.LinearReLU: nn.Linear,
-    nn.LinearGELU: nn.Linear,
-    nn.ConvReLU2d: nn.Conv2d,
-    nn.ConvReLUMaxPool2d: nn.Conv2d,
-}
-_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
-
 
 def convert(model: M) -> M:
     """Swap the layers of a model for fastnn's, in place.
 
-    A layer changes its class and nothing else: parameters, buffers, names, hooks and ``state_dict`` stay. In a
-    :class:`torch.nn.Sequential`, a Conv2d and the ReLU right after it become one op, with the MaxPool2d after
-    them too, and so do a Linear and the ReLU or GELU after it; an :class:`torch.nn.Identity` takes the place of what was
-    fused into the layer before. A layer stays as it is if its class is a subclass of torch's (and so if it is
-    parametrized) or its forward was replaced. Fusing also needs modules without hooks, and a layer that the model
-    holds in one place only, for elsewhere its result might be read before the activation. A model that itself reads what
-    passes between the modules of a Sequential finds the fused result there.
+    A layer changes its class and nothing else: parameters, buffers, names, hooks, the order of layers and ``state_dict``
+    stay, and so a converted model can be edited as before. A :class:`torch.nn.Sequential` becomes
+    :class:`fastnn.nn.Sequential`, which looks at each call which of its layers run together in one op: a Conv2d and the
+    ReLU right after it, with the MaxPool2d after them too, or a Linear and the ReLU or GELU after it. So does a subclass of
+    Sequential that has no forward of its own, such as torchvision's blocks: its layers are then of a subclass of that class under
+    the same name.
+
+    A layer stays as it is if its class is a subclass of torch's (and so if it is parametrized), if its forward was
+    replaced, or if ``torch.ao.quantization`` has marked it. Not to be called while another thread runs the model.
 
     Parameters
     ----------
@@ -48,27 +38,29 @@ def convert(model: M) -> M:
     See Also
     --------
     revert : undoes it.
+
+    Notes
+    -----
+    Tools that know layers by their exact class do not know fastnn's: ``torch.ao.quantization`` (``quantize_dynamic``,
+    ``prepare``, ``fuse_modules``) and ``torch.fx.experimental.optimization.fuse`` leave them as they are. Where they ask a
+    layer, a warning says so; ``fuse_modules`` raises. Graphs of ``torch.export`` hold fastnn's ops, which the
+    quantizers of pt2e do not know. For all of these, quantize or fuse first and convert what is left, or call :func:`revert`
+    before. ``torch.fx.symbolic_trace`` takes fastnn's layers for leaves, as it does torch's, and ``torch.jit.script`` compiles
+    torch's in their place.
     """
     for module in model.modules():
-        ours = _OURS.get(type(module))
-        if ours is not None and "forward" not in module.__dict__:
+        ours = class_of_ours(type(module))
+        if ours is not None and "forward" not in module.__dict__ and module.__dict__.get("qconfig") is None:
             module.__class__ = ours
-    places: dict[Module, int] = {}
-    for module in model.modules():
-        for child in module._modules.values():
-            if child is not None:
-                places[child] = places.get(child, 0) + 1
-    for module in model.modules():
-        if _is_sequential(module):
-            _fuse(module, places)
     return model
 
 
 def revert(model: M) -> M:
     """Swap fastnn's layers for torch's, in place: what :func:`convert` did is undone.
 
-    Layers that were made from ``fastnn.nn`` become torch's too, where torch has the same layer; a ConvReLU2d, say, that
-    stood in the model before :func:`convert` stays.
+    Layers that were made from ``fastnn.nn`` become torch's too, where torch has the same layer; a ConvReLU2d, say, stays. The
+    packed weights of a model that :func:`fastnn.freeze` made are let go of, so that what is left is torch's alone.
+    Not to be called while another thread runs the model.
 
     Parameters
     ----------
@@ -80,56 +72,8 @@ def revert(model: M) -> M:
         The same object.
     """
     for module in model.modules():
-        if _is_sequential(module):
-            _unfuse(module)
-    for module in model.modules():
-        torchs = _TORCHS.get(type(module))
+        drop_packs(module)
+        torchs = class_of_torchs(type(module))
         if torchs is not None:
             module.__class__ = torchs
     return model
-
-
-def _is_sequential(module: Module) -> bool:
-    return isinstance(module, Sequential) and type(module).forward is Sequential.forward
-
-
-def _fuse(sequential: Sequential, places: dict[Module, int]) -> None:
-    names = list(sequential._modules)
-    for position in range(len(names)):
-        layer, *after = (sequential._modules[n] for n in names[position : position + 3])
-        if not after or places.get(layer) != 1:
-            continue
-        relu, gelu = runs_alone(after[0], torch.nn.ReLU), is_plain_gelu(after[0])
-        if (relu or gelu) and runs_alone(layer, nn.Linear):
-            layer.__class__ = nn.LinearReLU if relu else nn.LinearGELU
-            fused = 1
-        elif relu and runs_alone(layer, nn.Conv2d):
-            if len(after) == 2 and runs_alone(after[1], nn.MaxPool2d) and _is_plain_pool(after[1]):
-                layer.__class__ = nn.ConvReLUMaxPool2d
-                layer.pool_kernel_size = after[1].kernel_size
-                layer.pool_stride = after[1].stride
-                layer.pool_padding = after[1].padding
-                fused = 2
-            else:
-                layer.__class__ = nn.ConvReLU2d
-                fused = 1
-        else:
-            continue
-        for n, module in zip(names[position + 1 : position + 1 + fused], after, strict=False):
-            sequential._modules[n] = Fused(module)
-
-
-def _is_plain_pool(pool: torch.nn.MaxPool2d) -> bool:
-    return pool.dilation in (1, (1, 1)) and not pool.return_indices and not pool.ceil_mode
-
-
-def _unfuse(sequential: Sequential) -> None:
-    fused = None
-    for name, module in list(sequential._modules.items()):
-        if not isinstance(module, Fused):
-            fused = module if type(module) in _UNFUSED else None
-        elif fused is not None:
-            sequential._modules[name] = module.replaced
-            fused.__class__ = _UNFUSED.get(type(fused), type(fused))
-            for attribute in ("pool_kernel_size", "pool_stride", "pool_padding"):
-                fused.__dict__.pop(attribute, None)

@@ -6,24 +6,17 @@ import copy
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 
-from fastnn import nn
 from fastnn.convert import convert
-from fastnn.nn._multi_head_attention import Packed
-from fastnn.ops import _conv_routes
-from fastnn.ops.packed import PackedWeight
+from fastnn.nn._layer import drop_packs, make_packs
 
 __all__ = ["freeze"]
 
 M = TypeVar("M", bound=Module)
 
-_LINEAR = (nn.Linear, nn.LinearReLU, nn.LinearGELU)
-_CONV = (nn.Conv2d, nn.ConvReLU2d, nn.ConvReLUMaxPool2d)
 
-
-def freeze(model: M, *example_inputs) -> M:
+def freeze(model: M, /, *example_inputs, **example_keywords) -> M:
     """Copy a model for inference on the CPU, with weights in the order in which the kernels read them.
 
     The copy is in evaluation mode, its parameters want no gradients, and its layers are converted as by
@@ -32,15 +25,18 @@ def freeze(model: M, *example_inputs) -> M:
     it. That takes as much memory again, for float16 twice as much.
 
     A packed form is read in inference only: not where a gradient is wanted, nor under autocast, nor in a graph of
-    ``torch.compile`` or ``torch.export``; by linear layers from 5 rows on, by convolutions for channels_last images. A
-    weight that has changed since (by ``load_state_dict``, an op in place, ``to``) is read itself, and so the result is
-    always that of the weights; only what is written through ``.data`` goes unseen. Freeze the model again after a change.
+    ``torch.compile``, ``torch.export`` or ``torch.jit.trace``; by linear layers from 5 rows on, by convolutions for channels_last
+    images. A weight that has changed since is read itself: one that was replaced, or written by ``load_state_dict``
+    or an op in place. Not seen is what writes past autograd's count of such ops: through ``.data``, a numpy array or
+    DLPack, in another process, and by optimizers with ``fused=True``, unless the weight is seen to want a gradient: a layer that
+    is set to training, or called while its weight requires a gradient, reads no packed form from then on. Freeze the model
+    again after a change. A copy that is moved or cast (``to``, ``bfloat16``) packs its weights anew.
 
     Parameters
     ----------
     model : torch.nn.Module
         Is not changed.
-    *example_inputs
+    *example_inputs, **example_keywords
         The arguments of a call. If there are any, the copy is called with them once, and keeps only those packed forms that
         the call read.
 
@@ -55,32 +51,9 @@ def freeze(model: M, *example_inputs) -> M:
     """
     with torch.inference_mode(False), torch.no_grad():
         frozen = convert(copy.deepcopy(model)).eval().requires_grad_(False)
-        made: dict[Tensor, PackedWeight] = {}
-
-        def pack(weight: Tensor | None, groups: int = 1) -> PackedWeight | None:
-            if weight is None or not PackedWeight.can_hold(weight):
-                return None
-            if weight not in made:
-                made[weight] = PackedWeight(weight, groups)
-            return made[weight]
-
-        for module in frozen.modules():
-            if type(module) in _LINEAR:
-                module._packed = pack(module.weight)
-            elif type(module) in _CONV:
-                if _conv_routes.can_be_packed(module.weight, module.groups):
-                    module._packed = pack(module.weight, module.groups)
-            elif type(module) is nn.MultiheadAttention:
-                module._packed = Packed(pack(module.in_proj_weight), pack(module.out_proj.weight))
-        if example_inputs:
-            frozen(*example_inputs)
+        make_packs(frozen)
+        if example_inputs or example_keywords:
+            frozen(*example_inputs, **example_keywords)
             for module in frozen.modules():
-                if type(module) in (*_LINEAR, *_CONV):
-                    module._packed = _if_used(module._packed)
-                elif type(module) is nn.MultiheadAttention:
-                    module._packed = Packed(*map(_if_used, module._packed))
+                drop_packs(module, lambda packed: not packed.used)
     return frozen
-
-
-def _if_used(packed: PackedWeight | None) -> PackedWeight | None:
-    return packed if packed is not None and packed.used else None

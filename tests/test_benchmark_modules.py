@@ -24,6 +24,10 @@ def encoder():
     return nn.Sequential(nn.Embedding(10, 8), nn.TransformerEncoder(
         nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False))
 
+def own():
+    import fastnn.nn as ours
+    return nn.Sequential(ours.LinearReLU(6, 5), nn.Tanh(), ours.LinearGELU(5, 5))
+
 def number():
     return 3
 
@@ -43,10 +47,10 @@ def test_own_module(tmp_path, quick):
     forward = [(r["op"], r["origin"]) for r in found["rows"] if r["direction"] == "forward"]
     assert forward == [
         ("Sequential", "build"),
-        ("ConvReLUMaxPool2d", "0"),
-        ("ConvReLU2d", "3"),
+        ("Conv2d+ReLU+MaxPool2d", "0"),
+        ("Conv2d+ReLU", "3"),
         ("AdaptiveAvgPool2d", "5"),
-        ("LinearReLU", "7"),
+        ("Linear+ReLU", "7"),
         ("Linear", "10"),
     ]
     for row in found["rows"]:
@@ -62,6 +66,19 @@ def test_own_encoder(tmp_path):
     for case in chosen:
         row = runner.run_case(case, FAST, seconds=0)
         assert row.status == "ok", row.note
+
+
+def test_layers_that_torch_has_not(tmp_path):
+    path = tmp_path / "my_model.py"
+    path.write_text(MODEL)
+    chosen = modules.cases(f"{path}:own", ["2x6"], ["forward"])
+    assert [c.workload.op for c in chosen] == ["Sequential", "LinearReLU", "LinearGELU"]
+    for case in chosen[1:]:
+        row = runner.run_case(case, FAST, seconds=0)
+        assert row.status == "ok", row.note
+        with torch.profiler.profile() as seen:
+            case.call("stock")[0](*case.call("stock")[1])
+        assert not [event.key for event in seen.key_averages() if event.key.startswith("fastnn")]
 
 
 def test_own_module_that_converts_wrongly_fails(tmp_path):
@@ -80,7 +97,7 @@ def test_own_module_that_converts_wrongly_fails(tmp_path):
     [
         ("nothing.py:build", "1x3", "no file"),
         ("build", "1x3", "expected FILE.py:FUNCTION"),
-        ("{}:nothing", "1x3", "there are build, encoder, number, broken"),
+        ("{}:nothing", "1x3", "there are build, encoder, own, number, broken"),
         ("{}:number", "1x3", "gave a int, expected a torch.nn.Module"),
         ("{}:broken", "1x3", "has no attribute"),
         ("{}:build", "1x4x12x12", "does not run on inputs of shape (1, 4, 12, 12)"),

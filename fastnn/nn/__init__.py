@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 from fastnn.nn import _stand_in
 from fastnn.nn.attention import MultiheadAttention
+from fastnn.nn.container import Sequential
 from fastnn.nn.conv import Conv1d, Conv2d, ConvReLU2d, ConvReLUMaxPool2d
 from fastnn.nn.linear import Linear, LinearGELU, LinearReLU
 from fastnn.nn.pool import (
@@ -43,6 +44,7 @@ __all__ = [
     "MaxPool1d",
     "MaxPool2d",
     "MultiheadAttention",
+    "Sequential",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

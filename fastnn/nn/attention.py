@@ -11,12 +11,21 @@ if TYPE_CHECKING:
     from torch.nn.attention import *  # noqa: F403
 
 from fastnn.nn import _stand_in
-from fastnn.nn._multi_head_attention import NOT_PACKED, Call, Packed, attend
+from fastnn.nn._layer import Layer, declare_layer, is_traced, traced
+from fastnn.nn._multi_head_attention import Call, Packed, attend
+from fastnn.ops.packed import PackedWeight
 
 __all__ = ["MultiheadAttention"]
 
 
-class MultiheadAttention(torch.nn.MultiheadAttention):
+@declare_layer(
+    torch.nn.MultiheadAttention,
+    packs={
+        "_packed_in": lambda layer: None if layer.in_proj_weight is None else (layer.in_proj_weight, 1),
+        "_packed_out": lambda layer: (layer.out_proj.weight, 1),
+    },
+)
+class MultiheadAttention(Layer, torch.nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` on fastnn's kernels.
 
     Arguments, shapes, initial values and ``state_dict`` are torch's. Pass ``need_weights=False`` where the weights
@@ -28,8 +37,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     (ignored there, an error here).
     """
 
-    # Of the projections, where fastnn.freeze made them.
-    _packed: Packed = NOT_PACKED
+    # Of the projections of self-attention and of the result, where fastnn.freeze made them.
+    _packed_in: PackedWeight | None = None
+    _packed_out: PackedWeight | None = None
 
     def forward(
         self,
@@ -43,6 +53,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `query` to `key` and `value`; see :meth:`torch.nn.MultiheadAttention.forward`."""
+        if is_traced(query) or is_traced(key) or is_traced(value):
+            return traced(
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query,
@@ -83,7 +105,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )
-        return attend(call, self.batch_first and query.dim() == 3, self._packed)
+        return attend(call, self.batch_first and query.dim() == 3, Packed(self._packed_in, self._packed_out))
 
 
 if not TYPE_CHECKING:

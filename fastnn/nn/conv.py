@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from fastnn.nn import functional as F
+from fastnn.nn._layer import Fusion, Layer, declare_layer, is_traced, traced
+from fastnn.nn.pool import MaxPool2d
+from fastnn.ops import _conv_routes as routes
 from fastnn.ops import conv as ops
 from fastnn.ops.packed import PackedWeight
 
@@ -19,19 +22,79 @@ def _padded(layer: torch.nn.Conv1d | torch.nn.Conv2d, input: Tensor):
     return F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
 
 
-class Conv1d(torch.nn.Conv1d):
+def _relu(layer: Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    input, padding = _padded(layer, input)
+    args = (input, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
+    return F.conv2d_relu(*args) if layer._packed is None else ops.conv2d_relu_with(layer._packed, *args)
+
+
+def _relu_max_pool(
+    layer: Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None, kernel_size, stride, pool_padding
+) -> Tensor:
+    input, padding = _padded(layer, input)
+    args = (input, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
+    if layer._packed is not None:
+        return ops.conv2d_relu_max_pool2d_with(layer._packed, *args, kernel_size, stride, pool_padding)
+    return F.conv2d_relu_max_pool2d(
+        *args, kernel_size=kernel_size, pool_stride=stride, pool_padding=pool_padding
+    )
+
+
+def _with_relu(layer: Conv2d, input: Tensor, relu: torch.nn.ReLU) -> Tensor:
+    return _relu(layer, input, layer.weight, layer.bias)
+
+
+def _with_relu_max_pool(
+    layer: Conv2d, input: Tensor, relu: torch.nn.ReLU, pool: torch.nn.MaxPool2d
+) -> Tensor:
+    return _relu_max_pool(layer, input, layer.weight, layer.bias, pool.kernel_size, pool.stride, pool.padding)
+
+
+def _is_plain_pool(relu: torch.nn.ReLU, pool: torch.nn.Module) -> bool:
+    return (
+        isinstance(pool, torch.nn.MaxPool2d)
+        and pool.dilation in (1, (1, 1))
+        and not pool.return_indices
+        and not pool.ceil_mode
+    )
+
+
+# What is read packed of a convolution.
+_PACKS = {
+    "_packed": lambda layer: (
+        (layer.weight, layer.groups) if routes.can_be_packed(layer.weight, layer.groups) else None
+    )
+}
+
+
+@declare_layer(torch.nn.Conv1d)
+class Conv1d(Layer, torch.nn.Conv1d):
     """:class:`torch.nn.Conv1d` on fastnn's kernels. Arguments, shapes and initial values are torch's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return traced(self, input) if is_traced(input) else self._conv_forward(input, self.weight, self.bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = _padded(self, input)
         return F.conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-class Conv2d(torch.nn.Conv2d):
+@declare_layer(
+    torch.nn.Conv2d,
+    fuses=(
+        Fusion((torch.nn.ReLU,), _with_relu),
+        Fusion((torch.nn.ReLU, MaxPool2d), _with_relu_max_pool, _is_plain_pool),
+    ),
+    packs=_PACKS,
+)
+class Conv2d(Layer, torch.nn.Conv2d):
     """:class:`torch.nn.Conv2d` on fastnn's kernels. Arguments, shapes and initial values are torch's."""
 
     # The weight's, where fastnn.freeze made it.
     _packed: PackedWeight | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return traced(self, input) if is_traced(input) else self._conv_forward(input, self.weight, self.bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = _padded(self, input)
@@ -39,18 +102,20 @@ class Conv2d(torch.nn.Conv2d):
         return F.conv2d(*args) if self._packed is None else ops.conv2d_with(self._packed, *args)
 
 
+@declare_layer(packs=_PACKS)
 class ConvReLU2d(Conv2d):
     """``ReLU()(Conv2d(...)(input))`` in one op.
 
     Arguments, shapes, initial values and ``state_dict`` are :class:`torch.nn.Conv2d`'s.
     """
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, padding = _padded(self, input)
-        args = (input, weight, bias, self.stride, padding, self.dilation, self.groups)
-        return F.conv2d_relu(*args) if self._packed is None else ops.conv2d_relu_with(self._packed, *args)
+    _conv_forward = _relu
+
+    def stock_forward(self, torchs, input):
+        return F.relu(super().stock_forward(torchs, input))
 
 
+@declare_layer(packs=_PACKS)
 class ConvReLUMaxPool2d(Conv2d):
     """``MaxPool2d(...)(ReLU()(Conv2d(...)(input)))`` in one op, which never stores what stands between.
 
@@ -75,17 +140,12 @@ class ConvReLUMaxPool2d(Conv2d):
         self.pool_padding = pool_padding
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, padding = _padded(self, input)
-        args = (input, weight, bias, self.stride, padding, self.dilation, self.groups)
-        if self._packed is not None:
-            pool = (self.pool_kernel_size, self.pool_stride, self.pool_padding)
-            return ops.conv2d_relu_max_pool2d_with(self._packed, *args, *pool)
-        return F.conv2d_relu_max_pool2d(
-            *args,
-            kernel_size=self.pool_kernel_size,
-            pool_stride=self.pool_stride,
-            pool_padding=self.pool_padding,
-        )
+        pool = (self.pool_kernel_size, self.pool_stride, self.pool_padding)
+        return _relu_max_pool(self, input, weight, bias, *pool)
+
+    def stock_forward(self, torchs, input):
+        pool = (self.pool_kernel_size, self.pool_stride, self.pool_padding)
+        return F.max_pool2d(F.relu(super().stock_forward(torchs, input)), *pool)
 
     def extra_repr(self) -> str:
         pool = f"pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}"

@@ -6,46 +6,73 @@ import torch
 from torch import Tensor
 
 from fastnn.nn import functional as F
+from fastnn.nn._layer import Fusion, Layer, declare_layer, is_traced, traced
 from fastnn.ops.packed import PackedWeight
 
 __all__ = ["Linear", "LinearGELU", "LinearReLU"]
 
 
-class Linear(torch.nn.Linear):
+# What is read packed of a linear layer.
+_PACKS = {"_packed": lambda layer: (layer.weight, 1)}
+
+
+def with_relu(layer: Linear, input: Tensor, relu: torch.nn.ReLU | None = None) -> Tensor:
+    if layer._packed is not None:
+        return layer._packed.linear(input, layer.weight, layer.bias, "relu")
+    return F.linear_relu(input, layer.weight, layer.bias)
+
+
+def with_gelu(layer: Linear, input: Tensor, gelu: torch.nn.GELU | None = None) -> Tensor:
+    if layer._packed is not None:
+        return layer._packed.linear(input, layer.weight, layer.bias, "gelu")
+    return F.linear_gelu(input, layer.weight, layer.bias)
+
+
+@declare_layer(
+    torch.nn.Linear,
+    fuses=(
+        Fusion((torch.nn.ReLU,), with_relu),
+        Fusion((torch.nn.GELU,), with_gelu, lambda gelu: gelu.approximate == "none"),
+    ),
+    packs=_PACKS,
+)
+class Linear(Layer, torch.nn.Linear):
     """:class:`torch.nn.Linear` on fastnn's kernels. Arguments, shapes and initial values are torch's."""
 
     # The weight's, where fastnn.freeze made it.
     _packed: PackedWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_traced(input):
+            return traced(self, input)
         if self._packed is not None:
             return self._packed.linear(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 
-    def _with_relu(self, input: Tensor) -> Tensor:
-        if self._packed is not None:
-            return self._packed.linear(input, self.weight, self.bias, "relu")
-        return F.linear_relu(input, self.weight, self.bias)
 
-    def _with_gelu(self, input: Tensor) -> Tensor:
-        if self._packed is not None:
-            return self._packed.linear(input, self.weight, self.bias, "gelu")
-        return F.linear_gelu(input, self.weight, self.bias)
-
-
+@declare_layer(packs=_PACKS)
 class LinearReLU(Linear):
     """``ReLU()(Linear(...)(input))`` in one op.
 
     Arguments, shapes, initial values and ``state_dict`` are :class:`torch.nn.Linear`'s.
     """
 
-    forward = Linear._with_relu
+    def forward(self, input: Tensor) -> Tensor:
+        return traced(self, input) if is_traced(input) else with_relu(self, input)
+
+    def stock_forward(self, torchs, input):
+        return F.relu(super().stock_forward(torchs, input))
 
 
+@declare_layer(packs=_PACKS)
 class LinearGELU(Linear):
     """``GELU()(Linear(...)(input))``, in inference in one op.
 
     Arguments, shapes, initial values and ``state_dict`` are :class:`torch.nn.Linear`'s.
     """
 
-    forward = Linear._with_gelu
+    def forward(self, input: Tensor) -> Tensor:
+        return traced(self, input) if is_traced(input) else with_gelu(self, input)
+
+    def stock_forward(self, torchs, input):
+        return F.gelu(super().stock_forward(torchs, input))

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fastnn.nn._fusing import is_plain_gelu, runs_alone
+from fastnn.nn._layer import Layer, declare_layer, is_plain, is_traced, traced
 from fastnn.nn.attention import MultiheadAttention
-from fastnn.nn.linear import Linear
+from fastnn.nn.container import fusion_at, may_fuse
+from fastnn.nn.linear import Linear, with_gelu, with_relu
 from fastnn.ops.layer_norm import add_layer_norm
 
 __all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
@@ -18,14 +19,20 @@ def _add_norm(
     norm: Module, x: Tensor, residual: Tensor, with_sum: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """``norm(x + residual)``, in one pass where that is layer normalization alone, and if asked for the sum."""
-    if not runs_alone(norm, torch.nn.LayerNorm) or len(norm.normalized_shape) != 1:
+    if (
+        type(norm) is not torch.nn.LayerNorm
+        or not is_plain(norm)
+        or not may_fuse()
+        or len(norm.normalized_shape) != 1
+    ):
         total = x + residual
         return norm(total), total
     out = add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, with_sum=with_sum)
     return out if with_sum else (out, None)
 
 
-class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+@declare_layer(torch.nn.TransformerEncoderLayer)
+class TransformerEncoderLayer(Layer, torch.nn.TransformerEncoderLayer):
     """:class:`torch.nn.TransformerEncoderLayer` on fastnn's kernels.
 
     Arguments, shapes, names of the submodules, initial values and ``state_dict`` are torch's. The first linear layer
@@ -48,6 +55,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """Pass the input through the layer; see :meth:`torch.nn.TransformerEncoderLayer.forward`."""
+        if is_traced(src):
+            return traced(
+                self, src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal
+            )
         if src.is_nested:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         x = src
@@ -62,16 +73,21 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return self.dropout2(self.linear2(self.dropout(self._first_with_activation(x))))
 
     def _first_with_activation(self, x: Tensor) -> Tensor:
-        activation = self.activation
-        if runs_alone(self.linear1, Linear):
-            if activation is torch.nn.functional.relu or runs_alone(activation, torch.nn.ReLU):
-                return self.linear1._with_relu(x)
-            if activation is torch.nn.functional.gelu or is_plain_gelu(activation):
-                return self.linear1._with_gelu(x)
-        return activation(self.linear1(x))
+        linear, activation = self.linear1, self.activation
+        if may_fuse():
+            if isinstance(activation, Module):
+                if fused := fusion_at([linear, activation], 0):
+                    return fused[0].run(linear, x, activation)
+            elif type(linear) is Linear and is_plain(linear):
+                if activation is torch.nn.functional.relu:
+                    return with_relu(linear, x)
+                if activation is torch.nn.functional.gelu:
+                    return with_gelu(linear, x)
+        return activation(linear(x))
 
 
-class TransformerEncoder(torch.nn.TransformerEncoder):
+@declare_layer(torch.nn.TransformerEncoder)
+class TransformerEncoder(Layer, torch.nn.TransformerEncoder):
     """:class:`torch.nn.TransformerEncoder` on fastnn's kernels.
 
     Takes layers of fastnn and of torch. Where torch would run nested tensors in inference (`enable_nested_tensor`),
@@ -86,6 +102,10 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """Pass the input through the layers in turn; see :meth:`torch.nn.TransformerEncoder.forward`."""
+        if is_traced(src):
+            return traced(
+                self, src, mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal
+            )
         if src.is_nested or not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         if is_causal is None:

@@ -35,6 +35,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _in_transform = torch._C._functorch.peek_interpreter_stack
 _any_autocast = torch._C._is_any_autocast_enabled
+_tracing_state = torch._C._get_tracing_state
 _watching_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -361,10 +362,13 @@ def declare(
         if not args[0].is_cpu:
             return route_carefully(args)
         try:
-            if not (wants_gradient and _is_grad_enabled()):
+            if not wants_gradient:
                 return run(*args)
-            if not constants or wanted_constant(args) is None:
-                return function.apply(*args)
+            if _tracing_state() is None:  # else stock: torch.jit.trace takes no autograd.Function
+                if not _is_grad_enabled():
+                    return run(*args)
+                if not constants or wanted_constant(args) is None:
+                    return function.apply(*args)
         except Exception:
             # The op refuses what it does not cover: that is torch's, to do or to refuse in its own words.
             if why_stock(args) is None:

@@ -21,27 +21,49 @@ __all__ = ["PackedWeight"]
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
+_tracing_state = torch._C._get_tracing_state
 
 
 class PackedWeight:
     """A weight in packed form, which stands for it as long as that is what it was.
 
+    Each call that might read it asks whether the weight is still the one that was packed: the same tensor, at the same place in
+    memory with the same strides, and with the same count of ops in place (``Tensor._version``). The memory is kept, so that no
+    other weight can come to lie at that place. What is seen so: ``load_state_dict``, ops in place, optimizers that count them, a
+    parameter that was replaced, moved, cast or given other data.
+
+    Some writes are counted by nobody: those of ``torch.optim``'s fused optimizers, and those through ``.data``, a detached
+    numpy array, DLPack or a raw pointer. Against the optimizers, a weight that a call sees wanting a gradient is never
+    read packed again, and a layer that is set to training lets go of it. The others are not seen.
+
     Copies and pickles hold the weight alone, and pack it anew.
 
     Parameters
     ----------
-    weight : Tensor
-        Of a linear layer, shape ``(out_features, in_features)``, or of a convolution, ``(K, C / groups, R, S)``.
+    weight : Tensor or None
+        Of a linear layer, shape ``(out_features, in_features)``, or of a convolution, ``(K, C / groups, R, S)``. An
+        inference tensor, which counts nothing, is not packed, and neither is None.
     groups : int
         The convolution's.
     """
 
     def __init__(self, weight, groups=1):
-        self._weight, self._groups = weight, groups
-        self._place = weight.data_ptr()
-        self._version = None if weight.is_inference() else weight._version  # those have none
-        self._data = torch.ops.fastnn._pack_weight(weight.detach(), groups)
         self.used = False  # whether a call has read it
+        self._weight, self._groups = weight, groups
+        if weight is None or weight.is_inference():
+            self._forget()
+        else:
+            self._pack()
+
+    def _pack(self):
+        weight = self._weight
+        self._packed = weight  # the tensor that `_data` stands for
+        self._memory = weight.detach()
+        self._place, self._strides, self._version = weight.data_ptr(), weight.stride(), weight._version
+        self._data = torch.ops.fastnn._pack_weight(self._memory, self._groups)
+
+    def _forget(self):
+        self._packed = self._memory = self._data = self._place = self._strides = self._version = None
 
     @staticmethod
     def can_hold(weight):
@@ -52,7 +74,18 @@ class PackedWeight:
             and weight.dtype in FLOATS
             and weight.layout is torch.strided
             and weight.numel() > 0
+            and not weight.is_inference()
         )
+
+    def renew(self, weight, groups=1):
+        """Pack a weight that has been moved or cast, or the one in its place; None or one that has no packed form for neither."""
+        if self._weight is None or (self._packed is weight and self._is_unchanged(weight)):
+            return
+        if weight is not None and self.can_hold(weight) and not weight.requires_grad:
+            self._weight, self._groups = weight, groups
+            self._pack()
+        else:
+            self._forget()
 
     def __reduce__(self):
         return PackedWeight, (self._weight, self._groups)
@@ -60,15 +93,30 @@ class PackedWeight:
     def __deepcopy__(self, memo):
         return PackedWeight(copy.deepcopy(self._weight, memo), self._groups)
 
-    def _fits(self, input, weight):
+    def _is_unchanged(self, weight):
         return (
-            not _is_compiling()  # a graph is to run elsewhere too
-            and weight is self._weight
-            and (self._version is None or weight._version == self._version)
-            and input.dtype is weight.dtype
+            weight._version == self._version
             and weight.data_ptr() == self._place
-            and input.is_cpu
-            and not (_is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+            and weight.stride() == self._strides
+        )
+
+    def _fits(self, input, weight):
+        if (
+            weight is not self._packed
+            or _is_compiling()  # a graph is to run elsewhere too
+            or _tracing_state() is not None
+        ):
+            return False
+        if weight.requires_grad:
+            self._weight = None  # for good
+            self._forget()
+            return False
+        return (
+            weight._version == self._version
+            and weight.data_ptr() == self._place
+            and weight.stride() == self._strides
+            and input.dtype is weight.dtype
+            and not (_is_grad_enabled() and input.requires_grad)
             and not _any_autocast()
         )
 
@@ -81,7 +129,7 @@ class PackedWeight:
 
     def linear(self, input, weight, bias, activation="none"):
         """:func:`fastnn.ops.linear.linear`, "relu", "gelu" or "none" after it, on `weight` or its packed form."""
-        if input.numel() <= _ROWS_IN_PLACE * weight.shape[1] or not self._fits(input, weight):
+        if not self._fits(input, weight) or input.numel() <= _ROWS_IN_PLACE * weight.shape[1]:
             return _UNPACKED[activation](input, weight, bias)
         self.used = True
         return linear_packed(input, weight, bias, self._data, _NUMBERS[activation])
