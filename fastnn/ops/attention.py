@@ -90,7 +90,7 @@ def _grad(ctx, grad, _):
 
 def _stock(query, key, value, mask, is_causal, scale):
     """The result, and nothing in place of the logsumexp: only the kernels' backward reads it."""
-    shared = query.shape[1] != key.shape[1]
+    shared = bool(query.shape[1] != key.shape[1])  # a tensor while torch.jit.trace records
     out = F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=shared
     )
@@ -254,7 +254,7 @@ def _with_dropout(query, key, value, mask, seed, is_causal, scale, dropout_p):
 
 
 def _stock_dropout(query, key, value, mask, seed, is_causal, scale, dropout_p):
-    shared = query.shape[1] != key.shape[1]
+    shared = bool(query.shape[1] != key.shape[1])  # a tensor while torch.jit.trace records
     out = F.scaled_dot_product_attention(
         query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=shared
     )

@@ -131,7 +131,11 @@ _add_layer_norm = declare(
 
 
 def _wants_gradient(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+        and not torch.jit.is_tracing()
+    )
 
 
 def add_layer_norm(input, residual, weight=None, bias=None, eps=1e-5, *, with_sum=False):

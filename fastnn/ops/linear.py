@@ -89,8 +89,10 @@ def linear_gelu(input, weight, bias=None):
     RuntimeError
         If the shapes do not fit or the dtypes differ.
     """
-    if (torch.is_grad_enabled() or torch.jit.is_tracing()) and any(
-        getattr(t, "requires_grad", False) for t in (input, weight, bias)
+    if (
+        torch.is_grad_enabled()
+        and any(getattr(t, "requires_grad", False) for t in (input, weight, bias))
+        and not torch.jit.is_tracing()
     ):
         return F.gelu(linear(input, weight, bias))
     return _linear_gelu(input, weight, bias)

@@ -21,7 +21,6 @@ __all__ = ["PackedWeight"]
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = torch._C._is_any_autocast_enabled
-_tracing_state = torch._C._get_tracing_state
 
 
 class PackedWeight:
@@ -101,11 +100,7 @@ class PackedWeight:
         )
 
     def _fits(self, input, weight):
-        if (
-            weight is not self._packed
-            or _is_compiling()  # a graph is to run elsewhere too
-            or _tracing_state() is not None
-        ):
+        if weight is not self._packed or _is_compiling():  # a graph is to run elsewhere too
             return False
         if weight.requires_grad:
             self._weight = None  # for good

@@ -41,7 +41,7 @@ def _over_sequences(op, input, *args):
 def _max_pool(input, return_indices, *window):
     if return_indices:
         return maximum.max_pool2d_with_indices(input, *window)
-    if input.requires_grad and torch.is_grad_enabled():
+    if input.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing():
         return maximum.max_pool2d_with_locations(input, *window)[0]
     return maximum.max_pool2d(input, *window)
 
