@@ -43,7 +43,8 @@ def freeze(model: M, /, *example_inputs, **example_keywords) -> M:
     Returns
     -------
     torch.nn.Module
-        The copy. Its own copies and its pickles pack their weights anew, for the processor on which they are made.
+        The copy. Its own copies and its pickles pack their weights anew, for the processor on which they are made; not under
+        ``torch.inference_mode``, whose new tensors count no ops in place.
 
     See Also
     --------

@@ -49,7 +49,7 @@ def encoder_layer(norm_first=False):
 
 
 class Encoder(torch.nn.Module):
-    """The layers themselves, since torch's own encoder asks for the sizes of what it is given."""
+    """A layer of either order."""
 
     def __init__(self):
         super().__init__()

@@ -72,7 +72,11 @@ class Conv1d(Layer, torch.nn.Conv1d):
     """:class:`torch.nn.Conv1d` on fastnn's kernels. Arguments, shapes and initial values are torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return traced(self, input) if is_traced(input) else self._conv_forward(input, self.weight, self.bias)
+        return (
+            traced(self, input)
+            if type(input) is not Tensor and is_traced(input)
+            else self._conv_forward(input, self.weight, self.bias)
+        )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = _padded(self, input)
@@ -94,7 +98,11 @@ class Conv2d(Layer, torch.nn.Conv2d):
     _packed: PackedWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return traced(self, input) if is_traced(input) else self._conv_forward(input, self.weight, self.bias)
+        return (
+            traced(self, input)
+            if type(input) is not Tensor and is_traced(input)
+            else self._conv_forward(input, self.weight, self.bias)
+        )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = _padded(self, input)

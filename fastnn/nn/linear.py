@@ -43,7 +43,7 @@ class Linear(Layer, torch.nn.Linear):
     _packed: PackedWeight | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_traced(input):
+        if type(input) is not Tensor and is_traced(input):
             return traced(self, input)
         if self._packed is not None:
             return self._packed.linear(input, self.weight, self.bias)
@@ -58,7 +58,9 @@ class LinearReLU(Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return traced(self, input) if is_traced(input) else with_relu(self, input)
+        return (
+            traced(self, input) if type(input) is not Tensor and is_traced(input) else with_relu(self, input)
+        )
 
     def stock_forward(self, torchs, input):
         return F.relu(super().stock_forward(torchs, input))
@@ -72,7 +74,9 @@ class LinearGELU(Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return traced(self, input) if is_traced(input) else with_gelu(self, input)
+        return (
+            traced(self, input) if type(input) is not Tensor and is_traced(input) else with_gelu(self, input)
+        )
 
     def stock_forward(self, torchs, input):
         return F.gelu(super().stock_forward(torchs, input))

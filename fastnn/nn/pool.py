@@ -37,7 +37,7 @@ class MaxPool1d(Layer, torch.nn.MaxPool1d):
     """:class:`torch.nn.MaxPool1d` on fastnn's kernels. Arguments and shapes are torch's."""
 
     def forward(self, input: Tensor):
-        if is_traced(input):
+        if type(input) is not Tensor and is_traced(input):
             return traced(self, input)
         return _max_pool(F.max_pool1d, self, input)
 
@@ -47,7 +47,7 @@ class MaxPool2d(Layer, torch.nn.MaxPool2d):
     """:class:`torch.nn.MaxPool2d` on fastnn's kernels. Arguments and shapes are torch's."""
 
     def forward(self, input: Tensor):
-        if is_traced(input):
+        if type(input) is not Tensor and is_traced(input):
             return traced(self, input)
         return _max_pool(F.max_pool2d, self, input)
 
@@ -57,7 +57,7 @@ class AvgPool1d(Layer, torch.nn.AvgPool1d):
     """:class:`torch.nn.AvgPool1d` on fastnn's kernels. Arguments and shapes are torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_traced(input):
+        if type(input) is not Tensor and is_traced(input):
             return traced(self, input)
         return F.avg_pool1d(
             input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad
@@ -69,7 +69,7 @@ class AvgPool2d(Layer, torch.nn.AvgPool2d):
     """:class:`torch.nn.AvgPool2d` on fastnn's kernels. Arguments and shapes are torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_traced(input):
+        if type(input) is not Tensor and is_traced(input):
             return traced(self, input)
         return F.avg_pool2d(
             input,
@@ -87,7 +87,7 @@ class AdaptiveAvgPool1d(Layer, torch.nn.AdaptiveAvgPool1d):
     """:class:`torch.nn.AdaptiveAvgPool1d` on fastnn's kernels. Arguments and shapes are torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_traced(input):
+        if type(input) is not Tensor and is_traced(input):
             return traced(self, input)
         return F.adaptive_avg_pool1d(input, self.output_size)
 
@@ -97,7 +97,7 @@ class AdaptiveAvgPool2d(Layer, torch.nn.AdaptiveAvgPool2d):
     """:class:`torch.nn.AdaptiveAvgPool2d` on fastnn's kernels. Arguments and shapes are torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_traced(input):
+        if type(input) is not Tensor and is_traced(input):
             return traced(self, input)
         return F.adaptive_avg_pool2d(input, self.output_size)
 
@@ -107,7 +107,7 @@ class AdaptiveMaxPool1d(Layer, torch.nn.AdaptiveMaxPool1d):
     """:class:`torch.nn.AdaptiveMaxPool1d` on fastnn's kernels. Arguments and shapes are torch's."""
 
     def forward(self, input: Tensor):
-        if is_traced(input):
+        if type(input) is not Tensor and is_traced(input):
             return traced(self, input)
         return F.adaptive_max_pool1d(input, self.output_size, self.return_indices)
 
@@ -117,6 +117,6 @@ class AdaptiveMaxPool2d(Layer, torch.nn.AdaptiveMaxPool2d):
     """:class:`torch.nn.AdaptiveMaxPool2d` on fastnn's kernels. Arguments and shapes are torch's."""
 
     def forward(self, input: Tensor):
-        if is_traced(input):
+        if type(input) is not Tensor and is_traced(input):
             return traced(self, input)
         return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
