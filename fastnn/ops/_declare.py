@@ -334,9 +334,8 @@ def declare(
 
     def route(*args):
         if _tracing_state() is not None:
-            return stock(
-                *args
-            )  # torch.jit.trace takes no autograd.Function, and checks that it records the same without gradients
+            # torch.jit.trace takes no autograd.Function, and has to find the same ops without gradients.
+            return stock(*args)
         if _is_dynamo_compiling() or _compiler._is_compiling_flag:
             # The tracer sees one op; gradients and autocast are the dispatcher's.
             return default(*args) if why_stock(args) is None else stock(*args)
