@@ -35,6 +35,8 @@ build-tests: env
 	  -DFASTNN_SANITIZE=$(SANITIZERS) -DPython3_EXECUTABLE=$(abspath $(PY)) -DPython_EXECUTABLE=$(abspath $(PY)) > /dev/null
 	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build-sanitize -j $(JOBS)
 
+# All combinations with FULL=1: tests take FASTNN_FULL for it.
+test: export FASTNN_FULL := $(FULL)
 test: build build-tests
 	FASTNN_KERNELS=build-tests $(PY) -m pytest -n $(JOBS) tests
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_triton_interpreted.py

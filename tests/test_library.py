@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastnn
 from fastnn import _library
@@ -35,6 +36,54 @@ def test_only_torchs_stable_symbols():
     names = [line.split(maxsplit=1)[1] for line in lines if line.strip()]
     assert any(name.startswith("aoti_torch_") for name in names)
     assert not [name for name in names if re.search(r"\b(c10|at|torch|caffe2)::", name)]
+
+
+def dynamic(kind):
+    """What binutils' readelf, which every compiler of the library comes with, says of it."""
+    return subprocess.run(["readelf", "-W", kind, LIBRARY], capture_output=True, text=True, check=True).stdout
+
+
+def test_nothing_is_exported():
+    """Ops register themselves; a symbol that another library also has, CUDA's runtime or a template, could replace it."""
+    defined = [
+        line for line in dynamic("--dyn-syms").splitlines() if re.search(r" (GLOBAL|WEAK|UNIQUE) ", line)
+    ]
+    assert defined
+    assert not [line for line in defined if " UND " not in line]
+
+
+def test_what_the_loader_writes_is_read_only_afterwards():
+    assert "GNU_RELRO" in dynamic("--program-headers")
+    assert re.search(r"\(FLAGS(_1)?\).*\bNOW\b", dynamic("--dynamic"))
+
+
+def test_the_stack_is_not_run_and_is_guarded():
+    (stack,) = [line for line in dynamic("--program-headers").splitlines() if "GNU_STACK" in line]
+    assert "E" not in stack.split()[-2]
+    assert "__stack_chk_fail" in dynamic("--dyn-syms")
+
+
+def test_no_path_of_the_machine_that_built_it():
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic("--dynamic"))
+    content = LIBRARY.read_bytes()
+    roots = (LIBRARY.parents[1], Path(torch.__file__).parents[1], Path.home(), Path(sys.prefix))
+    assert not [root for root in roots if root != Path("/") and bytes(root) + b"/" in content]
+    assert b"site-packages" not in content
+
+
+def test_out_of_memory_says_how_much():
+    """In torch's words, where torch tells them to libraries."""
+    with pytest.raises(RuntimeError) as ours:
+        torch.ops.fastnn.adaptive_avg_pool2d(torch.ones(1, 1, 2, 2), 2**30, 2**14)
+    with pytest.raises(RuntimeError) as torchs:
+        torch.nn.functional.adaptive_avg_pool2d(torch.ones(1, 1, 2, 2), (2**30, 2**14))
+    if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 13):
+        assert str(ours.value) == str(torchs.value)
+    else:
+        assert str(2**44) in str(ours.value)
+    # And where a tensor of another layout is copied.
+    with pytest.raises(RuntimeError, match="allocate"):
+        torch.ops.fastnn.adaptive_avg_pool2d(torch.ones(1).expand(1, 1, 2**24, 2**24), 2, 2)
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")

@@ -89,7 +89,10 @@ def test_choices_of_another_version(some_gpu, monkeypatch):
         '{"version": 1, "gpus": {"a": {"choices": {"op": {"of": 1}}}}}',
         '{"version": 1, "gpus": {"a": 3}}',
         b"\xff\xfe",
+        "[" * 100_000,
+        '{"version": 1, "gpus": ' + '{"a": ' * 100_000,
     ],
+    ids=lambda text: str(text[:40]),
 )
 def test_file_that_is_none(some_gpu, text):
     _choice.path().parent.mkdir(parents=True)
@@ -110,6 +113,21 @@ def test_folder_that_cannot_be_written(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(OSError, match="fastnn"):
         _choice.store(0, {"a": {"b": "kernel"}})
+
+
+def test_a_lock_that_leads_elsewhere(tmp_path, some_gpu):
+    """A link in the lock's place neither empties nor makes the file that it names."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("kept")
+    _choice.path().parent.mkdir(parents=True)
+    for target in (elsewhere, tmp_path / "nowhere"):
+        link = _choice.path().with_suffix(".lock")
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(OSError, match=r"gpu\.lock"):
+            _choice.store(0, {"a": {"b": "kernel"}})
+    assert elsewhere.read_text() == "kept"
+    assert not (tmp_path / "nowhere").exists()
 
 
 def store_some(folder, number):

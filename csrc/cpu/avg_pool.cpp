@@ -138,7 +138,7 @@ struct AvgPool {
     const int64_t stride = kStride > 0 ? kStride : columns.stride;
     const A over = grid.over<A>(u, low);
     // By a power of two, multiplying gives the same and is faster.
-    const auto number = static_cast<int64_t>(over);
+    const int64_t number = over <= A(int64_t{1} << 62) ? static_cast<int64_t>(over) : 0;
     const bool exact = number > 0 && (number & (number - 1)) == 0;
     const V divisor = splat(over), inverse = splat(A(1) / over);
     for (int64_t v = low; v < high; v += V::size) {

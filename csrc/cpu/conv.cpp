@@ -112,7 +112,10 @@ void forward(const ConvArgs& args, const Context& context) {
   if constexpr (kPer == 1) {
     if (args.channels_last && by_rows<T>(s)) return rows_forward<T>(args, context);
   }
-  if (args.channels_last && by_pixels(s)) return pixels_forward<T>(args, context);
+  const auto by_gathering = [&] {
+    return args.channels_last ? pixels_forward<T>(args, context) : turned_forward<T>(args, context);
+  };
+  if ((args.channels_last && by_pixels(s)) || !mostly_image(s)) return by_gathering();
   if (in_registers<T>(context) && by_pixels(s)) return turned_forward<T>(args, context);
   if (pool != nullptr && by_turned_pixels(s) && s.oh * s.ow <= kTurnedImage &&
       s.n * s.oh * s.ow >= kTurnedPixels)
@@ -139,6 +142,7 @@ void forward(const ConvArgs& args, const Context& context) {
   Axis span_columns = columns;
   span_columns.outputs = span;
   const Planes planes(rows, span_columns, by.conv_rows);
+  if (!in_place && plane_count * planes.channel >= kMostOffset) return by_gathering();
 
   const WeightRows<T> weights = weight_rows<T>(args, taps, channels, s.n * s.oh * s.ow, context);
   const int64_t depth = taps * plane_count;

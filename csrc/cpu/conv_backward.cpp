@@ -14,7 +14,7 @@ struct Span {
 
   explicit Span(const Axis& axis) {
     bool first = true;
-    for (int64_t p = 0; p < axis.stride; ++p) {
+    for (int64_t p = 0; p < filled_phases(axis); ++p) {
       const PhaseTaps phase{axis, p};
       for (int64_t t = 0; t < axis.taps; ++t) {
         if (!phase.has(t)) continue;
@@ -26,6 +26,17 @@ struct Span {
     }
   }
 };
+
+// Whether offsets in the planes of both gradients are numbers of 32 bits: those of one row of the output's
+// gradient, over all channels, and those of a band of 768 pixels of the input, over 4.
+bool offsets_fit(const ConvShape& s) {
+  const auto number = [](int64_t n) { return static_cast<double>(n); };
+  const double height = number(s.kh - 1) * number(s.dh) / number(s.sh) + 3,
+               width = number(max_of(s.ow, s.w)) + number(s.kw - 1) * number(s.dw) / number(s.sw) + 2;
+  const double phases = number(min_of(s.kh, s.sh)) * number(min_of(s.kw, s.sw));
+  return number(s.k / s.groups) * height * width < number(kMostOffset) &&
+         4 * phases * (768 + height * width) < number(kMostOffset);
+}
 
 // The weight of one phase as rows of input channels: a[c, (k, taps of the phase)], and the matching offsets.
 template <class T>
@@ -123,10 +134,11 @@ void input_gradient(const ConvBackwardArgs& args, const T* grad, const Context& 
       plane_columns{1, 1, 1, -columns.least, width, s.ow};
   const Planes planes(plane_rows, plane_columns, band + reach);
   const int64_t channel = in_place ? s.oh * s.ow : planes.channel;
-  auto* products = context.scratch<PhaseProduct<T>>(s.sh * s.sw);
-  for (int64_t a = 0; a < s.sh; ++a) {
-    for (int64_t b = 0; b < s.sw; ++b) {
-      products[a * s.sw + b] =
+  const int64_t row_phases = filled_phases(down), column_phases = filled_phases(across);
+  auto* products = context.scratch<PhaseProduct<T>>(row_phases * column_phases);
+  for (int64_t a = 0; a < row_phases; ++a) {
+    for (int64_t b = 0; b < column_phases; ++b) {
+      products[a * column_phases + b] =
           phase_product<T>(args, {down, a}, {across, b}, rows.least, columns.least, width, channel, context);
     }
   }
@@ -156,12 +168,11 @@ void input_gradient(const ConvBackwardArgs& args, const T* grad, const Context& 
       const int64_t p0 = group * together, p1 = min_of(panels.number, p0 + together);
       const int64_t c0 = panels.start(p0);
       const int count = static_cast<int>(panels.start(p1) - c0);
-      for (int64_t a = 0; a < s.sh; ++a) {
+      for (int64_t a = 0; a < row_phases; ++a) {
         const int64_t height = min_of(band, PhaseTaps{down, a}.inputs() - first);
-        for (int64_t b = 0; b < s.sw && height > 0; ++b) {
+        for (int64_t b = 0; b < column_phases && height > 0; ++b) {
           const int64_t wide = PhaseTaps{across, b}.inputs();
-          if (wide <= 0) continue;
-          const PhaseProduct<T>& product = products[a * s.sw + b];
+          const PhaseProduct<T>& product = products[a * column_phases + b];
           const int64_t pixels = (height - 1) * width + wide;
           if (product.depth == 0) {
             clear_plane(y, count * y_row);
@@ -204,19 +215,20 @@ void backward(const ConvBackwardArgs& args, const Context& context) {
          args.grad_input, args.grad_weight, args.grad_bias},
         context);
   }
-  if (!args.channels_last && (by_turned_pixels(s) || (in_registers<T>(context) && by_pixels(s))))
+  const bool planes = mostly_image(s) && offsets_fit(s);
+  if (!args.channels_last && (by_turned_pixels(s) || (in_registers<T>(context) && by_pixels(s)) || !planes))
     return turned_gradients<T>(args, context);
   const T* grad = output_gradient<T>(args, context);
   if (s.c == 0) return;
   if (args.grad_input != nullptr && s.h > 0 && s.w > 0) {
-    if (args.channels_last && by_pixels(s)) {
+    if (args.channels_last && (by_pixels(s) || !planes)) {
       pixels_input_gradient<T>(args, grad, context);
     } else {
       input_gradient<T>(args, grad, context);
     }
   }
   if (args.grad_weight != nullptr) {
-    if (args.channels_last && s.k / s.groups >= 8) {
+    if (args.channels_last && (s.k / s.groups >= 8 || !planes)) {
       pixels_weight_gradient<T>(args, grad, context);
     } else {
       weight_gradient<T>(args, grad, context);

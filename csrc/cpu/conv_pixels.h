@@ -341,7 +341,7 @@ inline void pixels_input_gradient(const ConvBackwardArgs& args, const T* grad, c
   Elem* tiles = context.scratch<Elem>(workers * kTileElems<T>);
   Workspace<T> space;
   // The pixels of a phase are not a constant step apart in the image, so they are copied there.
-  const bool phases = s.sh * s.sw > 1;
+  const bool phases = s.sh > 1 || s.sw > 1;
   const int64_t most = ceil_div(s.h, s.sh) * ceil_div(s.w, s.sw);
   const int64_t images =
       phases ? max_of(1, min_of(s.n,
@@ -349,11 +349,10 @@ inline void pixels_input_gradient(const ConvBackwardArgs& args, const T* grad, c
              : s.n;
   T* part = phases ? context.scratch<T>(images * most * channels) : nullptr;
   auto* result = static_cast<T*>(args.grad_input);
-  for (int64_t a = 0; a < s.sh; ++a) {
-    for (int64_t b = 0; b < s.sw; ++b) {
+  for (int64_t a = 0; a < filled_phases(down); ++a) {
+    for (int64_t b = 0; b < filled_phases(across); ++b) {
       const PhaseTaps rows{down, a}, columns{across, b};
       const int64_t height = rows.inputs(), width = columns.inputs();
-      if (height == 0 || width == 0) continue;
       // From the last tap to the first, so that what they read goes upwards.
       int64_t count = 0;
       for (int64_t r = s.kh - 1; r >= 0; --r) {

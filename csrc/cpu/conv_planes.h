@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cpu/context.h"
+#include "cpu/conv.h"
 #include "cpu/gemm_tile.h"
 
 namespace fastnn::FASTNN_ISA_NS {
@@ -41,22 +42,14 @@ struct Axis {
   int64_t phase(int64_t tap) const { return tap * dilation % stride; }
   int64_t shift(int64_t tap) const { return tap * dilation / stride; }
   int64_t most_shift() const { return taps > 0 ? shift(taps - 1) : 0; }
-  // Phases that some tap reads, in [0, stride): the number of them, and the place of each.
+  // The number of phases that some tap reads. Those of the first taps: the others repeat them in their order.
   int64_t phases() const {
-    int64_t count = 0;
-    for (int64_t p = 0; p < stride; ++p) count += used(p);
-    return count;
-  }
-  bool used(int64_t p) const {
-    for (int64_t t = 0; t < taps; ++t) {
-      if (phase(t) == p) return true;
+    int64_t a = stride, b = dilation % stride;
+    while (b != 0) {
+      const int64_t rest = a % b;
+      a = b, b = rest;
     }
-    return false;
-  }
-  int64_t place(int64_t p) const {
-    int64_t count = 0;
-    for (int64_t other = 0; other < p; ++other) count += used(other);
-    return count;
+    return min_of(taps, stride / a);
   }
 };
 
@@ -77,6 +70,9 @@ struct PhaseTaps {
   int64_t inputs() const { return axis.inputs > p ? ceil_div(axis.inputs - p, axis.stride) : 0; }
 };
 
+// Phases that hold an element of the input: of a stride past its end, no more than it has.
+FASTNN_INLINE int64_t filled_phases(const Axis& axis) { return min_of(axis.stride, axis.inputs); }
+
 // Sizes of the planes of a band of `band` output rows.
 struct Planes {
   Axis rows, columns;
@@ -94,11 +90,26 @@ struct Planes {
         channel(round_up(row_phases * column_phases * height * width, 16) + 16) {}
 
   int64_t offset(int64_t row_tap, int64_t column_tap) const {
-    const int64_t phase =
-        rows.place(rows.phase(row_tap)) * column_phases + columns.place(columns.phase(column_tap));
+    const int64_t phase = row_tap % row_phases * column_phases + column_tap % column_phases;
     return (phase * height + rows.shift(row_tap)) * width + columns.shift(column_tap);
   }
 };
+
+// Offsets in planes are numbers of 32 bits.
+inline constexpr int64_t kMostOffset = int64_t{1} << 31;
+
+// Whether a row of planes is not many times what image and output hold: where a window reaches far beyond
+// them, by its dilation, nearly all of it is padding.
+inline bool mostly_image(const ConvShape& s) {
+  constexpr double kFew = 0x1p16, kTimes = 64;
+  const auto number = [](int64_t n) { return static_cast<double>(n); };
+  const auto length = [&](int64_t taps, int64_t stride, int64_t dilation, int64_t outputs) {
+    return number(min_of(taps, stride)) *
+           (number(outputs) + number(taps - 1) * number(dilation) / number(stride));
+  };
+  return length(s.kh, s.sh, s.dh, 1) * length(s.kw, s.sw, s.dw, s.ow) <=
+         kFew + kTimes * (number(s.h) * number(s.w) + number(s.oh) * number(s.ow));
+}
 
 // A tile may read this many elements past the last that counts. What it makes of them is dropped, but they
 // are set to zero: products of whatever stood there before can be a hundred times as slow, where it reads as
@@ -219,10 +230,10 @@ inline void fill_planes(const Image<T>& image, const Planes& planes, int64_t fir
   const Axis &rows = planes.rows, &columns = planes.columns;
   const int64_t count = ceil_div(image.channels, kPer), width = planes.width;
   E* phase = out;
-  for (int64_t a = 0; a < rows.stride; ++a) {
-    if (!rows.used(a)) continue;
-    for (int64_t b = 0; b < columns.stride; ++b) {
-      if (!columns.used(b)) continue;
+  for (int64_t i = 0; i < planes.row_phases; ++i) {
+    const int64_t a = rows.phase(i);
+    for (int64_t j = 0; j < planes.column_phases; ++j) {
+      const int64_t b = columns.phase(j);
       // Column v of the phase is input column v * stride + from.
       const int64_t from = b - columns.padding, stride = columns.stride;
       const int64_t low = min_of(width, from >= 0 ? 0 : ceil_div(-from, stride));

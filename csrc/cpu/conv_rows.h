@@ -17,12 +17,15 @@ inline constexpr int64_t kLeastRows = 4;
 // which are copied all the same, and rows, which are what workers share out, may be too few or too long.
 template <class T>
 inline bool by_rows(const ConvShape& s) {
-  constexpr int64_t kMostChannels = 256, kLeastOutputs = 8, kMostBytes = int64_t{4} << 20;
-  const int64_t line = ((s.ow - 1) * s.sw + (s.kw - 1) * s.dw + 1) * (s.c + 16),
-                lines = (kLeastRows - 1) * s.sh + (s.kh - 1) * s.dh + 1;
+  constexpr int64_t kMostChannels = 256, kLeastOutputs = 8;
+  constexpr double kMostBytes = 0x1p22;
+  const auto reach = [](int64_t outputs, int64_t stride, int64_t taps, int64_t dilation) {
+    return static_cast<double>((outputs - 1) * stride + (taps - 1) * dilation + 1);
+  };
+  const double line = reach(s.ow, s.sw, s.kw, s.dw) * static_cast<double>(s.c + 16),
+               lines = reach(kLeastRows, s.sh, s.kh, s.dh);
   return Gemm<T>::kPerElem == 1 && s.groups == 1 && s.c <= kMostChannels && s.k >= kLeastOutputs &&
-         s.kh >= s.sh && s.kw >= s.sw && s.oh > 1 &&
-         line * lines * static_cast<int64_t>(sizeof(acc_t<T>)) <= kMostBytes;
+         s.kh >= s.sh && s.kw >= s.sw && s.oh > 1 && line * lines * sizeof(acc_t<T>) <= kMostBytes;
 }
 
 // Up to kMR neighbouring outputs of a row by the channels of one panel.

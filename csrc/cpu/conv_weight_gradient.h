@@ -31,10 +31,7 @@ template <class E>
 inline constexpr int kDotLanes = Vec<E>::size;
 #if FASTNN_ISA_LEVEL >= 3
 FASTNN_INLINE Pairs load_dot(const bf16* p) { return {_mm512_loadu_si512(p)}; }
-FASTNN_INLINE Pairs load_dot(const bf16* p, int n) {
-  return {
-      _mm512_maskz_loadu_epi16(static_cast<__mmask32>(_bzhi_u32(0xffffffffu, static_cast<uint32_t>(n))), p)};
-}
+FASTNN_INLINE Pairs load_dot(const bf16* p, int n) { return {_mm512_maskz_loadu_epi16(first32(n), p)}; }
 template <>
 inline constexpr int kDotLanes<bf16> = 32;
 #endif

@@ -419,7 +419,7 @@ FASTNN_INLINE void dot_tile(const GemmArgs<T>& g, int64_t i, int64_t j) {
     for (; p + 32 <= g.k; p += 32)
       step(p, [](const T* q) __attribute__((always_inline)) { return Pairs{_mm512_loadu_si512(q)}; });
     if (p < g.k) {
-      const __mmask32 mask = static_cast<__mmask32>(_bzhi_u32(0xffffffffu, static_cast<uint32_t>(g.k - p)));
+      const __mmask32 mask = first32(g.k - p);
       step(p, [mask](const T* q)
                   __attribute__((always_inline)) { return Pairs{_mm512_maskz_loadu_epi16(mask, q)}; });
       p = g.k;

@@ -208,12 +208,10 @@ template <class T>
 FASTNN_INLINE F load_elems(const T* p, int64_t count) {
   constexpr int kPer = Gemm<T>::kPerElem;
   if constexpr (kPer == 1) {
-    return count >= F::size ? load(p) : load(p, count > 0 ? static_cast<int>(count) : 0);
+    return count >= F::size ? load(p) : load(p, static_cast<int>(max_of(count, 0)));
   } else {
 #if FASTNN_ISA_LEVEL >= 3
-    const int64_t n = count < 0 ? 0 : count > 32 ? 32 : count;
-    const __mmask32 mask = static_cast<__mmask32>(_bzhi_u64(0xffffffffull, static_cast<uint64_t>(n)));
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p))};
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first32(count), p))};
 #endif
   }
 }
@@ -236,7 +234,7 @@ FASTNN_INLINE F load_across(const T* p, int64_t step, int64_t left, int count) {
   }
 #endif
   (void)step, (void)left;
-  return count >= F::size ? load(p) : load(p, count > 0 ? count : 0);
+  return count >= F::size ? load(p) : load(p, count);
 }
 
 // Rows of B that go to all panels of a block before the next ones are read.

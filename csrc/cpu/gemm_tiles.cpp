@@ -90,7 +90,7 @@ void finish_turned(int rows, int64_t columns, const float* sums, int64_t sums_ro
         store(turned[r] + i, last.activation == Activation::relu ? relu(x) : x);
       }
     }
-    const __mmask32 mask = _bzhi_u32(0xffffffffu, static_cast<uint32_t>(rows));
+    const __mmask32 mask = first32(rows);
     for (int r = 0; r < wide; ++r)
       _mm512_mask_storeu_epi16(c + (j + r) * c_row, mask, _mm512_load_si512(turned[r]));
   }

@@ -13,6 +13,11 @@ struct MaxPool {
   const PoolShape& shape;
   const PoolAxis &rows, &columns;
   int64_t row_step, column_step;  // of the input, in elements
+  // Lanes of places hold numbers of taps where locations are asked for, else how far an element lies from the
+  // window's tap 0 in the plane: what a row and a column of taps add to either.
+  int64_t row_unit, column_unit;
+  // Whether indices are asked for of windows whose places a lane of floats cannot tell apart.
+  bool far;
 
   explicit MaxPool(const MaxPoolArgs& a)
       : args(a),
@@ -20,7 +25,16 @@ struct MaxPool {
         rows(a.shape.rows),
         columns(a.shape.columns),
         row_step(shape.channels_last ? columns.inputs * shape.c : columns.inputs),
-        column_step(shape.channels_last ? shape.c : 1) {}
+        column_step(shape.channels_last ? shape.c : 1),
+        row_unit(a.locations != nullptr ? columns.kernel : rows.dilation * columns.inputs),
+        column_unit(a.locations != nullptr ? 1 : columns.dilation) {
+    const auto reach = [](const PoolAxis& axis, int64_t unit) {
+      const int64_t taps = axis.adaptive ? axis.inputs / max_of(axis.outputs, 1) + 2 : axis.kernel;
+      return static_cast<double>(taps) * static_cast<double>(unit);
+    };
+    constexpr double kWhole = sizeof(A) == 4 ? 0x1p24 : 0x1p53;  // numbers up to it are exact
+    far = a.indices != nullptr && reach(rows, row_unit) + reach(columns, column_unit) > kWhole;
+  }
 
   void put(int64_t at, A value, int64_t row, int64_t column, int64_t tap) const {
     static_cast<T*>(args.output)[at] = from_acc<T>(value);
@@ -107,8 +121,7 @@ struct MaxPool {
   // at a time. kPlaces: whether it is asked where the maxima stand. kColumns: the kernel's columns, or 0
   // where they are no constant.
   template <bool kPlaces, int kColumns>
-  void run_of(const T* plane, int64_t u, int64_t low, int64_t high, int64_t at,
-              const int64_t* tap_index) const {
+  void run_of(const T* plane, int64_t u, int64_t low, int64_t high, int64_t at) const {
     const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), stride = columns.stride;
     const int64_t top = rows.start(u), width = kColumns > 0 ? kColumns : columns.kernel;
     for (int64_t v = low; v < high; v += V::size) {
@@ -116,7 +129,7 @@ struct MaxPool {
       // Whole vectors may read one element further than the last tap: not at the end of the plane.
       const bool whole = count == V::size && (stride == 1 || v + V::size < high ||
                                               top + (r1 - 1) * rows.dilation + 1 < rows.inputs);
-      V best = splat(static_cast<A>(-__builtin_huge_val())), tap = splat(static_cast<A>(r0 * columns.kernel));
+      V best = splat(static_cast<A>(-__builtin_huge_val())), place = splat(static_cast<A>(r0 * row_unit));
       for (int64_t r = r0; r < r1; ++r) {
         const T* from = plane + (top + r * rows.dilation) * row_step + v * stride - columns.padding;
 #pragma GCC unroll 4
@@ -126,104 +139,124 @@ struct MaxPool {
           if constexpr (kPlaces) {
             const auto more = (x > best) | is_nan(x);
             best = select(more, x, best);
-            tap = select(more, splat(static_cast<A>(r * columns.kernel + c)), tap);
+            place = select(more, splat(static_cast<A>(r * row_unit + c * column_unit)), place);
           } else {
             best = max_nan(x, best);
           }
         }
       }
-      store_at(at + v, best, tap, count);
-      if (args.indices != nullptr) {
-        A lane[V::size];
-        store(lane, tap);
-        const int64_t base = top * columns.inputs + v * stride - columns.padding;
-        for (int i = 0; i < count; ++i)
-          args.indices[at + v + i] = base + i * stride + tap_index[static_cast<int64_t>(lane[i])];
-      }
+      store_at(at + v, best, place, count);
+      if (args.indices != nullptr)
+        store_indices(at + v, place, top * columns.inputs + v * stride - columns.padding, stride, count);
     }
   }
 
   template <int kColumns>
-  void run(const T* plane, int64_t u, int64_t low, int64_t high, int64_t at, const int64_t* tap_index) const {
+  void run(const T* plane, int64_t u, int64_t low, int64_t high, int64_t at) const {
     if (args.indices != nullptr || args.locations != nullptr) {
-      run_of<true, kColumns>(plane, u, low, high, at, tap_index);
+      run_of<true, kColumns>(plane, u, low, high, at);
     } else {
-      run_of<false, kColumns>(plane, u, low, high, at, tap_index);
+      run_of<false, kColumns>(plane, u, low, high, at);
     }
   }
 
-  void store_at(int64_t at, V best, V tap, int count) const {
+  // The indices of windows whose tap 0 is `first` in its plane, and `step` further from one to the next.
+  void store_indices(int64_t at, V place, int64_t first, int64_t step, int count) const {
+    A lane[V::size];
+    store(lane, place);
+    if (args.locations != nullptr) {
+      for (int i = 0; i < V::size; ++i) {
+        const auto tap = static_cast<int64_t>(lane[i]);
+        lane[i] = static_cast<A>(tap / columns.kernel * rows.dilation * columns.inputs +
+                                 tap % columns.kernel * columns.dilation);
+      }
+    }
+    for (int i = 0; i < count; ++i) args.indices[at + i] = first + i * step + static_cast<int64_t>(lane[i]);
+  }
+
+  void store_at(int64_t at, V best, V place, int count) const {
     auto* out = static_cast<T*>(args.output) + at;
     if (count == V::size) {
       store(out, best);
     } else {
       store(out, best, count);
     }
-    if (args.locations != nullptr) store_bytes<A>(args.locations + at, tap, count);
+    if (args.locations != nullptr) store_bytes<A>(args.locations + at, place, count);
   }
 
   // All channels of window (u, v) of [n, h, w, c].
   template <int N>
-  void across(const T* image, int64_t u, int64_t v, int64_t at, int64_t channel, int count,
-              const int64_t* tap_index) const {
+  void across(const T* image, int64_t u, int64_t v, int64_t at, int64_t channel, int count) const {
     const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v),
                   c1 = columns.end_tap(v);
-    const int64_t top = rows.start(u), left = columns.start(v),
-                  taps = rows.adaptive ? columns.inputs : columns.kernel;
-    V best[N], tap[N];
+    const int64_t top = rows.start(u), left = columns.start(v);
+    V best[N], place[N];
     const A least = args.after_relu ? A(0) : static_cast<A>(-__builtin_huge_val());
-    const auto first = static_cast<A>(args.after_relu ? args.nowhere : r0 * taps + c0);
+    const auto first = static_cast<A>(args.after_relu ? args.nowhere : r0 * row_unit + c0 * column_unit);
     for (int i = 0; i < N; ++i) {
       best[i] = splat(least);
-      tap[i] = splat(first);
+      place[i] = splat(first);
     }
     for (int64_t r = r0; r < r1; ++r) {
       for (int64_t c = c0; c < c1; ++c) {
         const T* from = image + (top + r * rows.dilation) * row_step +
                         (left + c * columns.dilation) * column_step + channel;
-        const V here = splat(static_cast<A>(r * taps + c));
+        const V here = splat(static_cast<A>(r * row_unit + c * column_unit));
 #pragma GCC unroll 4
         for (int i = 0; i < N; ++i) {
           const V x = N > 1 || count == V::size ? load(from + i * V::size) : load(from, count);
           const auto more = (x > best[i]) | is_nan(x);
           best[i] = select(more, x, best[i]);
-          tap[i] = select(more, here, tap[i]);
+          place[i] = select(more, here, place[i]);
         }
       }
     }
     for (int i = 0; i < N; ++i) {
-      store_at(at + channel + i * V::size, best[i], tap[i], count);
-      if (args.indices == nullptr) continue;
-      A lane[V::size];
-      store(lane, tap[i]);
-      const int64_t base = top * columns.inputs + left;
-      for (int j = 0; j < count; ++j) {
-        args.indices[at + channel + i * V::size + j] = base + tap_index[static_cast<int64_t>(lane[j])];
+      store_at(at + channel + i * V::size, best[i], place[i], count);
+      if (args.indices != nullptr)
+        store_indices(at + channel + i * V::size, place[i], top * columns.inputs + left, 0, count);
+    }
+  }
+
+  // The same with indices of int64 all along.
+  void across_far(const T* image, int64_t u, int64_t v, int64_t at, int64_t channel, int count) const {
+    const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v),
+                  c1 = columns.end_tap(v);
+    const int64_t top = rows.start(u), left = columns.start(v);
+    A best[V::size];
+    int64_t index[V::size];
+    for (int i = 0; i < V::size; ++i) {
+      best[i] = static_cast<A>(-__builtin_huge_val());
+      index[i] = (top + r0 * rows.dilation) * columns.inputs + left + c0 * columns.dilation;
+    }
+    for (int64_t r = r0; r < r1; ++r) {
+      for (int64_t c = c0; c < c1; ++c) {
+        const int64_t row = top + r * rows.dilation, column = left + c * columns.dilation;
+        const T* from = image + row * row_step + column * column_step + channel;
+        for (int i = 0; i < count; ++i) {
+          const A x = to_acc(from[i]);
+          const bool more = x > best[i] || x != x;
+          best[i] = more ? x : best[i];
+          index[i] = more ? row * columns.inputs + column : index[i];
+        }
       }
+    }
+    for (int i = 0; i < count; ++i) {
+      static_cast<T*>(args.output)[at + channel + i] = from_acc<T>(best[i]);
+      args.indices[at + channel + i] = index[i];
     }
   }
 
   void operator()(const Context& context) const {
     const int64_t count = shape.n * shape.c * rows.outputs * columns.outputs;
     if (count == 0) return;
-    // Where a tap lies, relative to tap 0.
-    const int64_t kernel_rows = rows.adaptive ? rows.inputs : rows.kernel,
-                  kernel_columns = rows.adaptive ? columns.inputs : columns.kernel;
-    int64_t* tap_index = nullptr;
-    if (args.indices != nullptr) {
-      tap_index = context.scratch<int64_t>(kernel_rows * kernel_columns);
-      for (int64_t t = 0; t < kernel_rows * kernel_columns; ++t) {
-        tap_index[t] =
-            t / kernel_columns * rows.dilation * columns.inputs + t % kernel_columns * columns.dilation;
-      }
-    }
     const int64_t read = shape.n * shape.c * rows.inputs * columns.inputs;
     const int64_t workers = workers_for(4.0 * max_of(read, count), context);
     const auto* input = static_cast<const T*>(args.input);
     // Rows of windows, of all images (and channels), in runs of equal length.
     const int64_t lines = shape.n * (shape.channels_last ? 1 : shape.c) * rows.outputs;
     const int64_t tasks = workers <= 1 ? 1 : min_of(lines, 8 * workers);
-    const bool vectors = !columns.adaptive && (columns.outputs >= 4 || columns.kernel < 4);
+    const bool vectors = !columns.adaptive && !far && (columns.outputs >= 4 || columns.kernel < 4);
     const bool dense_windows = columns.adaptive || (rows.padding == 0 && columns.padding == 0 &&
                                                     rows.dilation == 1 && columns.dilation == 1);
     const int64_t low = vectors ? columns.first_inside() : 0, high = vectors ? columns.end_inside() : 0;
@@ -237,21 +270,22 @@ struct MaxPool {
           for (int64_t v = 0; v < columns.outputs; ++v) {
             const int64_t at = (line * columns.outputs + v) * shape.c;
             int64_t c = 0;
-            for (; c + 4 * V::size <= shape.c; c += 4 * V::size)
-              across<4>(from, u, v, at, c, V::size, tap_index);
+            for (; far && c < shape.c; c += V::size)
+              across_far(from, u, v, at, c, static_cast<int>(min_of(V::size, shape.c - c)));
+            for (; c + 4 * V::size <= shape.c; c += 4 * V::size) across<4>(from, u, v, at, c, V::size);
             for (; c < shape.c; c += V::size)
-              across<1>(from, u, v, at, c, static_cast<int>(min_of(V::size, shape.c - c)), tap_index);
+              across<1>(from, u, v, at, c, static_cast<int>(min_of(V::size, shape.c - c)));
           }
         } else {
           const int64_t at = line * columns.outputs;
           if (vectors) {
             for (int64_t v = 0; v < low; ++v) one(from, u, v, at + v);
             if (columns.kernel == 2) {
-              run<2>(from, u, low, high, at, tap_index);
+              run<2>(from, u, low, high, at);
             } else if (columns.kernel == 3) {
-              run<3>(from, u, low, high, at, tap_index);
+              run<3>(from, u, low, high, at);
             } else {
-              run<0>(from, u, low, high, at, tap_index);
+              run<0>(from, u, low, high, at);
             }
             for (int64_t v = high; v < columns.outputs; ++v) one(from, u, v, at + v);
           } else {
@@ -365,7 +399,8 @@ void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
           if (inside && v == v0) v = v1;
           if (v >= columns.outputs) break;
           const int tap = args.locations[at + v];
-          const int64_t row = top + places.row[tap], column = columns.start(v) + places.column[tap];
+          const int64_t row = top + places.row[tap] * rows.dilation,
+                        column = columns.start(v) + places.column[tap] * columns.dilation;
           if (row < 0 || row >= rows.inputs || column < 0 || column >= columns.inputs) continue;
           out[row * columns.inputs + column] = grad[at + v];
         }

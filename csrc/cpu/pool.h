@@ -7,6 +7,10 @@
 
 namespace fastnn {
 
+// Outside of the levels' namespaces no function may be one of its own: the linker would keep one level's for
+// all.
+#define FASTNN_INLINE_MEMBER __attribute__((always_inline))
+
 // The windows along one axis.
 struct PoolAxis {
   int64_t inputs, outputs;
@@ -16,23 +20,27 @@ struct PoolAxis {
 
   // First tap of window o inside the input, and the number of taps up to the last inside: kernel taps without
   // padding.
-  int64_t first_tap(int64_t o) const {
+  FASTNN_INLINE_MEMBER int64_t first_tap(int64_t o) const {
     const int64_t start = o * stride - padding;
     if (adaptive || start >= 0) return 0;
     return dilation == 1 ? -start
                          : (-start + dilation - 1) / dilation;  // a division costs more than a small window
   }
-  int64_t end_tap(int64_t o) const {
+  FASTNN_INLINE_MEMBER int64_t end_tap(int64_t o) const {
     if (adaptive) return ((o + 1) * inputs + outputs - 1) / outputs - start(o);
     const int64_t room = inputs - start(o);
     if (room <= 0) return 0;
     return min_of(kernel, dilation == 1 ? room : (room + dilation - 1) / dilation);
   }
   // Where tap 0 of window o lies; negative in the padding.
-  int64_t start(int64_t o) const { return adaptive ? o * inputs / outputs : o * stride - padding; }
+  FASTNN_INLINE_MEMBER int64_t start(int64_t o) const {
+    return adaptive ? o * inputs / outputs : o * stride - padding;
+  }
   // Windows [first_inside, end_inside) lie wholly in the input.
-  int64_t first_inside() const { return min_of(outputs, (padding + stride - 1) / stride); }
-  int64_t end_inside() const {
+  FASTNN_INLINE_MEMBER int64_t first_inside() const {
+    return min_of(outputs, (padding + stride - 1) / stride);
+  }
+  FASTNN_INLINE_MEMBER int64_t end_inside() const {
     const int64_t room = inputs + padding - (dilation * (kernel - 1) + 1);
     return max_of(first_inside(), min_of(outputs, room < 0 ? 0 : room / stride + 1));
   }

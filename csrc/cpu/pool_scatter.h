@@ -11,14 +11,15 @@ namespace fastnn::FASTNN_ISA_NS {
 struct TapPlaces {
   static constexpr int64_t kMost = 256;
   int64_t taps;
-  int32_t row[kMost] = {}, column[kMost] = {}, place[kMost] = {};
+  uint8_t row[kMost] = {}, column[kMost] = {};  // of the window
+  int64_t place[kMost] = {};
 
   TapPlaces(const PoolAxis& rows, const PoolAxis& columns) : taps(rows.kernel * columns.kernel) {
-    for (int64_t r = 0, t = 0; r < rows.kernel; ++r) {
+    for (int64_t r = 0, t = 0; r < rows.kernel && t < kMost; ++r) {
       for (int64_t c = 0; c < columns.kernel && t < kMost; ++c, ++t) {
-        row[t] = static_cast<int32_t>(r * rows.dilation);
-        column[t] = static_cast<int32_t>(c * columns.dilation);
-        place[t] = static_cast<int32_t>(row[t] * columns.inputs + column[t]);
+        row[t] = static_cast<uint8_t>(r);
+        column[t] = static_cast<uint8_t>(c);
+        place[t] = r * rows.dilation * columns.inputs + c * columns.dilation;
       }
     }
   }
@@ -58,7 +59,8 @@ inline void scatter_locations(const PoolAxis& rows, const PoolAxis& columns, con
       if (inside && v == v0) v = v1;
       if (v >= columns.outputs) break;
       const int tap = locations[v];
-      const int64_t row = top + places.row[tap], column = columns.start(v) + places.column[tap];
+      const int64_t row = top + places.row[tap] * rows.dilation,
+                    column = columns.start(v) + places.column[tap] * columns.dilation;
       // Not written by the forward pass.
       if (tap >= places.taps || row < 0 || row >= rows.inputs || column < 0 || column >= columns.inputs)
         continue;

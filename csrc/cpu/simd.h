@@ -114,12 +114,14 @@ struct Mask<double> {
 using F = Vec<float>;
 using D = Vec<double>;
 
-FASTNN_INLINE __mmask16 first16(int n) {
-  return static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<uint32_t>(n)));
+// The first n lanes, whatever n is. The instruction takes the low byte of its operand alone: -1 would be all
+// lanes, and 256 none.
+FASTNN_INLINE uint32_t first_bits(uint32_t all, int64_t lanes, int64_t n) {
+  return _bzhi_u32(all, static_cast<uint32_t>(n < 0 ? 0 : n > lanes ? lanes : n));
 }
-FASTNN_INLINE __mmask8 first8(int n) {
-  return static_cast<__mmask8>(_bzhi_u32(0xffu, static_cast<uint32_t>(n)));
-}
+FASTNN_INLINE __mmask32 first32(int64_t n) { return first_bits(0xffffffffu, 32, n); }
+FASTNN_INLINE __mmask16 first16(int64_t n) { return static_cast<__mmask16>(first_bits(0xffffu, 16, n)); }
+FASTNN_INLINE __mmask8 first8(int64_t n) { return static_cast<__mmask8>(first_bits(0xffu, 8, n)); }
 
 FASTNN_INLINE F splat(float x) { return {_mm512_set1_ps(x)}; }
 FASTNN_INLINE D splat(double x) { return {_mm512_set1_pd(x)}; }
@@ -137,7 +139,8 @@ FASTNN_INLINE F load(const f16* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), f16{});
 }
 
-// The first n elements, zeros behind; memory past them is not read. n may be 0 or more than the size.
+// The first n elements, zeros behind; memory past them is not read. n may be anything: below 0 there are
+// none.
 FASTNN_INLINE F load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first16(n), p)}; }
 FASTNN_INLINE D load(const double* p, int n) { return {_mm512_maskz_loadu_pd(first8(n), p)}; }
 FASTNN_INLINE F load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first16(n), p), bf16{}); }
@@ -288,7 +291,8 @@ FASTNN_INLINE F load(const f16* p) {
   return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), f16{});
 }
 
-// The first n elements, zeros behind; memory past them is not read. n may be 0 or more than the size.
+// The first n elements, zeros behind; memory past them is not read. n may be anything: below 0 there are
+// none.
 FASTNN_INLINE F load(const float* p, int n) { return {_mm256_maskload_ps(p, first8(n))}; }
 FASTNN_INLINE D load(const double* p, int n) { return {_mm256_maskload_pd(p, first4(n))}; }
 FASTNN_INLINE F load(const bf16* p, int n) { return widen(load_halves(p, n), bf16{}); }
@@ -379,7 +383,8 @@ using D = Vec<double>;
 FASTNN_INLINE F splat(float x) { return {F::reg{x, x, x, x}}; }
 FASTNN_INLINE D splat(double x) { return {D::reg{x, x}}; }
 
-// The first n elements, zeros behind; memory past them is not read. n may be 0 or more than the size.
+// The first n elements, zeros behind; memory past them is not read. n may be anything: below 0 there are
+// none.
 template <class T>
 FASTNN_INLINE Vec<acc_t<T> > load(const T* p, int n) {
   using V = Vec<acc_t<T> >;

@@ -33,8 +33,7 @@ FASTNN_INLINE F load_even(const T* p) {
 }
 template <class T>
 FASTNN_INLINE F load_even(const T* p, int n) {
-  const auto mask = static_cast<__mmask32>(_bzhi_u32(0xffffffffu, static_cast<uint32_t>(2 * n - 1)));
-  return even_halves(_mm512_maskz_loadu_epi16(mask, p), T{});
+  return even_halves(_mm512_maskz_loadu_epi16(first32(2 * n - 1), p), T{});
 }
 #elif FASTNN_ISA_LEVEL == 1
 FASTNN_INLINE F even_of(__m256 low, __m256 high) {

@@ -3,11 +3,8 @@
 #endif
 #include "ops/common.h"
 
-#include <torch/headeronly/util/shim_utils.h>
-
 #include <array>
 #include <cstdlib>
-#include <sstream>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -18,7 +15,61 @@
 #pragma weak aoti_torch_get_current_cuda_stream
 #endif
 
+// As of torch 2.13.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace fastnn::ops {
+
+void throw_torchs_error(const char* doing) {
+  if (torch_exception_get_what_without_backtrace != nullptr) {
+    const char* what = torch_exception_get_what_without_backtrace();
+    if (what != nullptr && *what != '\0') throw std::runtime_error(what);
+  }
+  refuse(doing);
+}
+
+void check_option(Pair values, const char* name, int64_t least) {
+  FASTNN_CHECK(values.h >= least && values.w >= least, name, " must be at least ", least, ", got (", values.h,
+               ", ", values.w, ")");
+  FASTNN_CHECK(values.h <= kMostOption && values.w <= kMostOption, name, " must be at most ", kMostOption,
+               ", got (", values.h, ", ", values.w, ")");
+}
+
+void check_input_size(Pair size) {
+  FASTNN_CHECK(size.h >= 1 && size.w >= 1 && size.h <= kMostElements && size.w <= kMostElements,
+               "input_size must be at least 1 and have at most ", kMostElements, " elements, got (", size.h,
+               ", ", size.w, ")");
+}
+
+int64_t count_of(const Sizes& sizes) {
+  int64_t count = 1;
+  bool fits = true, empty = false;
+  for (const int64_t size : sizes) {
+    empty |= size == 0;
+    fits &= !__builtin_mul_overflow(count, size, &count);
+  }
+  if (empty) return 0;
+  if (!fits || count > kMostElements) {
+    std::ostringstream out;
+    for (const int64_t size : sizes) out << (out.tellp() > 0 ? ", " : "") << size;
+    refuse("a tensor of shape [", out.str(), "] has more than ", kMostElements, " elements");
+  }
+  return count;
+}
+
+int64_t outputs_of(WindowAxis& axis, const char* op, int dimension) {
+  auto& [inputs, kernel, stride, padding, dilation, ceil_mode] = axis;
+  FASTNN_CHECK(inputs <= kMostElements, op, " expects sizes of at most ", kMostElements, ", got ", inputs);
+  const int64_t padded = inputs + 2 * padding, reach = dilation * (kernel - 1) + 1;
+  FASTNN_CHECK(reach <= padded, op, "'s window (", reach, ") is larger than the padded input (", padded,
+               ") in dimension ", dimension);
+  stride = stride < padded ? stride : padded;
+  if (kernel == 1) dilation = 1;
+  int64_t outputs = (padded - reach + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+  // The last window starts inside the input or its left padding.
+  if (ceil_mode && (outputs - 1) * stride >= inputs + padding) --outputs;
+  return outputs;
+}
 
 std::string shape(const Tensor& t) {
   std::ostringstream out;
@@ -133,9 +184,13 @@ namespace {
 Tensor empty_strided_on(int32_t device_type, int32_t device_index, ScalarType dtype, const Sizes& sizes,
                         const Sizes& strides) {
   AtenTensorHandle made = nullptr;
+  const int64_t count = count_of(sizes);
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), code, device_type, device_index, &made));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code,
+                               device_type, device_index, &made) != TORCH_SUCCESS) {
+    const std::string doing = "torch could not allocate a tensor of " + std::to_string(count) + " elements";
+    throw_torchs_error(doing.c_str());
+  }
   return Tensor(made);
 }
 
@@ -165,7 +220,8 @@ Sizes dense_strides(const Sizes& sizes, MemoryFormat format) {
     size_t d = dims - 1 - i;
     if (format == MemoryFormat::ChannelsLast) d = std::array<size_t, 4>{1, 3, 2, 0}[i];
     strides[d] = stride;
-    stride *= sizes[d] > 0 ? sizes[d] : 1;
+    // Of more elements than there can be, empty_strided_on() refuses them.
+    (void)__builtin_mul_overflow(stride, sizes[d] > 0 ? sizes[d] : 1, &stride);
   }
   return strides;
 }

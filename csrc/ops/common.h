@@ -2,11 +2,29 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <sstream>
+#include <stdexcept>
+
+namespace fastnn::ops {
+
+// Throws what a call into torch raised, in torch's words where it tells them, else what `doing` says.
+[[noreturn]] void throw_torchs_error(const char* doing);
+
+}  // namespace fastnn::ops
+
+// torch's own, which the headers below use, shows the call and a path of the build machine instead.
+#undef TORCH_ERROR_CODE_CHECK
+#define TORCH_ERROR_CODE_CHECK(call)                               \
+  if ((call) != TORCH_SUCCESS) {                                   \
+    ::fastnn::ops::throw_torchs_error("a call into torch failed"); \
+  }
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstddef>
 #include <optional>
@@ -29,8 +47,48 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
+template <class... Parts>
+[[noreturn]] __attribute__((noinline, cold)) void refuse(const Parts&... parts) {
+  std::ostringstream out;
+  ((out << "fastnn: ") << ... << parts);
+  throw std::runtime_error(out.str());
+}
+
 // Throws std::runtime_error, which torch turns into RuntimeError, with the message parts joined.
-#define FASTNN_CHECK(condition, ...) STD_TORCH_CHECK(condition, "fastnn: ", __VA_ARGS__)
+#define FASTNN_CHECK(condition, ...) \
+  do {                               \
+    if (!(condition)) [[unlikely]] { \
+      refuse(__VA_ARGS__);           \
+    }                                \
+  } while (0)
+
+// What the kernels' int64 arithmetic holds, whatever a caller says. Options are numbers of 32 bits, as those
+// of torch's poolings, and tensors have fewer elements than any memory: then a padded size, a window's reach
+// and a number of bytes are far from 2^63.
+inline constexpr int64_t kMostOption = (int64_t{1} << 31) - 1, kMostElements = int64_t{1} << 56;
+
+// Two numbers: height, width. Ops take each as a number of its own: a list costs a call some microseconds.
+struct Pair {
+  int64_t h, w;
+};
+
+// Refuses options below the least or above kMostOption.
+void check_option(Pair values, const char* name, int64_t least);
+
+// Refuses a size of an image of which a backward pass is only told.
+void check_input_size(Pair size);
+
+// The product of sizes; refuses more than kMostElements.
+int64_t count_of(const Sizes& sizes);
+
+// A window along one axis of images, of options that were checked.
+struct WindowAxis {
+  int64_t inputs, kernel, stride, padding, dilation;
+  bool ceil_mode = false;
+};
+// How many outputs it has; refuses a window larger than the padded input. Strides past its end are cut to
+// it, which changes nothing, and so is the dilation of a single tap: no loop runs further than sizes.
+int64_t outputs_of(WindowAxis& axis, const char* op, int dimension);
 
 // "[2, 3, 4]"
 std::string shape(const Tensor& t);

@@ -3,15 +3,6 @@
 namespace fastnn::ops {
 namespace {
 
-int64_t output_size(int64_t input, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  return (input + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-void check_pair(Pair values, const char* name, int64_t least) {
-  FASTNN_CHECK(values.h >= least && values.w >= least, name, " must be at least ", least, ", got (", values.h,
-               ", ", values.w, ")");
-}
-
 struct PoolOptions {
   Pair kernel, stride, padding;
 };
@@ -31,40 +22,42 @@ ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optio
   FASTNN_CHECK(input.numel() > 0 && weight.numel() > 0,
                "conv2d expects an input and a weight with elements, got shapes ", shape(input), " and ",
                shape(weight));
-  check_pair(stride, "stride", 1);
-  check_pair(padding, "padding", 0);
-  check_pair(dilation, "dilation", 1);
-  FASTNN_CHECK(groups >= 1, "groups must be at least 1, got ", groups);
+  check_option(stride, "stride", 1);
+  check_option(padding, "padding", 0);
+  check_option(dilation, "dilation", 1);
+  FASTNN_CHECK(groups >= 1 && groups <= kMostOption, "groups must be at least 1 and at most ", kMostOption,
+               ", got ", groups);
   const int64_t c = input.size(1), k = weight.size(0);
-  FASTNN_CHECK(c == weight.size(1) * groups, "conv2d expects an input of ", weight.size(1) * groups,
-               " channels (weight ", shape(weight), ", groups ", groups, "), got shape ", shape(input));
+  FASTNN_CHECK(c % groups == 0 && c / groups == weight.size(1), "conv2d expects an input of ", weight.size(1),
+               " channels in each of ", groups, " groups (the weight's shape is ", shape(weight),
+               "), got shape ", shape(input));
   FASTNN_CHECK(k % groups == 0, "conv2d expects a number of output channels that groups divides, got ", k,
                " and groups ", groups);
   FASTNN_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == k),
                "conv2d expects a bias of shape [", k, "], got ",
                bias.has_value() ? shape(*bias) : std::string("none"));
-  ConvShape s{input.size(0),
-              c,
-              input.size(2),
-              input.size(3),
-              k,
-              weight.size(2),
-              weight.size(3),
-              stride.h,
-              stride.w,
-              padding.h,
-              padding.w,
-              dilation.h,
-              dilation.w,
-              groups,
-              0,
-              0};
-  FASTNN_CHECK(s.h + 2 * s.ph >= s.dh * (s.kh - 1) + 1 && s.w + 2 * s.pw >= s.dw * (s.kw - 1) + 1,
-               "conv2d's kernel is larger than the padded input: kernel (", s.dh * (s.kh - 1) + 1, " x ",
-               s.dw * (s.kw - 1) + 1, "), padded input (", s.h + 2 * s.ph, " x ", s.w + 2 * s.pw, ")");
-  s.oh = output_size(s.h, s.kh, s.sh, s.ph, s.dh);
-  s.ow = output_size(s.w, s.kw, s.sw, s.pw, s.dw);
-  return s;
+  FASTNN_CHECK(weight.size(2) <= kMostOption && weight.size(3) <= kMostOption,
+               "conv2d expects a kernel of at most ", kMostOption, " rows and columns, got shape ",
+               shape(weight));
+  WindowAxis rows{input.size(2), weight.size(2), stride.h, padding.h, dilation.h},
+      columns{input.size(3), weight.size(3), stride.w, padding.w, dilation.w};
+  const int64_t oh = outputs_of(rows, "conv2d", 2), ow = outputs_of(columns, "conv2d", 3);
+  return {input.size(0),
+          c,
+          rows.inputs,
+          columns.inputs,
+          k,
+          rows.kernel,
+          columns.kernel,
+          rows.stride,
+          columns.stride,
+          rows.padding,
+          columns.padding,
+          rows.dilation,
+          columns.dilation,
+          groups,
+          oh,
+          ow};
 }
 
 MemoryFormat conv_format(const Tensor& input, const Tensor& weight) {
@@ -82,25 +75,17 @@ namespace {
 
 ConvPool check_pool(const ConvShape& s, const PoolOptions& options) {
   const auto& [kernel, stride, padding] = options;
-  check_pair(kernel, "kernel_size", 1);
-  check_pair(stride, "pool_stride", 1);
-  check_pair(padding, "pool_padding", 0);
+  check_option(kernel, "kernel_size", 1);
+  check_option(stride, "pool_stride", 1);
+  check_option(padding, "pool_padding", 0);
   FASTNN_CHECK(kernel.h * kernel.w < kNoLocation, "conv2d_relu_max_pool2d takes windows of at most ",
                kNoLocation - 1, " elements, got ", kernel.h, " x ", kernel.w);
   FASTNN_CHECK(padding.h <= kernel.h / 2 && padding.w <= kernel.w / 2,
                "pool_padding must be at most half the window (", kernel.h, " x ", kernel.w, "), got (",
                padding.h, ", ", padding.w, ")");
-  FASTNN_CHECK(s.oh + 2 * padding.h >= kernel.h && s.ow + 2 * padding.w >= kernel.w,
-               "the pooling's window is larger than the padded output of the convolution: window (", kernel.h,
-               " x ", kernel.w, "), padded output (", s.oh + 2 * padding.h, " x ", s.ow + 2 * padding.w, ")");
-  return {kernel.h,
-          kernel.w,
-          stride.h,
-          stride.w,
-          padding.h,
-          padding.w,
-          output_size(s.oh, kernel.h, stride.h, padding.h, 1),
-          output_size(s.ow, kernel.w, stride.w, padding.w, 1)};
+  WindowAxis rows{s.oh, kernel.h, stride.h, padding.h, 1}, columns{s.ow, kernel.w, stride.w, padding.w, 1};
+  const int64_t oh = outputs_of(rows, "the pooling", 2), ow = outputs_of(columns, "the pooling", 3);
+  return {kernel.h, kernel.w, rows.stride, columns.stride, padding.h, padding.w, oh, ow};
 }
 
 bool last(MemoryFormat format) { return format == MemoryFormat::ChannelsLast; }

@@ -6,11 +6,6 @@
 
 namespace fastnn::ops {
 
-// Two numbers: height, width. Ops take each as a number of its own: a list costs a call some microseconds.
-struct Pair {
-  int64_t h, w;
-};
-
 struct ConvOptions {
   Pair stride, padding, dilation;
   int64_t groups;

@@ -25,7 +25,10 @@ Shape check(const Tensor& input, const Tensor& weight, const std::optional<Tenso
                "linear expects a bias of shape [", n, "], got ",
                bias.has_value() ? shape(*bias) : std::string("none"));
   int64_t m = 1;
-  for (int64_t d = 0; d + 1 < input.dim(); ++d) m *= input.size(d);
+  bool fits = true;
+  for (int64_t d = 0; d + 1 < input.dim(); ++d) fits &= !__builtin_mul_overflow(m, input.size(d), &m);
+  FASTNN_CHECK(fits && m <= kMostElements, "linear expects at most ", kMostElements, " rows, got shape ",
+               shape(input));
   return {m, n, k};
 }
 

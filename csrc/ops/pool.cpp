@@ -6,11 +6,6 @@
 namespace fastnn::ops {
 namespace {
 
-// Two numbers: height, width. Ops take each as a number of its own: a list costs a call some microseconds.
-struct Pair {
-  int64_t h, w;
-};
-
 void check_images(const Tensor& t, const char* name, const char* op) {
   dtype_of(t, name);
   check_device(t, name);
@@ -18,10 +13,8 @@ void check_images(const Tensor& t, const char* name, const char* op) {
   FASTNN_CHECK(t.numel() > 0, op, " expects a ", name, " with elements, got shape ", shape(t));
 }
 
-void check_pair(Pair values, const char* name, int64_t least) {
-  FASTNN_CHECK(values.h >= least && values.w >= least, name, " must be at least ", least, ", got (", values.h,
-               ", ", values.w, ")");
-}
+// Whether kernels are to go across the channels: of a single one, the layouts are the same.
+bool across(bool channels_last, int64_t channels) { return channels_last && channels > 1; }
 
 struct Window {
   Pair kernel, stride, padding, dilation;
@@ -30,26 +23,20 @@ struct Window {
 
 PoolAxis axis(const Window& w, int d, int64_t inputs) {
   const auto of = [d](Pair p) { return d == 0 ? p.h : p.w; };
-  const int64_t kernel = of(w.kernel), stride = of(w.stride), padding = of(w.padding),
-                dilation = of(w.dilation);
-  const int64_t room = inputs + 2 * padding - dilation * (kernel - 1) - 1;
-  FASTNN_CHECK(room >= 0, "the pooling's window (", dilation * (kernel - 1) + 1,
-               ") is larger than the padded input (", inputs + 2 * padding, ") in dimension ", d + 2);
-  int64_t outputs = (room + (w.ceil_mode ? stride - 1 : 0)) / stride + 1;
-  // The last window starts inside the input or its left padding.
-  if (w.ceil_mode && (outputs - 1) * stride >= inputs + padding) --outputs;
-  return {inputs, outputs, kernel, stride, padding, dilation, false};
+  WindowAxis a{inputs, of(w.kernel), of(w.stride), of(w.padding), of(w.dilation), w.ceil_mode};
+  const int64_t outputs = outputs_of(a, "the pooling", d + 2);
+  return {inputs, outputs, a.kernel, a.stride, a.padding, a.dilation, false};
 }
 
 PoolShape windows(const Window& w, int64_t n, int64_t c, int64_t height, int64_t width, bool channels_last) {
-  check_pair(w.kernel, "kernel_size", 1);
-  check_pair(w.stride, "stride", 1);
-  check_pair(w.padding, "padding", 0);
-  check_pair(w.dilation, "dilation", 1);
+  check_option(w.kernel, "kernel_size", 1);
+  check_option(w.stride, "stride", 1);
+  check_option(w.padding, "padding", 0);
+  check_option(w.dilation, "dilation", 1);
   FASTNN_CHECK(w.padding.h <= w.kernel.h / 2 && w.padding.w <= w.kernel.w / 2,
                "padding must be at most half the window (", w.kernel.h, " x ", w.kernel.w, "), got (",
                w.padding.h, ", ", w.padding.w, ")");
-  return {n, c, axis(w, 0, height), axis(w, 1, width), channels_last};
+  return {n, c, axis(w, 0, height), axis(w, 1, width), across(channels_last, c)};
 }
 
 // Windows that all have the same size are windows of that size and stride.
@@ -62,8 +49,12 @@ PoolAxis adaptive_axis(int64_t inputs, int64_t outputs) {
 
 PoolShape adaptive(Pair output_size, int64_t n, int64_t c, int64_t height, int64_t width,
                    bool channels_last) {
-  check_pair(output_size, "output_size", 1);
-  PoolShape s{n, c, adaptive_axis(height, output_size.h), adaptive_axis(width, output_size.w), channels_last};
+  check_option(output_size, "output_size", 1);
+  FASTNN_CHECK(height <= kMostElements / output_size.h && width <= kMostElements / output_size.w,
+               "adaptive pooling expects sizes whose products with the output's are at most ", kMostElements,
+               ", got ", height, " x ", width, " to ", output_size.h, " x ", output_size.w);
+  PoolShape s{n, c, adaptive_axis(height, output_size.h), adaptive_axis(width, output_size.w),
+              across(channels_last, c)};
   if (s.rows.adaptive || s.columns.adaptive) {
     s.rows = {height, output_size.h, 0, 1, 0, 1, true};
     s.columns = {width, output_size.w, 0, 1, 0, 1, true};
@@ -86,11 +77,15 @@ struct MaxOutputs {
   Tensor values, locations, indices;
 };
 
-MaxOutputs max_forward(const Tensor& input, const PoolShape& s, MemoryFormat layout, bool locations,
-                       bool indices) {
-  FASTNN_CHECK(!locations || s.rows.kernel * s.columns.kernel <= 256,
+void check_locations(const PoolShape& s) {
+  FASTNN_CHECK(s.rows.kernel * s.columns.kernel <= 256,
                "a byte tells the place in windows of at most 256 elements, got ", s.rows.kernel, " x ",
                s.columns.kernel);
+}
+
+MaxOutputs max_forward(const Tensor& input, const PoolShape& s, MemoryFormat layout, bool locations,
+                       bool indices) {
+  if (locations) check_locations(s);
   const Tensor x = dense(input, layout);
   const auto made = [&](ScalarType dtype, bool wanted) {
     return wanted ? empty_like(input, dtype, output_sizes(s), layout) : empty(dtype, {0});
@@ -161,10 +156,11 @@ void check_grad(const Tensor& grad, const PoolShape& s, const char* op) {
 Tensor max_pool2d_backward(Tensor grad, Tensor locations, int64_t input_h, int64_t input_w,
                            FASTNN_WINDOW_ARGS) {
   check_images(grad, "grad", "max_pool2d_backward");
-  check_pair({input_h, input_w}, "input_size", 1);
+  check_input_size({input_h, input_w});
   const MemoryFormat layout = suggested_format(locations);
   const PoolShape s =
       windows(FASTNN_WINDOW_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, last(layout));
+  check_locations(s);
   check_grad(grad, s, "max_pool2d_backward");
   FASTNN_CHECK(locations.scalar_type() == ScalarType::Byte && same_device(locations, grad) &&
                    sizes_of(locations) == sizes_of(grad),
@@ -188,7 +184,7 @@ Tensor max_pool2d_backward(Tensor grad, Tensor locations, int64_t input_h, int64
 Tensor max_pool2d_indices_backward(Tensor grad, Tensor indices, int64_t input_h, int64_t input_w,
                                    FASTNN_WINDOW_ARGS) {
   check_images(grad, "grad", "max_pool2d_indices_backward");
-  check_pair({input_h, input_w}, "input_size", 1);
+  check_input_size({input_h, input_w});
   FASTNN_CHECK(indices.scalar_type() == ScalarType::Long && same_device(indices, grad) &&
                    sizes_of(indices) == sizes_of(grad),
                "max_pool2d_indices_backward expects int64 indices of the gradient's shape ", shape(grad),
@@ -196,7 +192,7 @@ Tensor max_pool2d_indices_backward(Tensor grad, Tensor indices, int64_t input_h,
   const MemoryFormat layout = suggested_format(indices);
   const PoolAxis rows{input_h, grad.size(2), 0, 1, 0, 1, true},
       columns{input_w, grad.size(3), 0, 1, 0, 1, true};
-  PoolShape s{grad.size(0), grad.size(1), rows, columns, last(layout)};
+  PoolShape s{grad.size(0), grad.size(1), rows, columns, across(last(layout), grad.size(1))};
   if (!is_for_cpu(grad) && kernel_h != 0) {
     s = windows(FASTNN_WINDOW_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, last(layout));
     check_grad(grad, s, "max_pool2d_indices_backward");
@@ -254,7 +250,7 @@ Tensor avg_pool2d_backward(Tensor grad, int64_t input_h, int64_t input_w, FASTNN
                            bool count_include_pad, std::optional<int64_t> divisor_override,
                            bool channels_last) {
   check_images(grad, "grad", "avg_pool2d_backward");
-  check_pair({input_h, input_w}, "input_size", 1);
+  check_input_size({input_h, input_w});
   const PoolShape s =
       windows(FASTNN_AVERAGE_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, channels_last);
   check_grad(grad, s, "avg_pool2d_backward");
@@ -271,7 +267,7 @@ Tensor adaptive_avg_pool2d(Tensor input, int64_t output_h, int64_t output_w) {
 
 Tensor adaptive_avg_pool2d_backward(Tensor grad, int64_t input_h, int64_t input_w, bool channels_last) {
   check_images(grad, "grad", "adaptive_avg_pool2d_backward");
-  check_pair({input_h, input_w}, "input_size", 1);
+  check_input_size({input_h, input_w});
   const PoolShape s =
       adaptive({grad.size(2), grad.size(3)}, grad.size(0), grad.size(1), input_h, input_w, channels_last);
   return avg_backward(grad, s, format(channels_last), false, 0);

@@ -156,7 +156,7 @@ def _load() -> dict:
         return {}
     try:
         return _checked(json.loads(text))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of lists in lists in lists
         warnings.warn(
             f"fastnn takes no notice of {path()}: {error}. Delete it, or run fastnn.tune again", stacklevel=2
         )
@@ -209,14 +209,15 @@ def store(index: int, choices: dict[str, dict[str, str]]) -> None:
 
 @contextlib.contextmanager
 def _locked(file: Path):
-    with open(file, "w") as handle:
-        try:
-            import fcntl
-        except ImportError:  # where there is none, os.replace alone keeps the file whole
-            yield
-            return
+    try:
+        import fcntl
+    except ImportError:  # where there is none, os.replace alone keeps the file whole
+        yield
+        return
+    # Whoever else may write to the folder must not have a file of the user's emptied or made through a link.
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)
+        yield
+    finally:
+        os.close(handle)  # which unlocks it

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastnn.ops._declare import Cost, tensor_bytes
+from fastnn.ops._numbers import MOST_OPTION
 
 # Windows of the fused pooling hold fewer elements than this: one byte tells where the maximum stood.
 NO_LOCATION = 255
@@ -43,6 +44,15 @@ def unsupported(
     outputs, per_group, kernel_h, kernel_w = weight.shape
     if stride_h < 1 or stride_w < 1 or padding_h < 0 or padding_w < 0 or dilation_h < 1 or dilation_w < 1:
         return "stride, padding or dilation out of range"
+    if (
+        stride_h > MOST_OPTION
+        or stride_w > MOST_OPTION
+        or padding_h > MOST_OPTION
+        or padding_w > MOST_OPTION
+        or dilation_h > MOST_OPTION
+        or dilation_w > MOST_OPTION
+    ):
+        return "stride, padding or dilation of more than 31 bits"
     if groups < 1 or channels != per_group * groups or outputs % groups:
         return "channels do not fit"
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs):
@@ -102,6 +112,8 @@ def unsupported_pooled(input, weight, bias, *rest):
         return "the pooling's window, stride or padding out of range"
     if kernel_h * kernel_w >= NO_LOCATION:
         return f"a pooling window of {NO_LOCATION} elements or more"
+    if stride_h > MOST_OPTION or stride_w > MOST_OPTION:
+        return "the pooling's stride of more than 31 bits"
     _, _, h, w = output_shape(input, weight, *options)
     if 2 * padding_h > kernel_h or 2 * padding_w > kernel_w:
         return "the pooling's padding over half the window"

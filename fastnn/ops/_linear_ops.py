@@ -6,6 +6,8 @@ arguments are taken apart. `wanted` says which of the three gradients are to be 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -105,10 +107,10 @@ def _declare_backward(name, split):
         grad, input, weight, output, (input_grad, weight_grad, bias_grad) = split(*args)
         if output is not None:
             grad = masked(grad, output)
-        rows = grad.reshape(-1, weight.shape[0])
+        rows = grad.reshape(math.prod(grad.shape[:-1]), weight.shape[0])
         return (
             torch.matmul(grad, weight) if input_grad else input.new_empty(0),
-            rows.t() @ input.reshape(-1, weight.shape[1]) if weight_grad else weight.new_empty(0),
+            rows.t() @ input.reshape(rows.shape[0], weight.shape[1]) if weight_grad else weight.new_empty(0),
             rows.sum(0) if bias_grad else weight.new_empty(0),
         )
 

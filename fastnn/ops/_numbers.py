@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+#: Options of windows are numbers of 31 bits, as in torch's poolings: the ops refuse others, and torch judges the call.
+MOST_OPTION = 2**31 - 1
+
 
 def is_number(value):
     return isinstance(value, (int, torch.SymInt))

@@ -91,6 +91,8 @@ def _unfit_places(grad, places, dtype, input_h, input_w):
 
 def _unsupported_locations_backward(grad, locations, input_h, input_w, *window):
     reason = _unfit_places(grad, locations, torch.uint8, input_h, input_w)
+    if reason is None and window[0] * window[1] > _MOST_LOCATIONS:
+        return f"a window of more than {_MOST_LOCATIONS} elements"
     return reason or shapes.too_large(grad, input_h * input_w, window[:-1])
 
 

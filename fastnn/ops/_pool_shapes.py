@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastnn.ops._declare import Cost, tensor_bytes
-from fastnn.ops._numbers import is_number, pair, single
+from fastnn.ops._numbers import MOST_OPTION, is_number, pair, single
 
 # ---- what users pass ----
 
@@ -95,6 +95,15 @@ def unsupported(
         return "an empty input"
     if kernel_h < 1 or kernel_w < 1 or stride_h < 1 or stride_w < 1 or dilation_h < 1 or dilation_w < 1:
         return "window, stride or dilation out of range"
+    if (
+        kernel_h > MOST_OPTION
+        or kernel_w > MOST_OPTION
+        or stride_h > MOST_OPTION
+        or stride_w > MOST_OPTION
+        or dilation_h > MOST_OPTION
+        or dilation_w > MOST_OPTION
+    ):
+        return "window, stride or dilation of more than 31 bits"
     if padding_h < 0 or padding_w < 0 or 2 * padding_h > kernel_h or 2 * padding_w > kernel_w:
         return "padding below 0 or over half the window"
     if (
@@ -116,6 +125,8 @@ def unsupported_adaptive(input, output_h, output_w):
         return "not an image batch of 4 dimensions"
     if input.numel() == 0 or output_h < 1 or output_w < 1:
         return "an empty input or output"
+    if output_h > MOST_OPTION or output_w > MOST_OPTION:
+        return "an output size of more than 31 bits"
     return too_large(input, adaptive_pixels(*input.shape[2:], output_h, output_w))
 
 

@@ -150,7 +150,9 @@ linear_packed = declare(
     "linear_packed",
     stock=lambda input, weight, bias, packed, activation: _STOCK[activation](input, weight, bias),
     unsupported=lambda input, weight, bias, packed, activation: (
-        _unfit(packed) or _fully_connected.unsupported(input, weight, bias)
+        _unfit(packed)
+        or (None if 0 <= activation < len(_STOCK) else "no such activation")
+        or _fully_connected.unsupported(input, weight, bias)
     ),
     fake=lambda input, weight, bias, packed, activation: _fully_connected.fake(input, weight, bias),
     cost=lambda input, weight, bias, packed, activation: _fully_connected.cost(input, weight, bias),

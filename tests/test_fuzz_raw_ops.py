@@ -1,0 +1,59 @@
+"""Hostile arguments of every raw op under guard pages: an error of Python's, or stock's answer; never a crash or a hang.
+
+A thousand calls of each family; with FASTNN_FULL set 100,000, with another seed each time.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz_raw_ops
+import pytest
+
+FULL = os.environ.get("FASTNN_FULL", "") not in ("", "0")
+CALLS = 100_000 if FULL else 1_000
+#: Calls of one process: what its memory has come to look like is part of the trial.
+BATCH = 1_000
+SEED = os.environ.get("FUZZ_SEED") or (str(random.randrange(2**32)) if FULL else "0")
+
+
+def run(*args, **environment):
+    here = Path(__file__)
+    return subprocess.run(
+        [sys.executable, here.with_name("fuzz_raw_ops.py"), *map(str, args)],
+        cwd=here.parents[1],
+        env={**os.environ, "PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "2", **environment},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+
+
+@pytest.mark.parametrize("family", fuzz_raw_ops.FAMILIES)
+def test_an_error_or_stocks_answer(family, tmp_path):
+    state = tmp_path / "state"
+    answered, first = 0, 0
+    while first < CALLS:
+        state.write_bytes(bytes(24))
+        result = run(family, SEED, first, min(BATCH, CALLS - first), FUZZ_STATE=str(state))
+        number, where, good = struct.unpack("<qqq", state.read_bytes())
+        answered += good
+        if result.returncode not in (0, 3) and where == fuzz_raw_ops.IN_TORCH:
+            first = number + 1  # torch's own fault, in the oracle
+            continue
+        call = result.stdout.strip()
+        if result.returncode < 0:
+            call = run("describe", family, SEED, number).stdout.strip()
+        assert result.returncode == 0, (
+            f"FUZZ_SEED={SEED}, call {number} of {family}: exit status {result.returncode} "
+            f"(-14 is {fuzz_raw_ops.SECONDS_PER_CALL} s of time)\n{call}\n{result.stderr[-3000:]}"
+        )
+        first += BATCH
+    # A trial of refusals alone would show nothing.
+    assert answered > CALLS / 4
+    print(f"{family}, seed {SEED}: {answered} of {CALLS} calls answered")
