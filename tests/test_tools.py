@@ -223,6 +223,14 @@ def test_jit_trace(name, change, training, monkeypatch):
         close(traced(x[:1]), stock(x[:1]))
 
 
+def test_jit_trace_of_a_layer_with_a_forward_of_its_own():
+    for change in (fastnn.convert, lambda m: m):
+        model = change(torch.nn.Sequential(torch.nn.Linear(4, 4), Doubled(4, 4), torch.nn.ReLU()))
+        model[0].forward = lambda x, layer=model[0]: type(layer).forward(layer, x) * 3
+        x = torch.randn(3, 4)
+        close(torch.jit.trace(model, x)(x), model(x))
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_jit_trace_of_functions(grad):
     class Own(torch.nn.Module):
