@@ -266,6 +266,25 @@ def test_attention(dtype, sizes, mask_shape, causal, kind):
     assert statistics.shape == (*q.shape[:3], 2)
 
 
+@pytest.mark.parametrize("huge", [torch.finfo(torch.float32).min, -1e9], ids=["least", "1e9"])
+def test_attention_beside_a_huge_mask(huge):
+    """All keys of some queries are masked alike: each has an equal part."""
+    q, k, v, grad = (made(1, 2, 20, 16, dtype=torch.float32, seed=i) for i in range(4))
+    mask = torch.zeros(20, 20)
+    mask[3] = huge
+    mask[4, ::2] = -torch.inf
+    mask[4, 1::2] = huge
+    mask[5] = -torch.inf
+    out = torch.empty_like(q)
+    statistics = attention.attention_forward(q, k, v, mask, False, None, out)
+    gradients = [torch.empty_like(t) for t in (q, k, v)]
+    attention.attention_backward(grad, q, k, v, mask, out, statistics, False, None, gradients)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    expected = exact_attention(*leaves, mask, False, None)
+    for a, b in zip((out, *gradients), (expected, *torch.autograd.grad(expected, leaves, grad)), strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_attention_nan():
     q, k, v = (made(1, 1, 20, 16, dtype=torch.float32, seed=i) for i in range(3))
     q[0, 0, 3, 0] = torch.nan

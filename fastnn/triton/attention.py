@@ -161,7 +161,7 @@ def forward(
     )  # fmt: skip
     # 0 where no key takes part.
     none = sums == 0.0
-    inverse = tl.where(none, 0.0, 1.0 / sums)
+    inverse = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, sums))
     total = total * inverse[:, None]
     _store_rows(
         o_ptr + batch * o_batch + head * o_head, queries, o_row, QUERIES, value_width, total, VALUE_WIDTH
