@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
 import torch.nn.functional as TF
 from conftest import DTYPES, assert_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fastnn
 from fastnn import _library
+from fastnn.ops import _declare
 from fastnn.ops.attention import scaled_dot_product_attention as sdpa
 
 
@@ -206,25 +212,293 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda *t: sdpa(*t, is_causal=True, enable_gqa=True), (q, k, v))
 
 
-def test_second_derivative_is_refused_by_name():
-    q, k, v = (t.requires_grad_() for t in inputs(*[(1, 1, 4, 4)] * 3))
-    (first,) = torch.autograd.grad(sdpa(q, k, v).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="attention_backward"):
-        torch.autograd.grad(first.sum(), q)
+def test_second_derivatives():
+    q, k, v = (
+        t.requires_grad_() for t in inputs((1, 2, 3, 4), (1, 1, 5, 4), (1, 1, 5, 3), dtype=torch.float64)
+    )
+    mask = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) > 0.4
+    mask[1] = False
+    for options in ({}, dict(attn_mask=mask), dict(is_causal=True)):
+        f = lambda *t, options=options: sdpa(*t, enable_gqa=True, **options)  # noqa: E731
+        assert torch.autograd.gradgradcheck(f, (q, k, v))
 
 
-def test_opcheck():
-    q, k, v = inputs((1, 2, 6, 8), (1, 2, 7, 8), (1, 2, 7, 8))
-    op, backward = torch.ops.fastnn.attention, torch.ops.fastnn.attention_backward
-    for mask, causal in ((None, True), (torch.rand(6, 7) > 0.3, False)):
-        torch.library.opcheck(op.default, (q, k, v, mask, causal, None))
-        torch.library.opcheck(
-            op.default, (*(t.clone().requires_grad_() for t in (q, k, v)), mask, causal, 0.5)
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_hessian_and_third_derivative(vectorize):
+    """One tensor is query, key and value: what it gets is the sum of what the three get."""
+    (x,) = inputs((1, 2, 4, 3), dtype=torch.float64)
+
+    def of(function):
+        return lambda t: function(t, t, t).square().sum()
+
+    def third(function):
+        leaf = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(of(function)(leaf), leaf, create_graph=True)
+        (g,) = torch.autograd.grad(g.square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), leaf)[0]
+
+    ours = torch.autograd.functional.hessian(of(sdpa), x, vectorize=vectorize), third(sdpa)
+    with sdpa_kernel(SDPBackend.MATH):
+        stock = TF.scaled_dot_product_attention
+        theirs = torch.autograd.functional.hessian(of(stock), x, vectorize=vectorize), third(stock)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradient_penalty(dtype):
+    q, k, v = (t.requires_grad_() for t in inputs(*[(2, 2, 6, 8)] * 3, dtype=dtype))
+
+    def penalty(function):
+        grads = torch.autograd.grad(function(q, k, v).sum(), (q, k, v), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v))
+
+    ours = penalty(sdpa)
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = penalty(TF.scaled_dot_product_attention)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype is dtype
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=0.1 if dtype is torch.bfloat16 else 1e-4)
+
+
+# ---- scores of any size ----
+
+
+def by_formula(q, k, v, mask=None, **options):
+    with sdpa_kernel(SDPBackend.MATH):
+        return TF.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
+def compare_beside_formula(q, k, v, mask=None, floor=4.0, **options):
+    """Result and gradients err at most twice as much as torch's formula, beside `floor` roundings of the largest."""
+    (upstream,) = inputs((*q.shape[:3], v.shape[3]), dtype=q.dtype, seed=1)
+    results = []
+    for function, kind in ((sdpa, q.dtype), (by_formula, q.dtype), (by_formula, torch.float64)):
+        leaves = [t.detach().to(kind).requires_grad_() for t in (q, k, v)]
+        added = mask if mask is None or mask.dtype is torch.bool else mask.to(kind)
+        y = function(*leaves, added, **options)
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, upstream.to(kind))))
+    for name, ours, stock, exact in zip(("y", "dq", "dk", "dv"), *results, strict=True):
+        assert torch.equal(ours.isnan(), stock.isnan()), name
+        exact = exact.nan_to_num()
+        allowed = 2 * (stock.double().nan_to_num() - exact).abs().max()
+        allowed += floor * torch.finfo(q.dtype).eps * exact.abs().max().clamp(min=1.0)
+        error = (ours.double().nan_to_num() - exact).abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def huge_masks(queries, keys, dtype):
+    """Masks whose rows are of one huge number, or nearly so."""
+    least = torch.finfo(dtype).min
+    some = torch.rand(queries, keys, generator=torch.Generator().manual_seed(0)) > 0.5
+    for huge in (least, least / 2, -1e9 if dtype is not torch.float16 else -6e4, -1e4, 1e4):
+        mask = torch.zeros(queries, keys, dtype=dtype)
+        mask[0] = huge  # all keys alike
+        mask[-1].masked_fill_(some[-1], huge)
+        yield mask
+        yield torch.full((1, keys), huge, dtype=dtype)
+        infinite = mask.clone()
+        infinite[0, ::2] = -torch.inf  # the others are as large
+        yield infinite
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 3, 6, 40])
+def test_huge_finite_masks(dtype, queries, level, native):
+    for keys, heads in ((7, 2), (300, 1)):
+        q, k, v = inputs((1, 2, queries, 16), (1, heads, keys, 16), (1, heads, keys, 8), dtype=dtype)
+        for mask in huge_masks(queries, keys, dtype):
+            # 16-bit weights and outputs, of which differences are made.
+            # In float64 the sum of a score and -1e9 is rounded in the reference too.
+            floor = 2.0**32 if dtype is torch.float64 else 16.0
+            compare_beside_formula(q, k, v, mask, floor, enable_gqa=True)
+    assert {reason for _, reason in native} == {None}
+
+
+def test_rows_of_infinities_beside_huge_ones(level):
+    q, k, v = inputs(*[(1, 1, 6, 8)] * 3)
+    mask = torch.zeros(6, 6)
+    mask[0] = -torch.inf
+    mask[1] = torch.finfo(torch.float32).min
+    mask[2, 3] = torch.inf
+    mask[3, 2] = torch.nan
+    compare_beside_formula(q, k, v, mask)
+    assert not sdpa(q, k, v, mask)[:, :, 0].any()
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    grads = torch.autograd.grad(sdpa(*leaves, mask[:1]).sum(), leaves)
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logits", [1.0, 1e3, 1e6])
+def test_gradients_know_the_weights_of_the_forward_pass(dtype, logits, level):
+    """Scores of backward are those of forward to the last bit: of 1e6, another order of the sums is another weight."""
+    for queries, keys, width in itertools.product((1, 2, 3, 4, 5, 6, 7, 8, 33), (9, 150), (17, 64)):
+        q, k, v = inputs(*[(1, 2, n, width) for n in (queries, keys, keys)], dtype=dtype)
+        q, k = (t * (logits / width**0.5) ** 0.5 for t in (q, k))
+        if dtype is torch.float16 and not (q.isfinite().all() and k.isfinite().all()):
+            continue
+        y, statistics = torch.ops.fastnn.attention(q, k, v, None, False, 1.0)
+        # The gradient of the values, of a gradient of ones and zeros, is a row of weights: these sum up to 1 a query.
+        grad = torch.zeros_like(y)
+        grad[..., 0] = 1.0
+        _, _, dv = torch.ops.fastnn.attention_backward(grad, q, k, v, None, y, statistics, False, 1.0)
+        eps = torch.finfo(dtype).eps
+        sums = dv[..., 0].double().sum(-1)
+        assert ((sums - queries).abs() <= (keys + 8) * eps * queries).all()
+        # And they are the weights that the values met with.
+        weights, _ = torch.ops.fastnn.attention(
+            q, k, torch.eye(keys, dtype=dtype).expand(1, 2, -1, -1), None, False, 1.0
         )
-        y, logsumexp = op(q, k, v, mask, causal, None)
-        torch.library.opcheck(backward.default, (y, q, k, v, mask, y, logsumexp, causal, None))
-    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
-    torch.library.opcheck(op.default, (*strided, None, False, None))
+        bound = 8 * eps * queries
+        assert (dv[..., 0].double() - weights.double().sum(2)).abs().max() <= bound
+
+
+@pytest.mark.parametrize("logits", [1.0, 1e3, 1e6])
+def test_gradients_of_any_logits_in_float32(logits, level):
+    for queries in range(1, 9):
+        for keys, options in ((50, {}), (queries, dict(is_causal=True))):
+            q, k, v = inputs((2, 2, queries, 24), (2, 2, keys, 24), (2, 2, keys, 24))
+            q, k = (t * (logits / 24**0.5) ** 0.5 for t in (q, k))
+            (upstream,) = inputs(q.shape, seed=1)
+            values = []
+            for function, kind in (
+                (sdpa, torch.float32),
+                (by_formula, torch.float32),
+                (exact_of, torch.float64),
+            ):
+                leaf = v.to(kind).requires_grad_()
+                y = function(q.to(kind), k.to(kind), leaf, scale=1.0, **options)
+                values.append(torch.autograd.grad(y, leaf, upstream.to(kind))[0])
+            ours, stock, exact = values
+            allowed = 2 * (stock - exact).abs().max() + (8 + logits) * 2**-23 * exact.abs().max()
+            assert (ours - exact).abs().max() <= allowed
+
+
+# ---- strides ----
+
+
+def laid_out(shape, draw, dtype=torch.float32):
+    """A tensor that lies in memory in one of many ways."""
+    kind = draw.choice(("dense", "permuted", "rows", "part", "columns", "steps", "repeated"))
+    dims = len(shape)
+    if kind in ("permuted", "rows", "part"):
+        order = list(range(dims if kind == "permuted" else dims - 1))
+        draw.shuffle(order)
+        order += range(len(order), dims)
+        sizes = [shape[d] for d in order]
+        at = draw.randrange(dims)
+        n = sizes[at]
+        if kind == "part":
+            sizes[at] *= 3
+        return torch.randn(sizes, dtype=dtype).narrow(at, 0, n).permute([order.index(d) for d in range(dims)])
+    if kind == "columns":
+        return torch.randn(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., : shape[-1]]
+    if kind == "steps":
+        return torch.randn(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+    if kind == "repeated":
+        at = draw.randrange(dims)
+        return torch.randn([1 if d == at else n for d, n in enumerate(shape)], dtype=dtype).expand(shape)
+    return torch.randn(shape, dtype=dtype)
+
+
+def calls(count, seed, sizes=(1, 2, 3, 4)):
+    """Random calls: tensors of 2 to 4 dimensions, masks of 2 to 4, of any strides."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(count):
+        batch, heads, queries, keys, width = (draw.choice(sizes) for _ in range(5))
+        dims = draw.choice((2, 3, 4, 4, 4))
+        shared = dims == 4 and draw.random() < 0.2
+        key_heads = 1 if shared else heads
+        value_width = width if draw.random() < 0.8 else draw.choice((1, 2, 5))
+        q, k, v = (
+            laid_out(shape[-dims:], draw)
+            for shape in (
+                (batch, heads, queries, width),
+                (batch, key_heads, keys, width),
+                (batch, key_heads, keys, value_width),
+            )
+        )
+        mask_dims = draw.choice((0, 0, *range(2, dims + 1)))
+        full = (batch, heads, queries, keys)[4 - mask_dims :]
+        mask = laid_out([draw.choice((1, n)) for n in full], draw) if mask_dims else None
+        options = {"enable_gqa": shared and draw.random() < 0.5}
+        if mask is None:
+            options["is_causal"] = draw.random() < 0.3
+        yield (q, k, v, mask), options
+
+
+def test_strides_are_torchs(native):
+    for tensors, options in calls(3000, seed=0):
+        ours, stock = sdpa(*tensors, **options), TF.scaled_dot_product_attention(*tensors, **options)
+        case = [None if t is None else (t.shape, t.stride()) for t in tensors], options
+        assert ours.stride() == stock.stride(), case
+        torch.testing.assert_close(ours, stock, msg=str(case))
+    assert {reason for _, reason in native} == {None}
+
+
+def test_strides_while_traced_are_the_same():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # Where a size is 1, torch's own empty_like differs between the two.
+    for tensors, options in calls(300, seed=1, sizes=(2, 3, 4)):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            faked = sdpa(*(None if t is None else mode.from_tensor(t) for t in tensors), **options)
+        assert faked.stride() == sdpa(*tensors, **options).stride()
+    q, k, v = (t.transpose(1, 2) for t in inputs(*[(2, 5, 3, 4)] * 3))
+    for mask in (None, torch.randn(3, 5, 5)):
+        torch._dynamo.reset()
+        compiled = torch.compile(sdpa, fullgraph=True, backend="aot_eager")
+        assert compiled(q, k, v, mask).stride() == TF.scaled_dot_product_attention(q, k, v, mask).stride()
+
+
+# ---- torch's switches ----
+
+
+def test_torchs_choice_of_backends_is_heeded(monkeypatch, native):
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    q, k, v = inputs(*[(2, 2, 6, 8)] * 3)
+    for allowed in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        native.clear()
+        with sdpa_kernel(allowed):
+            assert torch.equal(sdpa(q, k, v), TF.scaled_dot_product_attention(q, k, v))
+            assert native == [("attention", "torch's choice of backends is restricted")]
+            explained = str(fastnn.explain(lambda: sdpa(q, k, v)))
+        assert "restricted" in explained
+    # What torch's fused kernel does not take alone is refused.
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with pytest.raises(RuntimeError) as stock:
+            TF.scaled_dot_product_attention(q, k, v[..., :3])
+        with pytest.raises(stock.type):
+            sdpa(q, k, v[..., :3])
+    native.clear()
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
+        sdpa(q, k, v)
+    assert native == [("attention", None)]
+
+
+def test_torchs_choice_of_backends_is_heeded_while_traced():
+    """Switches are read when a graph is made, within the function as around it."""
+    q, k, v = inputs(*[(2, 2, 6, 8)] * 3)
+    seen = []
+
+    def backend(graph, _):
+        seen.append(any("fastnn" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    def by_formula_within(q, k, v):
+        with sdpa_kernel(SDPBackend.MATH):
+            return sdpa(q, k, v)
+
+    expected = by_formula(q, k, v)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(by_formula_within, fullgraph=True, backend=backend)(q, k, v), expected)
+    torch._dynamo.reset()
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.equal(torch.compile(sdpa, fullgraph=True, backend=backend)(q, k, v), expected)
+    torch._dynamo.reset()
+    torch.compile(sdpa, fullgraph=True, backend=backend)(q, k, v)
+    assert seen == [False, False, True]
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -72,11 +72,11 @@ def test_attention(level, dtype, shape, masked):
     results = []
     for threads in (1, 3):
         y = np.empty((batch, queries, heads, value_width), kind).swapaxes(1, 2)
-        logsumexp = np.empty((batch, heads, queries), np.float64 if dtype == "float64" else np.float32)
+        statistics = np.empty((batch, heads, queries, 2), np.float64 if dtype == "float64" else np.float32)
         options = (mask, masked == "causal", scale)
-        kernels.attention_forward(level, threads, q, k, v, *options, y, logsumexp)
+        kernels.attention_forward(level, threads, q, k, v, *options, y, statistics)
         grads = [np.empty(a.shape, kind) for a in (q, k, v)]
-        kernels.attention_backward(level, threads, g, q, k, v, y, logsumexp, *options, *grads)
+        kernels.attention_backward(level, threads, g, q, k, v, y, statistics, *options, *grads)
         for ours, true in zip((y, *grads), want, strict=True):
             # Weights are rounded to the dtype where they are multiplied in it; sums of as many terms as there are keys.
             allowed = (

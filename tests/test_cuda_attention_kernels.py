@@ -36,7 +36,7 @@ def arrays(case, dtype, seed=0):
 
 
 def oracle(q, k, v, causal, scale):
-    """The result, the logarithms of the sums, and what roundings of the result may scale with."""
+    """The result, the logarithms of the sums to base 2, and what roundings of the result may scale with."""
     q, k, v = (t.astype(np.float64) for t in (q, k, v))
     k, v = (np.repeat(t, q.shape[1] // t.shape[1], axis=1) for t in (k, v))
     scores = q @ k.swapaxes(-1, -2) * scale
@@ -45,25 +45,26 @@ def oracle(q, k, v, causal, scale):
     most = scores.max(-1, keepdims=True)
     weights = np.exp(scores - most)
     sums = weights.sum(-1, keepdims=True)
-    return weights / sums @ v, (most + np.log(sums))[..., 0], weights / sums @ np.abs(v)
+    return weights / sums @ v, (most * np.log2(np.e) + np.log2(sums))[..., 0], weights / sums @ np.abs(v)
 
 
 def attend(q, k, v, causal, scale, output=None):
-    """The kernel's result, into `output` if given, and its logarithms of sums."""
+    """The kernel's result, into `output` if given, and what it keeps of each query for the backward pass."""
     shape = (*q.shape[:3], v.shape[3])
     output = np.empty(shape, q.dtype) if output is None else output
     output[:] = np.nan
-    sums = np.full(q.shape[:3], np.nan, np.float32)
-    kernels.attention_forward_on_hopper(q, k, v, causal, scale, output, sums)
-    return output, sums
+    statistics = np.full((*q.shape[:3], 2), np.nan, np.float32)
+    kernels.attention_forward_on_hopper(q, k, v, causal, scale, output, statistics)
+    return output, statistics
 
 
 def assert_right(made, q, k, v, causal, scale, dtype):
-    y, sums = made
+    y, statistics = made
     want, logsumexp, size = oracle(q, k, v, causal, scale)
     # Weights and result are each rounded to 16 bits, by half of EPS at most; sums are in float.
     assert np.all(np.abs(y.astype(np.float64) - want) <= (EPS[dtype] + 1e-5) * size)
-    assert np.all(np.abs(sums - logsumexp) <= 1e-5 * (1 + np.abs(logsumexp)))
+    found = statistics[..., 0] - np.log2(statistics[..., 1])
+    assert np.all(np.abs(found - logsumexp) <= 1e-5 * (1 + np.abs(logsumexp)))
 
 
 @pytest.mark.usefixtures("copies")
@@ -127,21 +128,32 @@ BACKWARD = [
 def test_gradients(case, dtype, causal):
     q, k, v = arrays(case, dtype)
     scale = case[5] ** -0.5
-    y, sums = attend(q, k, v, causal, scale)
+    y, statistics = attend(q, k, v, causal, scale)
     g = arrays((*case[:5], case[6], 8), dtype, seed=1)[0]
     ours, again = ([np.full_like(t, np.nan) for t in (q, k, v)] for _ in range(2))
-    kernels.attention_backward_on_hopper(g, q, k, v, y, sums, causal, scale, *ours)
+    kernels.attention_backward_on_hopper(g, q, k, v, y, statistics, causal, scale, *ours)
     for mine, exact, size in zip(ours, *gradients(q, k, v, g, causal, scale), strict=True):
         assert np.all(np.abs(mine.astype(np.float64) - exact) <= (1.5 * EPS[dtype] + 1e-5) * size)
-    kernels.attention_backward_on_hopper(g, q, k, v, y, sums, causal, scale, *again)
+    kernels.attention_backward_on_hopper(g, q, k, v, y, statistics, causal, scale, *again)
     assert [a.tobytes() for a in again] == [a.tobytes() for a in ours]
+
+
+def test_weights_of_backward_are_those_of_forward():
+    """Scores of some 1e5, whose exponentials only agree where both passes compute the same ones."""
+    q, k, v = arrays((1, 1, 1, 70, 140, 64, 64), "bfloat16")
+    y, statistics = attend(q, k, v, False, 4096.0)
+    g = np.ones_like(y)
+    ours = [np.full_like(t, np.nan) for t in (q, k, v)]
+    kernels.attention_backward_on_hopper(g, q, k, v, y, statistics, False, 4096.0, *ours)
+    # Each query's weights sum up to 1.
+    assert np.all(np.abs(ours[2].astype(np.float64).sum(2) - 70) <= 70 * 8 * EPS["bfloat16"])
 
 
 def test_gradients_of_no_tiles_are_refused():
     q, k, v = arrays((1, 1, 1, 8, 8, 136, 136), "float16")
-    y, sums = attend(q, k, v, False, 1.0)
+    y, statistics = attend(q, k, v, False, 1.0)
     with pytest.raises(ValueError, match="no tiles"):
-        kernels.attention_backward_on_hopper(y, q, k, v, y, sums, False, 1.0, q, k, v)
+        kernels.attention_backward_on_hopper(y, q, k, v, y, statistics, False, 1.0, q, k, v)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
@@ -157,8 +169,8 @@ def test_order_of_dimensions(order):
         return view
 
     q, k, v = (laid_out(t) for t in arrays((2, 2, 2, 40, 50, 64, 64), "float16"))
-    y, sums = attend(q, k, v, False, 0.3, output=laid_out(np.zeros(q.shape, np.float16)))
-    assert_right((y, sums), q, k, v, False, 0.3, "float16")
+    y, statistics = attend(q, k, v, False, 0.3, output=laid_out(np.zeros(q.shape, np.float16)))
+    assert_right((y, statistics), q, k, v, False, 0.3, "float16")
     assert np.isnan(y.base.astype(np.float32)).sum() == y.base.size - y.size
 
 
@@ -172,9 +184,9 @@ def test_what_is_not_finite():
     q, k, v = arrays((1, 1, 1, 20, 300, 64, 64), "float16")
     q[0, 0, 3] = np.nan
     v[0, 0, 7, 5] = np.inf
-    y, sums = attend(q, k, v, False, 0.125)
+    y, statistics = attend(q, k, v, False, 0.125)
     assert np.isnan(y[0, 0, 3]).all()
-    assert np.isnan(sums[0, 0, 3])
+    assert np.isnan(statistics[0, 0, 3, 1])
     others = np.delete(y[0, 0], 3, axis=0)
     assert np.isinf(others[:, 5]).all()
     assert np.isfinite(np.delete(others, 5, axis=1)).all()

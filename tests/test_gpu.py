@@ -288,7 +288,7 @@ def test_attention_candidates(name, sizes, causal, dtype):
     op, args = attention._attention.op, (q, k, v, None, causal, None)
     if not _declare.covers(op, name, args):
         pytest.skip("not on this GPU")
-    y, logsumexp = op.candidates[name](*args)
+    y, statistics = op.candidates[name](*args)
     again, _ = op.candidates[name](*args)
     assert torch.equal(y, again)
     stock, exact = (
@@ -296,11 +296,11 @@ def test_attention_candidates(name, sizes, causal, dtype):
         for kind in (dtype, torch.float64 if queries < 4096 else torch.float32)
     )
     assert_as_good(y, stock, exact.double(), roundings=8)
-    assert logsumexp.isfinite().all()
+    assert statistics.isfinite().all()
 
     g = tokens(heads, queries, value_width)
     backward = attention.attention_backward.op
-    args = (g, q, k, v, None, y, logsumexp, causal, None)
+    args = (g, q, k, v, None, y, statistics, causal, None)
     if queries == 4096 or not _declare.covers(backward, name, args):
         return
     ours, again = (backward.candidates[name](*args) for _ in range(2))

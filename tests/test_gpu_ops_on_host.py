@@ -233,9 +233,9 @@ def test_by_warpgroups_attention(in_place_of_hopper, dtype, causal):
         (q, k[:, :1].expand(2, 2, 150, 64), v[:, :1].expand(2, 2, 150, 64)),
     ]
     for q, k, v in calls:
-        y, logsumexp = attention._by_warpgroups(q, k, v, None, causal, None)
+        y, statistics = attention._by_warpgroups(q, k, v, None, causal, None)
         like, sums = attention._fake(q, k, v, None, causal, None)
-        assert (y.stride(), logsumexp.shape, logsumexp.dtype) == (like.stride(), sums.shape, sums.dtype)
+        assert (y.stride(), statistics.shape, statistics.dtype) == (like.stride(), sums.shape, sums.dtype)
         stock, exact = (
             F.scaled_dot_product_attention(
                 *(t.to(kind) for t in (q, k, v)), is_causal=causal, enable_gqa=True
@@ -251,7 +251,7 @@ def test_by_warpgroups_attention(in_place_of_hopper, dtype, causal):
             z = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
             return torch.autograd.grad(z, leaves, upstream.to(kind))
 
-        ours = attention._by_warpgroups_backward(upstream, q, k, v, None, y, logsumexp, causal, None)
+        ours = attention._by_warpgroups_backward(upstream, q, k, v, None, y, statistics, causal, None)
         for a, b, c, t in zip(ours, gradients(dtype), gradients(torch.float64), (q, k, v), strict=True):
             assert a.stride() == attention._in_order(t, t.shape).stride()
             assert_as_good(a, b, c, roundings=8)
@@ -298,13 +298,13 @@ def test_what_the_warpgroups_do_not_take(in_place_of_hopper, ops):
     ):
         with pytest.raises(RuntimeError, match=message):
             ops._attention_on_hopper(*args)
-    sums = torch.zeros(1, 2, 8)
-    given = {"grad": q, "query": q, "key": q, "value": q, "output": q, "logsumexp": sums}
+    sums = torch.zeros(1, 2, 8, 2)
+    given = {"grad": q, "query": q, "key": q, "value": q, "output": q, "statistics": sums}
     made = {name: torch.empty_like(output) for name in ("grad_query", "grad_key", "grad_value")}
     for wrong, message in (
         ({"grad": q[:, :1]}, "a gradient and an output of shape"),
         ({"output": q.float()}, "dtype"),
-        ({"logsumexp": sums.double()}, "a float32 logsumexp of shape"),
+        ({"statistics": sums.double()}, "float32 statistics of shape"),
         ({"grad_key": output[:, :1]}, "grad_key to have aligned rows"),
         ({"grad_value": output.float()}, "dtype"),
     ):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import pickle
+import random
 import warnings
 
 import pytest
@@ -219,6 +220,132 @@ def test_causal_hint(kind, padded, need_weights):
     run = [m(x, x, x, key_padding_mask, need_weights, mask, is_causal=True) for m in (ours, torchs)]
     for actual, expected in zip(*run, strict=True):
         close(actual, expected)
+
+
+def attention_calls(count):
+    """Random modules and calls, which give masks, layouts, modes and what is asked for."""
+    draw = random.Random(0)
+    for _ in range(count):
+        batch_first, bias, batched, training, gradients = (draw.random() < 0.5 for _ in range(5))
+        heads, batch, length = draw.choice((1, 4)), draw.choice((1, 3)), draw.choice((1, 5))
+        kind = draw.choice(("self", "cross", "separate"))
+        keys = length if kind == "self" else 3
+
+        def tokens(n, batched=batched, batch=batch, batch_first=batch_first):
+            if not batched:
+                return torch.randn(n, E)
+            shape = (batch, n, E) if batch_first else (n, batch, E)
+            if draw.random() < 0.5:
+                return torch.randn(shape[1], shape[0], E).transpose(0, 1)
+            return torch.randn(shape)
+
+        query = tokens(length)
+        key = query if kind == "self" else tokens(keys)
+        value = tokens(keys) if kind == "separate" else key
+        options = {"need_weights": draw.random() < 0.5, "average_attn_weights": draw.random() < 0.5}
+        mask_kind = draw.choice(("none", "mask", "padding"))
+        mask_type = draw.choice((torch.bool, torch.float32))
+        if mask_kind == "mask":
+            options["attn_mask"] = torch.zeros(length, keys, dtype=mask_type)
+        elif mask_kind == "padding":
+            options["key_padding_mask"] = torch.zeros((batch, keys) if batched else keys, dtype=mask_type)
+        yield (heads, batch_first, bias), training, gradients, (query, key, value), options
+
+
+def test_strides_of_attention_are_torchs():
+    for (heads, batch_first, bias), training, gradients, tensors, options in attention_calls(250):
+        made = pair("MultiheadAttention", E, heads, batch_first=batch_first, bias=bias)
+        with torch.set_grad_enabled(gradients):
+            ours, torchs = (m.train(training)(*tensors, **options) for m in made)
+        for actual, expected in zip(ours, torchs, strict=True):
+            close(actual, expected)
+            assert actual is None or actual.stride() == expected.stride(), (training, gradients, options)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_strides_of_the_layer_are_torchs(batch_first, norm_first):
+    arguments = {"batch_first": batch_first, "norm_first": norm_first, "dropout": 0.0}
+    made = pair("TransformerEncoderLayer", E, HEADS, 32, **arguments)
+    for x in (torch.randn(N, S, E), torch.randn(S, N, E).transpose(0, 1), torch.randn(S, E)):
+        for training, gradients in itertools.product((True, False), (True, False)):
+            with torch.set_grad_enabled(gradients):
+                ours, torchs = (m.train(training)(x) for m in made)
+            close(ours, torchs)
+            assert ours.stride() == torchs.stride(), (x.stride(), training, gradients)
+            faked = torch.compile(made[0], backend="aot_eager")
+            if x.dim() == 3 and training and gradients:
+                torch._dynamo.reset()
+                assert faked(x).stride() == torchs.stride()
+
+
+def small_net(module):
+    return module.Sequential(
+        module.Linear(E, 32), module.ReLU(), module.Dropout(0.2), module.Linear(32, E), module.Dropout(0.1)
+    )
+
+
+def encoder(module, **options):
+    layer = module.TransformerEncoderLayer(E, HEADS, 32, dropout=0.1, **options)
+    return module.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class AttentionAlone(torch.nn.Module):
+    """Its dropout is torch's, behind what attention gives."""
+
+    def __init__(self, module, need_weights, **options):
+        super().__init__()
+        self.attention = module.MultiheadAttention(E, HEADS, dropout=0.1, **options)
+        self.dropout = module.Dropout(0.2)
+        self.need_weights = need_weights
+
+    def forward(self, x):
+        return self.dropout(self.attention(x, x, x, need_weights=self.need_weights)[0])
+
+
+TRAINED = {
+    "net": small_net,
+    **{
+        f"attention-{batch_first}-{need_weights}": lambda module, b=batch_first, w=need_weights: (
+            AttentionAlone(module, w, batch_first=b)
+        )
+        for batch_first, need_weights in itertools.product((True, False), (True, False))
+    },
+    **{
+        f"layer-{activation}-{norm_first}-{batch_first}": lambda module, a=activation, n=norm_first, b=batch_first: (
+            module.TransformerEncoderLayer(
+                E, HEADS, 32, dropout=0.1, activation=a, norm_first=n, batch_first=b
+            )
+        )
+        for activation, norm_first, batch_first in itertools.product(
+            ("relu", "gelu"), (True, False), (True, False)
+        )
+    },
+    "encoder": lambda module: encoder(module, batch_first=True),
+    "encoder-norm_first": lambda module: encoder(module, norm_first=True),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("layout", ["dense", "transposed"])
+def test_one_seed_is_one_training(name, layout):
+    """The same losses and parameters as torch's after some steps, with dropout."""
+    results = []
+    for module in (nn, torch.nn):
+        torch.manual_seed(0)
+        model = TRAINED[name](module)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = torch.randn(S, N, E).transpose(0, 1) if layout == "transposed" else torch.randn(N, S, E)
+        target, losses = torch.randn(N, S, E), []
+        for _ in range(3):
+            loss = (model(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        results.append((torch.stack(losses), *(p.detach() for p in model.parameters())))
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected, 1e-5)
 
 
 def test_query_without_keys():

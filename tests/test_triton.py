@@ -221,7 +221,7 @@ def test_attention_compiles(architecture, name, mask, causal, dropout, dtype, wi
     names = kernel.arg_names
     types = {n: "i32" for n in names if n not in constants}
     types |= {n: f"*{dtype}" for n in names if n.endswith("_ptr")}
-    types |= {n: "*fp32" for n in ("logsumexp_ptr", "dots_ptr") if n in names}
+    types |= {n: "*fp32" for n in ("statistics_ptr", "dots_ptr") if n in names}
     types |= {"scale": "fp32", "dropout_p": "fp32", "seed_ptr": "*i64"}
     if mask == 1:
         types["mask_ptr"] = "*u8"

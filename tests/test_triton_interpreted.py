@@ -249,7 +249,7 @@ def test_attention(dtype, sizes, mask_shape, causal, kind):
             mask[..., 0] |= mask_shape[-2] == 1
     scale = None if causal else 0.3
     out = torch.empty_like(q) if value_width == width else q.new_empty(batch, heads, queries, value_width)
-    logsumexp = attention.attention_forward(q, k, v, mask, causal, scale, out)
+    statistics = attention.attention_forward(q, k, v, mask, causal, scale, out)
 
     def results(kind):
         inputs = [t.to(kind).detach().clone().requires_grad_() for t in (q, k, v)]
@@ -258,12 +258,31 @@ def test_attention(dtype, sizes, mask_shape, causal, kind):
 
     grad = made(*out.shape, dtype=dtype, seed=4)
     gradients = [torch.full_like(t, torch.nan) for t in (q, k, v)]
-    attention.attention_backward(grad, q, k, v, mask, out, logsumexp, causal, scale, gradients)
+    attention.attention_backward(grad, q, k, v, mask, out, statistics, causal, scale, gradients)
     # Stock in float16 would round the weights as well: float32 products of the rounded inputs are as good.
     stock = [t.to(dtype) for t in results(dtype if dtype is torch.float32 else torch.float32)]
     for ours, s, e in zip([out, *gradients], stock, results(torch.float64), strict=True):
         assert_as_good(ours, s, e, roundings=8)
-    assert logsumexp.shape == q.shape[:3]
+    assert statistics.shape == (*q.shape[:3], 2)
+
+
+@pytest.mark.parametrize("huge", [torch.finfo(torch.float32).min, -1e9], ids=["least", "1e9"])
+def test_attention_beside_a_huge_mask(huge):
+    """All keys of some queries are masked alike: each has an equal part."""
+    q, k, v, grad = (made(1, 2, 20, 16, dtype=torch.float32, seed=i) for i in range(4))
+    mask = torch.zeros(20, 20)
+    mask[3] = huge
+    mask[4, ::2] = -torch.inf
+    mask[4, 1::2] = huge
+    mask[5] = -torch.inf
+    out = torch.empty_like(q)
+    statistics = attention.attention_forward(q, k, v, mask, False, None, out)
+    gradients = [torch.empty_like(t) for t in (q, k, v)]
+    attention.attention_backward(grad, q, k, v, mask, out, statistics, False, None, gradients)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    expected = exact_attention(*leaves, mask, False, None)
+    for a, b in zip((out, *gradients), (expected, *torch.autograd.grad(expected, leaves, grad)), strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_attention_nan():
@@ -291,7 +310,7 @@ def test_attention_with_dropout(dtype, form):
     if form == "boolean":
         mask = mask > -0.5
     seed, p = torch.tensor([(5 << 40) + 3]), 0.3
-    (output, logsumexp) = ops._triton(q, k, v, mask, causal, None, p, seed)
+    (output, statistics) = ops._triton(q, k, v, mask, causal, None, p, seed)
 
     def results(kind):
         leaves = [t.to(kind).clone().requires_grad_() for t in (q, k, v)]
@@ -299,7 +318,7 @@ def test_attention_with_dropout(dtype, form):
         y = ops._with_dropout(*leaves, fitting, seed, causal, None, p)
         return [y.detach(), *torch.autograd.grad(y, leaves, g.to(kind))]
 
-    got = ops._triton_backward(g, q, k, v, mask, output, logsumexp, causal, None, p, seed)
+    got = ops._triton_backward(g, q, k, v, mask, output, statistics, causal, None, p, seed)
     for ours, stock, exact in zip((output, *got), results(dtype), results(torch.float64), strict=True):
         assert_as_good(ours, stock, exact, roundings=4)
 

@@ -2,8 +2,6 @@
 // al., "FlashAttention" (2022): scores exist one block at a time.
 #include "cpu/attention.h"
 
-#include <math.h>
-
 #include "cpu/attention_block.h"
 #include "cpu/attention_few.h"
 
@@ -139,16 +137,18 @@ struct Forward {
                                                     row, 1, values, value_panel, output, output_row, factor);
       }
     }
-    auto* logsumexp = static_cast<A*>(args.logsumexp) + (b * s.heads + h) * s.queries + first;
+    auto* statistics = static_cast<A*>(args.statistics) + 2 * ((b * s.heads + h) * s.queries + first);
     T* out = head_of<T>(args.output, args.output_strides, b, h, first);
     for (int64_t i = 0; i < count; ++i) {
       const bool none = !started || total[i] == A(0);
-      const V over = splat(none ? A(0) : A(1) / total[i]);
+      const A inverse = none ? A(0) : A(1) / total[i];
+      const V over = splat(inverse);
       for (int64_t d = 0; d < s.value_width; d += V::size) {
         const V x = none ? zero<A>() : load(output + i * output_row + d) * over;
         store(out + i * args.output_strides.row + d, x, static_cast<int>(min_of(V::size, s.value_width - d)));
       }
-      logsumexp[i] = none ? kMinus : largest[i] + static_cast<A>(log(static_cast<double>(total[i])));
+      statistics[2 * i] = none ? A(0) : largest[i];
+      statistics[2 * i + 1] = inverse;
     }
   }
 

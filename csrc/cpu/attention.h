@@ -34,9 +34,11 @@ struct AttentionArgs {
   double scale;
   void* output;  // [batch, heads, queries, value_width]
   HeadStrides output_strides;
-  // [batch, heads, queries] of the type of sums: the logarithm of the sum of exponentials; -inf where no key
-  // takes part.
-  void* logsumexp;
+  // [batch, heads, queries, 2] of the type of sums, from which backward makes the weights anew: the largest
+  // score, and 1 over the sum of the exponentials of all scores less that one; 0 and 0 where no key takes
+  // part. The logarithm of the sum of exponentials, one number, could not hold both: beside scores of -1e9
+  // the logarithm of a sum is nothing.
+  void* statistics;
 };
 
 struct AttentionBackwardArgs {
@@ -44,7 +46,7 @@ struct AttentionBackwardArgs {
   AttentionShape shape;
   const void *grad, *query, *key, *value, *output;
   HeadStrides grad_strides, query_strides, key_strides, value_strides, output_strides;
-  const void* logsumexp;
+  const void* statistics;
   AttentionMask mask;
   bool causal;
   double scale;

@@ -1,13 +1,15 @@
 // Backward pass, after Dao, "FlashAttention-2" (2023): the weights are computed anew from the scores and
-// their logsumexp.
+// their statistics. The scores are the forward pass's, by the same product: summed in another order, scores
+// of 1e6 would make other weights.
 #include "cpu/attention.h"
 #include "cpu/attention_block.h"
+#include "cpu/attention_few.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 namespace {
 
-// Products are of type P: that of sums, to which 16-bit tensors are converted on the way into blocks, or, in
-// tile registers, T itself, to which weights and the scores' gradients are rounded.
+// Products but those of the scores are of type P: that of sums, to which 16-bit tensors are converted on the
+// way into blocks, or, in tile registers, T itself, to which weights and the scores' gradients are rounded.
 template <class T, class P>
 struct Backward {
   using A = acc_t<T>;
@@ -15,6 +17,9 @@ struct Backward {
   using Elem = typename Gemm<P>::Elem;  // as large as A
   static constexpr int kWide = kNR<A>;
   static constexpr bool kNarrow = sizeof(P) < sizeof(A);
+  // The scores' operands are other ones: pairs of bf16.
+  static constexpr bool kPairs = Gemm<T>::kPerElem > Gemm<P>::kPerElem;
+  using ScoreElem = typename Gemm<T>::Elem;
 
   const AttentionBackwardArgs& args;
   const AttentionShape& s;
@@ -23,6 +28,8 @@ struct Backward {
   int64_t width_row, value_row, score_row;
   int64_t width_elems, value_elems, key_elems, query_elems;  // packed
   int64_t q_row, dy_row, narrow_row, turned_row;             // of rows that are multiplied
+  bool few;                                                  // queries, whose scores come from few_scores()
+  int64_t score_elems, score_query_row, score_query_rows;    // queries that are only kept for the scores
   int64_t chunks, blocks_per_chunk;
 
   explicit Backward(const AttentionBackwardArgs& a) : args(a), s(a.shape) {
@@ -43,6 +50,10 @@ struct Backward {
     dy_row = kNarrow ? round_up(value_elems, 16) + 16 : value_row;
     narrow_row = kNarrow ? round_up(key_elems, 16) + 16 : 0;
     turned_row = kNarrow ? round_up(query_elems, 16) + 16 : 0;
+    few = s.queries <= kFewQueries;
+    score_elems = few ? 0 : packed_k<T>(s.width);
+    score_query_row = few ? width_row : round_up(score_elems, 16) + 16;
+    score_query_rows = (few ? kNarrow : kPairs) ? query_rows : 0;
     // Parts of the keys that are done apart, where there are few heads: as many as the shape asks for.
     const int64_t heads = max_of(1, s.batch * s.key_heads);
     chunks = max_of(1, min_of(key_blocks, ceil_div(8, heads)));
@@ -59,18 +70,19 @@ struct Backward {
   }
 
   // What the keys of a chunk need, block by block: K^T, V^T and K in panels; and the sums of their gradients.
-  int64_t panels_size() const { return key_block * (width_elems + value_elems) + key_elems * width; }
+  int64_t panels_size() const { return key_block * (score_elems + value_elems) + key_elems * width; }
   int64_t key_sums_size() const { return (key_block + kMR) * (width_row + value_row); }
   int64_t chunk_size() const {
     return blocks_per_chunk * (panels_size() + key_sums_size()) + key_block * max_of(width_row, value_row);
   }
   int64_t query_size() const {
     return query_rows * (q_row + dy_row + width_row + 2 * score_row + narrow_row) + round_up(query_rows, 16) +
-           query_elems * (width + value_width) + 2 * key_block * turned_row;
+           query_elems * (width + value_width) + 2 * key_block * turned_row +
+           score_query_rows * score_query_row;
   }
 
   void chunk(int64_t b, int64_t k, int64_t chunk, A* memory, A* query_memory, A* grad_query,
-             TileRegisters<P>& registers) const {
+             TileRegisters<P>& registers, TileRegisters<T>& score_registers) const {
     const int64_t first_block = chunk * blocks_per_chunk,
                   blocks = min_of(blocks_per_chunk, key_blocks - first_block);
     const int64_t share = s.heads / s.key_heads;
@@ -79,18 +91,20 @@ struct Backward {
     A* copy = sums + blocks_per_chunk * key_sums_size();
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t first = (first_block + j) * key_block, n = min_of(key_block, s.keys - first);
-      auto* to = reinterpret_cast<Elem*>(panels + j * panels_size());
-      Elem* to_values = to + key_block * width_elems;
+      auto* to = reinterpret_cast<ScoreElem*>(panels + j * panels_size());
+      auto* to_values = reinterpret_cast<Elem*>(to + key_block * score_elems);
       Elem* to_rows = to_values + key_block * value_elems;
       const T* key = head_of<T>(args.key, args.key_strides, b, k, first);
       const T* value = head_of<T>(args.value, args.value_strides, b, k, first);
+      if ((kNarrow || kPairs) && !few) pack_panels<T>(key, 1, args.key_strides.row, s.width, n, to);
       if constexpr (kNarrow) {
-        pack_panels<P>(key, 1, args.key_strides.row, s.width, n, to);
         pack_panels<P>(key, args.key_strides.row, 1, n, s.width, to_rows);
         pack_panels<P>(value, 1, args.value_strides.row, s.value_width, n, to_values);
       } else {
         copy_rows(key, args.key_strides.row, n, s.width, copy, width_row);
-        pack_panels<P>(copy, 1, width_row, s.width, n, to);
+        if constexpr (!kPairs) {
+          if (!few) pack_panels<P>(copy, 1, width_row, s.width, n, to);
+        }
         pack_panels<P>(copy, width_row, 1, n, s.width, to_rows);
         copy_rows(value, args.value_strides.row, n, s.value_width, copy, value_row);
         pack_panels<P>(copy, 1, value_row, s.value_width, n, to_values);
@@ -101,7 +115,7 @@ struct Backward {
       A* to = grad_query + (chunks > 1 ? (chunk * s.batch + b) * s.heads + h : 0) * s.queries * s.width;
       for (int64_t first = 0; first < s.queries; first += query_block) {
         queries(b, h, first, min_of(query_block, s.queries - first), first_block, blocks, panels, sums,
-                query_memory, to + (chunks > 1 ? first * s.width : 0), registers);
+                query_memory, to + (chunks > 1 ? first * s.width : 0), registers, score_registers);
       }
     }
     for (int64_t j = 0; j < blocks; ++j) {
@@ -139,8 +153,24 @@ struct Backward {
     }
   }
 
+  // Products of `count` queries and the keys [key, key + n), as the forward pass makes them.
+  void scores(int64_t b, int64_t h, int64_t key, int64_t n, int64_t count, const A* q, const A* score_queries,
+              const ScoreElem* keys, A* to, TileRegisters<T>& registers) const {
+    if (few) {
+      const T* rows = head_of<T>(args.key, args.key_strides, b, h / (s.heads / s.key_heads), key);
+      few_scores<T>(kNarrow ? score_queries : q, width_row, count, rows, args.key_strides.row, n, s.width, to,
+                    score_row);
+    } else {
+      const auto* from = reinterpret_cast<const ScoreElem*>(kPairs ? score_queries : q);
+      block_product<T, true, Into::replace>(registers, count, n, score_elems, from,
+                                            kPairs ? score_query_row : q_row, 1, keys, score_elems * kWide,
+                                            to, score_row);
+    }
+  }
+
   void queries(int64_t b, int64_t h, int64_t first, int64_t count, int64_t first_block, int64_t blocks,
-               const A* panels, A* sums, A* memory, A* grad_query, TileRegisters<P>& registers) const {
+               const A* panels, A* sums, A* memory, A* grad_query, TileRegisters<P>& registers,
+               TileRegisters<T>& score_registers) const {
     auto* q = reinterpret_cast<Elem*>(memory);  // queries, rows
     Elem* dy = q + query_rows * q_row;          // gradient of the output, rows
     Elem* ds_rows = dy + query_rows * dy_row;   // gradient of the scores, rounded: rows of queries,
@@ -152,6 +182,7 @@ struct Backward {
     A* p = dq + query_rows * width_row;                                      // weights
     A* ds = p + query_rows * score_row;                                      // gradient of the scores
     A* delta = ds + query_rows * score_row;
+    A* score_queries = delta + round_up(query_rows, 16);
     const T* query = head_of<T>(args.query, args.query_strides, b, h, first);
     const T* grad = head_of<T>(args.grad, args.grad_strides, b, h, first);
     const T* output = head_of<T>(args.output, args.output_strides, b, h, first);
@@ -168,8 +199,17 @@ struct Backward {
       pack_panels<P>(q, q_row, 1, count, s.width, q_panels);
       pack_panels<P>(dy, dy_row, 1, count, s.value_width, dy_panels);
     }
-    const A* logsumexp = static_cast<const A*>(args.logsumexp) + (b * s.heads + h) * s.queries + first;
-    const A kMinus = -__builtin_huge_val();
+    // For the scores: rows in the type of sums of a few queries, as the product takes them of others.
+    if (few) {
+      if constexpr (kNarrow)
+        copy_rows(query, args.query_strides.row, count, s.width, score_queries, width_row);
+    } else if constexpr (kPairs) {
+      auto* to = reinterpret_cast<ScoreElem*>(score_queries);
+      pack_a<T>(query, args.query_strides.row, 1, count, s.width, to, score_query_row);
+      clear_rest(to, score_query_row, count, query_rows);
+    }
+    const A* statistics =
+        static_cast<const A*>(args.statistics) + 2 * ((b * s.heads + h) * s.queries + first);
     for (int64_t i = 0; i < count; ++i) {
       V sum = zero<A>();
       for (int64_t d = 0; d < s.value_width; d += V::size) {
@@ -185,13 +225,12 @@ struct Backward {
       const int64_t key = (first_block + j) * key_block, n = min_of(key_block, s.keys - key),
                     padded = round_up(n, kWide);
       if (all_later(args.causal, first, count, key)) break;
-      const auto* keys = reinterpret_cast<const Elem*>(panels + j * panels_size());
-      const Elem* values = keys + key_block * width_elems;
+      const auto* keys = reinterpret_cast<const ScoreElem*>(panels + j * panels_size());
+      const auto* values = reinterpret_cast<const Elem*>(keys + key_block * score_elems);
       const Elem* key_rows = values + key_block * value_elems;
       A* dk = sums + j * key_sums_size();
       A* dv = dk + (key_block + kMR) * width_row;
-      block_product<P, true, Into::replace>(registers, count, n, width_elems, q, q_row, 1, keys,
-                                            width_elems * kWide, p, score_row);
+      scores(b, h, key, n, count, reinterpret_cast<const A*>(q), score_queries, keys, p, score_registers);
       block_product<P, true, Into::replace>(registers, count, n, value_elems, dy, dy_row, 1, values,
                                             value_elems * kWide, ds, score_row);
       if constexpr (kNarrow) {
@@ -203,12 +242,10 @@ struct Backward {
         A* x = p + i * score_row;
         A* g = ds + i * score_row;
         mask_scores<T>(x, args.mask, args.causal, scale, b, h, first + i, key, n, padded);
-        const bool none = logsumexp[i] == kMinus;
-        const V minus = splat(none ? A(0) : logsumexp[i]), mean = splat(delta[i]), by = splat(scale);
+        const V most = splat(statistics[2 * i]), over = splat(statistics[2 * i + 1]), mean = splat(delta[i]),
+                by = splat(scale);
         for (int64_t c = 0; c < padded; c += V::size) {
-          // The score never exceeds the logsumexp but by rounding.
-          const V t = load(x + c) - minus;
-          const V w = none ? zero<A>() : exp_negative(select(t > zero<A>(), zero<A>(), t));
+          const V w = exp_negative(load(x + c) - most) * over;
           const V gradient = w * (load(g + c) - mean) * by;
           store(x + c, w);
           store(g + c, gradient);
@@ -267,8 +304,16 @@ struct Backward {
     context.for_each(heads * chunks, workers, [&](int64_t task, int worker) {
       const int64_t head = task / chunks;
       TileRegisters<P> registers(context);
-      chunk(head / s.key_heads, head % s.key_heads, task % chunks, memory + worker * chunk_size(),
-            query_memory + worker * query_size(), partial, registers);
+      auto run = [&](TileRegisters<T>& score_registers) {
+        chunk(head / s.key_heads, head % s.key_heads, task % chunks, memory + worker * chunk_size(),
+              query_memory + worker * query_size(), partial, registers, score_registers);
+      };
+      if constexpr (kNarrow) {
+        run(registers);
+      } else {
+        TileRegisters<T> none(context);
+        run(none);
+      }
     });
     if (chunks == 1) return;
     const int64_t rows = s.batch * s.heads * s.queries;

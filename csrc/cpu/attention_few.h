@@ -2,8 +2,6 @@
 // once, where they lie, in the type of sums.
 #pragma once
 
-#include <math.h>
-
 #include "cpu/attention_block.h"
 
 namespace fastnn::FASTNN_ISA_NS {
@@ -11,13 +9,53 @@ namespace fastnn::FASTNN_ISA_NS {
 // Queries of a head up to which that was faster.
 inline constexpr int64_t kFewQueries = 4;
 
+// Rows multiplied at a time, or vectors of one; and keys that stay in the first-level cache for all queries.
+inline constexpr int64_t kRowsAtATime = 4, kKeysOfFew = 64;
+
+// Scores of `count` queries, each times each of n keys. Queries are in the type of sums, with zeros up to a
+// whole vector; the keys lie where they are, `key_row` apart.
+template <class T>
+inline void few_scores(const acc_t<T>* queries, int64_t query_row, int64_t count, const T* keys,
+                       int64_t key_row, int64_t n, int64_t width, acc_t<T>* scores, int64_t score_row) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  for (int64_t first = 0; first < n; first += kKeysOfFew) {
+    const int64_t end = min_of(n, first + kKeysOfFew);
+    for (int64_t i = 0; i < count; ++i) {
+      const A* query = queries + i * query_row;
+      for (int64_t key = first; key < end; key += kRowsAtATime) {
+        const T* rows[kRowsAtATime];
+        V sums[kRowsAtATime];
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < kRowsAtATime; ++r) {
+          rows[r] = keys + min_of(key + r, end - 1) * key_row;
+          sums[r] = zero<A>();
+        }
+        int64_t d = 0;
+        for (; d + V::size <= width; d += V::size) {
+          const V x = load(query + d);
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < kRowsAtATime; ++r) sums[r] = fma(x, load(rows[r] + d), sums[r]);
+        }
+        if (d < width) {
+          const V x = load(query + d);
+          const auto left = static_cast<int>(width - d);
+          for (int64_t r = 0; r < kRowsAtATime; ++r) sums[r] = fma(x, load(rows[r] + d, left), sums[r]);
+        }
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < kRowsAtATime; ++r) {
+          if (key + r < end) scores[i * score_row + key + r] = reduce_add(sums[r]);
+        }
+      }
+    }
+  }
+}
+
 template <class T>
 class FewQueries {
   using A = acc_t<T>;
   using V = Vec<A>;
-  // Rows multiplied at a time, or vectors of one; and keys that stay in the first-level cache for all
-  // queries.
-  static constexpr int64_t kAtATime = 4, kBlock = 64;
+  static constexpr int64_t kAtATime = kRowsAtATime, kBlock = kKeysOfFew;
 
   const AttentionArgs& args_;
   const AttentionShape& s_;
@@ -58,36 +96,8 @@ class FewQueries {
       for (int64_t d = 0; d < s_.width; d += V::size)
         store(queries + i * width_ + d, load(from + d, left(s_.width - d)));
     }
-    for (int64_t first = 0; first < keys_; first += kBlock) {
-      const int64_t end = min_of(keys_, first + kBlock);
-      for (int64_t i = 0; i < s_.queries; ++i) {
-        const A* query = queries + i * width_;
-        for (int64_t key = first; key < end; key += kAtATime) {
-          const T* rows[kAtATime];
-          V sums[kAtATime];
-#pragma GCC unroll 4
-          for (int64_t r = 0; r < kAtATime; ++r) {
-            rows[r] = head_of<T>(args_.key, args_.key_strides, b, key_head, min_of(key + r, end - 1));
-            sums[r] = zero<A>();
-          }
-          int64_t d = 0;
-          for (; d + V::size <= s_.width; d += V::size) {
-            const V x = load(query + d);
-#pragma GCC unroll 4
-            for (int64_t r = 0; r < kAtATime; ++r) sums[r] = fma(x, load(rows[r] + d), sums[r]);
-          }
-          if (d < s_.width) {
-            const V x = load(query + d);
-            for (int64_t r = 0; r < kAtATime; ++r)
-              sums[r] = fma(x, load(rows[r] + d, left(s_.width - d)), sums[r]);
-          }
-#pragma GCC unroll 4
-          for (int64_t r = 0; r < kAtATime; ++r) {
-            if (key + r < end) scores[i * score_row_ + key + r] = reduce_add(sums[r]);
-          }
-        }
-      }
-    }
+    few_scores<T>(queries, width_, s_.queries, head_of<T>(args_.key, args_.key_strides, b, key_head),
+                  args_.key_strides.row, keys_, s_.width, scores, score_row_);
   }
 
   // Scores of query i become weights, whose sum is 1.
@@ -107,10 +117,12 @@ class FewQueries {
       total += reduce_add(sum);
     }
     const bool none = total == A(0);
-    const V over = splat(none ? A(0) : A(1) / total);
+    const A inverse = none ? A(0) : A(1) / total;
+    const V over = splat(inverse);
     for (int64_t k = 0; k < score_row_; k += V::size) store(scores + k, load(scores + k) * over);
-    auto* logsumexp = static_cast<A*>(args_.logsumexp) + (b * s_.heads + h) * s_.queries;
-    logsumexp[i] = none ? kMinus : most + static_cast<A>(log(static_cast<double>(total)));
+    auto* statistics = static_cast<A*>(args_.statistics) + 2 * ((b * s_.heads + h) * s_.queries + i);
+    statistics[0] = none ? A(0) : most;
+    statistics[1] = inverse;
   }
 
   // The values' sum by these weights.

@@ -29,7 +29,7 @@ using Tiles256 = Tiles<256, 64, 2, 24, 240>;
 struct Forward {
   TensorMap query, key, value;
   void* output;
-  float* logsumexp;
+  float* statistics;
   int64_t output_batch, output_head, output_row;
   int heads, shared, queries, keys, value_width;
   uint32_t all_heads, tiles, together;  // heads of all batches; tiles of queries; heads whose tiles alternate
@@ -288,8 +288,10 @@ struct Consumer {
       // 0 where no key takes part.
       factor[half] = sum[half] == 0.0f ? 1.0f : 1.0f / sum[half];
       if (lane_id() % 4 == 0 && row(half) < p.queries) {
-        p.logsumexp[(int64_t{work.batch} * p.heads + work.head) * p.queries + row(half)] =
-            most[half] * p.scale * kLn2 + logf(sum[half]);
+        float* to = p.statistics + 2 * ((int64_t{work.batch} * p.heads + work.head) * p.queries + row(half));
+        const bool none = sum[half] == 0.0f;
+        to[0] = none ? 0.0f : most[half] * p.scale;
+        to[1] = none ? 0.0f : factor[half];
       }
     }
     const int first_row = 64 * group + 16 * warp();
@@ -352,7 +354,7 @@ const char* start(const AttentionForwardOnHopperArgs& a, Stream stream) {
   }
   if (wrong != nullptr) return wrong;
   p.output = a.output;
-  p.logsumexp = a.logsumexp;
+  p.statistics = a.statistics;
   p.output_batch = a.output_strides.batch;
   p.output_head = a.output_strides.head;
   p.output_row = a.output_strides.row;

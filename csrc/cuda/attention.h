@@ -17,7 +17,7 @@ struct AttentionForwardOnHopperArgs {
   HeadStrides query_strides, key_strides, value_strides;
   void* output;
   HeadStrides output_strides;
-  float* logsumexp;  // [batch, heads, queries]
+  float* statistics;  // [batch, heads, queries, 2] as on the CPU, the largest score times log2(e)
 };
 
 // Whether the kernel has tiles for these sizes: widths of up to 256 that are multiples of 8.
@@ -43,7 +43,7 @@ struct AttentionBackwardOnHopperArgs {
   // Rows of all of these are dense, and begin at multiples of 16 bytes.
   const void *grad, *query, *key, *value, *output;
   HeadStrides grad_strides, query_strides, key_strides, value_strides, output_strides;
-  const float* logsumexp;
+  const float* statistics;
   void *grad_query, *grad_key, *grad_value;
   HeadStrides grad_query_strides, grad_key_strides, grad_value_strides;
   void* workspace;  // of attention_backward_workspace's bytes

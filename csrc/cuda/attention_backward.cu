@@ -21,17 +21,17 @@ struct Tiles {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kWarpgroup);
 };
 
-// What both kernels need of a query: the logarithm of its sum, to base 2, infinite where no key takes part;
-// and the product of the output and its gradient, which every gradient of a score has in it.
-struct Query {
-  float logsumexp, product;
+// What both kernels need of a query, read at once: its statistics, of which both are 0 where no key takes
+// part; and the product of the output and its gradient, which every gradient of a score has in it.
+struct alignas(16) Query {
+  float most, inverse, product;
 };
 // Queries of a head are filled up to a multiple of this.
 constexpr int kQueries = 64;
 
 struct Prepare {
   const void *output, *grad;
-  const float* logsumexp;
+  const float* statistics;
   Query* queries;
   HeadStrides output_strides, grad_strides;
   int heads, count, padded, width;
@@ -193,13 +193,14 @@ struct Consumer {
   __device__ void make_weights(int tile, int stage) {
     const int first_column = work.other_row(tile);
     const int last_row = work.row + 64 * group + 63, last_column = first_column + Tiles::kOther - 1;
-    // Beyond the last query a weight is 0 because its sum is infinite.
+    // Beyond the last query a weight is 0 because its sum counts as infinite.
     const bool at_edge =
         (kOf == Of::keys ? last_row : last_column) >= p.key_count ||
         (kCausal && (kOf == Of::keys ? last_row > first_column : last_column > last_row - 63));
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-      score[i] = power_of_2(fmaf(score[i], p.scale_log2, -query_of(i, stage).logsumexp));
+      const Query of = query_of(i, stage);
+      score[i] = power_of_2(fmaf(score[i], p.scale_log2, -of.most)) * of.inverse;
     }
     if (at_edge) {
 #pragma unroll
@@ -258,7 +259,7 @@ struct Consumer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t at = (int64_t{work.batch} * p.heads + work.head) * p.padded;
-        query[half] = row(half) < p.query_count ? p.queries[at + row(half)] : Query{INFINITY, 0};
+        query[half] = row(half) < p.query_count ? p.queries[at + row(half)] : Query{};
       }
     }
     wait(&memory.barriers->own, 0);
@@ -320,8 +321,13 @@ __global__ void __launch_bounds__(kThreads) prepare(const Prepare p) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) product += from_lane_xor(product, mask);
   if (lane_id() == 0 && at < p.all) {
-    const float sum = there ? p.logsumexp[head * p.count + row] : -INFINITY;
-    p.queries[at] = {sum == -INFINITY ? INFINITY : sum * kLog2E, product};
+    Query query{0, 0, product};
+    if (there) {
+      const float* statistics = p.statistics + 2 * (head * p.count + row);
+      query.most = statistics[0];
+      query.inverse = statistics[1];
+    }
+    p.queries[at] = query;
   }
 #else
   __trap();
@@ -371,7 +377,7 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
   const int64_t rows = padded(s.queries), all = s.batch * s.heads * rows;
   const Prepare prepared{a.output,
                          a.grad,
-                         a.logsumexp,
+                         a.statistics,
                          queries,
                          a.output_strides,
                          a.grad_strides,

@@ -8,7 +8,7 @@ namespace fastnn::cuda {
 
 // Where tiles begin in shared memory is a multiple of this.
 constexpr int kTileAlignment = 1024;
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+constexpr float kLog2E = 1.44269504f;
 
 inline MappedTensor mapped(const void* data, bool is_bf16, const HeadStrides& strides, int64_t width,
                            int64_t rows, int64_t heads, int64_t batch, int tile_rows) {

@@ -49,18 +49,18 @@ AttentionShape check_attention(const Tensor& query, const Tensor& key, const Ten
 }
 
 void check_backward(const AttentionShape& s, const Tensor& query, const Tensor& grad, const Tensor& output,
-                    const Tensor& logsumexp, ScalarType sums) {
+                    const Tensor& statistics, ScalarType sums) {
   const Sizes sizes{s.batch, s.heads, s.queries, s.value_width};
   check_like(query, grad, "grad");
   check_like(query, output, "output");
   FASTNN_CHECK(sizes_of(grad) == sizes && sizes_of(output) == sizes,
                "attention's backward expects a gradient and an output of shape [", s.batch, ", ", s.heads,
                ", ", s.queries, ", ", s.value_width, "], got ", shape(grad), " and ", shape(output));
-  FASTNN_CHECK(logsumexp.scalar_type() == sums && same_device(logsumexp, query) &&
-                   sizes_of(logsumexp) == (Sizes{s.batch, s.heads, s.queries}),
-               "attention's backward expects a ", sums == ScalarType::Double ? "float64" : "float32",
-               " logsumexp of shape [", s.batch, ", ", s.heads, ", ", s.queries,
-               "] on the query's device, got ", shape(logsumexp));
+  FASTNN_CHECK(statistics.scalar_type() == sums && same_device(statistics, query) &&
+                   sizes_of(statistics) == (Sizes{s.batch, s.heads, s.queries, 2}),
+               "attention's backward expects ", sums == ScalarType::Double ? "float64" : "float32",
+               " statistics of shape [", s.batch, ", ", s.heads, ", ", s.queries,
+               ", 2] on the query's device, got ", shape(statistics));
 }
 
 HeadStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
@@ -113,35 +113,76 @@ double scale_of(const std::optional<double>& scale, const AttentionShape& s) {
   return scale.has_value() ? *scale : 1.0 / sqrt(static_cast<double>(s.width));
 }
 
+// What torch's empty_like gives, without the dispatcher's microsecond: the same strides where the elements
+// lie densely in any order, else dense ones in the order in which its TensorIterator sorts the dimensions.
+Tensor empty_as(const Tensor& like) {
+  const Sizes sizes = sizes_of(like);
+  int order[4] = {3, 2, 1, 0};
+  // Whether dimension a lies within b, 0 where that cannot be told.
+  const auto compare = [&](int a, int b) {
+    const int64_t x = like.stride(a), y = like.stride(b);
+    if (x == 0 || y == 0) return 0;
+    if (x != y) return x < y ? -1 : 1;
+    return sizes[a] > sizes[b] ? 1 : 0;
+  };
+  for (int i = 1; i < 4; ++i) {
+    for (int j = i, k = i - 1; k >= 0; --k) {
+      const int found = compare(order[k], order[j]);
+      if (found < 0) break;
+      if (found > 0) std::swap(order[k], order[j]), j = k;
+    }
+  }
+  Sizes strides{0, 0, 0, 0};
+  int64_t stride = 1;
+  bool is_dense = true;
+  for (const int d : order) {
+    strides[d] = stride;
+    is_dense &= sizes[d] == 1 || like.stride(d) == stride;
+    stride *= sizes[d];
+  }
+  for (int d = 0; is_dense && d < 4; ++d) strides[d] = like.stride(d);
+  return empty_strided(like.scalar_type(), sizes, strides);
+}
+
+// As torch's: in the order of the query's dimensions where its fused kernel would take the call, else dense.
+Tensor empty_output(const AttentionShape& s, const Tensor& query, const Tensor& key, const Tensor& value,
+                    const std::optional<Tensor>& mask) {
+  if (s.value_width == s.width && query.stride(3) == 1 && key.stride(3) == 1 && value.stride(3) == 1 &&
+      !(mask.has_value() && mask->dim() == 3)) {
+    Tensor output = empty_as(query);
+    if (output.stride(3) == 1) return output;
+  }
+  return empty_like(query, {s.batch, s.heads, s.queries, s.value_width});
+}
+
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
                                      bool is_causal, std::optional<double> scale) {
   const AttentionShape s = check_attention(query, key, value, mask, is_causal);
-  const Sizes sizes{s.batch, s.heads, s.queries, s.value_width};
-  Tensor output = s.value_width == s.width && query.stride(3) == 1 ? empty_in_order(query, sizes)
-                                                                   : empty_like(query, sizes);
-  Tensor logsumexp = empty(query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
-                           {s.batch, s.heads, s.queries});
+  Tensor output = empty_output(s, query, key, value, mask);
+  Tensor statistics =
+      empty(query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
+            {s.batch, s.heads, s.queries, 2});
   const Tensor q = rows(query), k = rows(key), v = rows(value);
   const std::optional<Tensor> m = dense_mask(mask);
   TorchContext context;
   attention_forward({dtype_of(query, "query"), s, q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(),
                      strides_of(q), strides_of(k), strides_of(v), mask_of(m), is_causal, scale_of(scale, s),
-                     output.mutable_data_ptr(), strides_of(output), logsumexp.mutable_data_ptr()},
+                     output.mutable_data_ptr(), strides_of(output), statistics.mutable_data_ptr()},
                     context);
-  return {output, logsumexp};
+  return {output, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,
                                                       std::optional<Tensor> mask, Tensor output,
-                                                      Tensor logsumexp, bool is_causal,
+                                                      Tensor statistics, bool is_causal,
                                                       std::optional<double> scale) {
   const AttentionShape s = check_attention(query, key, value, mask, is_causal);
-  check_backward(s, query, grad, output, logsumexp,
+  check_backward(s, query, grad, output, statistics,
                  query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   Tensor grad_query = empty_in_order(query, sizes_of(query)), grad_key = empty_in_order(key, sizes_of(key)),
          grad_value = empty_in_order(value, sizes_of(value));
   const Tensor g = rows(grad), q = rows(query), k = rows(key), v = rows(value), y = rows(output),
-               l = dense(logsumexp);
+               kept = dense(statistics);
   const std::optional<Tensor> m = dense_mask(mask);
   TorchContext context;
   attention_backward({dtype_of(query, "query"),
@@ -156,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query,
                       strides_of(k),
                       strides_of(v),
                       strides_of(y),
-                      l.const_data_ptr(),
+                      kept.const_data_ptr(),
                       mask_of(m),
                       is_causal,
                       scale_of(scale, s),
@@ -171,11 +212,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query,
 }
 
 FASTNN_OP(attention,
-          "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale) -> (Tensor, "
-          "Tensor)")
+          "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale) -> (Tensor "
+          "output, Tensor statistics)")
 FASTNN_OP(attention_backward,
           "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, Tensor "
-          "logsumexp, bool is_causal,"
+          "statistics, bool is_causal,"
           " float? scale) -> (Tensor, Tensor, Tensor)")
 
 // With dropout there are kernels for GPUs alone. `seed` is one int64, from which each weight's own random
@@ -183,10 +224,10 @@ FASTNN_OP(attention_backward,
 FASTNN_SCHEMA(
     attention_dropout,
     "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor seed, bool is_causal, float? scale, "
-    "float dropout_p) -> (Tensor, Tensor)")
+    "float dropout_p) -> (Tensor output, Tensor statistics)")
 FASTNN_SCHEMA(
     attention_dropout_backward,
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, Tensor logsumexp, "
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, Tensor statistics, "
     "Tensor seed, bool is_causal, float? scale, float dropout_p) -> (Tensor, Tensor, Tensor)")
 
 }  // namespace

@@ -12,7 +12,7 @@ AttentionShape check_attention(const Tensor& query, const Tensor& key, const Ten
 
 // Refuses what a backward pass cannot have got from the forward one of these sizes, whose sums are `sums`.
 void check_backward(const AttentionShape& s, const Tensor& query, const Tensor& grad, const Tensor& output,
-                    const Tensor& logsumexp, ScalarType sums);
+                    const Tensor& statistics, ScalarType sums);
 
 HeadStrides strides_of(const Tensor& t);
 

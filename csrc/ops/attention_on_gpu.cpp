@@ -39,12 +39,12 @@ void check_output(const Tensor& query, const Tensor& t, const char* name, const 
                sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], "], got ", shape(t));
 }
 
-// Fills `output` and gives the logarithms of the sums.
+// Fills `output` and gives the statistics.
 Tensor _attention_on_hopper(Tensor query, Tensor key, Tensor value, Tensor output, bool is_causal,
                             double scale) {
   const AttentionShape s = check_on_hopper(query, key, value, is_causal, scale, &cuda::fits_hopper, "256");
   check_output(query, output, "output", {s.batch, s.heads, s.queries, s.value_width});
-  Tensor logsumexp = empty_like(query, ScalarType::Float, {s.batch, s.heads, s.queries});
+  Tensor statistics = empty_like(query, ScalarType::Float, {s.batch, s.heads, s.queries, 2});
   const Tensor q = mapped(query), k = mapped(key), v = mapped(value);
   const cuda::AttentionForwardOnHopperArgs args{dtype_of(query, "query"),
                                                 s,
@@ -58,23 +58,23 @@ Tensor _attention_on_hopper(Tensor query, Tensor key, Tensor value, Tensor outpu
                                                 strides_of(v),
                                                 output.mutable_data_ptr(),
                                                 strides_of(output),
-                                                static_cast<float*>(logsumexp.mutable_data_ptr())};
+                                                static_cast<float*>(statistics.mutable_data_ptr())};
   run_on_gpu(cuda::attention_forward_on_hopper, query, args);
-  return logsumexp;
+  return statistics;
 }
 
 // Fills the three gradients.
 void _attention_backward_on_hopper(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output,
-                                   Tensor logsumexp, Tensor grad_query, Tensor grad_key, Tensor grad_value,
+                                   Tensor statistics, Tensor grad_query, Tensor grad_key, Tensor grad_value,
                                    bool is_causal, double scale) {
   const AttentionShape s =
       check_on_hopper(query, key, value, is_causal, scale, &cuda::backward_fits_hopper, "128");
-  check_backward(s, query, grad, output, logsumexp, ScalarType::Float);
+  check_backward(s, query, grad, output, statistics, ScalarType::Float);
   check_output(query, grad_query, "grad_query", sizes_of(query));
   check_output(query, grad_key, "grad_key", sizes_of(key));
   check_output(query, grad_value, "grad_value", sizes_of(value));
   const Tensor g = mapped(grad), q = mapped(query), k = mapped(key), v = mapped(value), y = mapped(output),
-               sums = dense(logsumexp);
+               kept = dense(statistics);
   Tensor workspace =
       empty_like(query, ScalarType::Byte, {static_cast<int64_t>(cuda::attention_backward_workspace(s))});
   const cuda::AttentionBackwardOnHopperArgs args{dtype_of(query, "query"),
@@ -91,7 +91,7 @@ void _attention_backward_on_hopper(Tensor grad, Tensor query, Tensor key, Tensor
                                                  strides_of(k),
                                                  strides_of(v),
                                                  strides_of(y),
-                                                 static_cast<const float*>(sums.const_data_ptr()),
+                                                 static_cast<const float*>(kept.const_data_ptr()),
                                                  grad_query.mutable_data_ptr(),
                                                  grad_key.mutable_data_ptr(),
                                                  grad_value.mutable_data_ptr(),
@@ -108,7 +108,7 @@ FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {
       "scale) -> Tensor");
   m.def(
       "_attention_backward_on_hopper(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, "
-      "Tensor logsumexp, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, bool is_causal, "
+      "Tensor statistics, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, bool is_causal, "
       "float scale) -> ()");
 }
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, FASTNN_GPU_KEY, m) {

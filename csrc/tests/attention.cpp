@@ -28,17 +28,17 @@ AttentionMask mask_of(const py::object& mask) {
 
 void forward(const std::string& level, int threads, const py::array& q, const py::array& k,
              const py::array& v, const py::object& mask, bool causal, double scale, py::array y,
-             py::array logsumexp) {
+             py::array statistics) {
   constexpr void (*kernels[])(const AttentionArgs&, const Context&) = {FASTNN_LEVELS(attention_forward)};
   TestContext context(level, threads);
   kernels[level_of(level)]({dtype_of(q), shape_of(q, k, v), q.data(), k.data(), v.data(), strides_of(q),
                             strides_of(k), strides_of(v), mask_of(mask), causal, scale, y.mutable_data(),
-                            strides_of(y), logsumexp.mutable_data()},
+                            strides_of(y), statistics.mutable_data()},
                            context);
 }
 
 void backward(const std::string& level, int threads, const py::array& grad, const py::array& q,
-              const py::array& k, const py::array& v, const py::array& y, const py::array& logsumexp,
+              const py::array& k, const py::array& v, const py::array& y, const py::array& statistics,
               const py::object& mask, bool causal, double scale, py::array grad_q, py::array grad_k,
               py::array grad_v) {
   constexpr void (*kernels[])(const AttentionBackwardArgs&,
@@ -56,7 +56,7 @@ void backward(const std::string& level, int threads, const py::array& grad, cons
                             strides_of(k),
                             strides_of(v),
                             strides_of(y),
-                            logsumexp.data(),
+                            statistics.data(),
                             mask_of(mask),
                             causal,
                             scale,

@@ -23,18 +23,18 @@ void succeed(const char* wrong) {
 }
 
 void forward(const py::array& query, const py::array& key, const py::array& value, bool causal, float scale,
-             py::array output, py::array logsumexp) {
+             py::array output, py::array statistics) {
   const AttentionShape s = shape_of(query, key, value);
   if (!cuda::fits_hopper(s)) throw py::value_error("no tiles for this shape");
   succeed(cuda::attention_forward_on_hopper(
       {dtype_of(query), s, causal, scale, query.data(), key.data(), value.data(), strides_of(query),
        strides_of(key), strides_of(value), output.mutable_data(), strides_of(output),
-       static_cast<float*>(logsumexp.mutable_data())},
+       static_cast<float*>(statistics.mutable_data())},
       nullptr));
 }
 
 void backward(const py::array& grad, const py::array& query, const py::array& key, const py::array& value,
-              const py::array& output, const py::array& logsumexp, bool causal, float scale,
+              const py::array& output, const py::array& statistics, bool causal, float scale,
               py::array grad_query, py::array grad_key, py::array grad_value) {
   const AttentionShape s = shape_of(query, key, value);
   if (!cuda::backward_fits_hopper(s)) throw py::value_error("no tiles for this shape");
@@ -58,7 +58,7 @@ void backward(const py::array& grad, const py::array& query, const py::array& ke
                                               strides_of(key),
                                               strides_of(value),
                                               strides_of(output),
-                                              static_cast<const float*>(logsumexp.data()),
+                                              static_cast<const float*>(statistics.data()),
                                               grad_query.mutable_data(),
                                               grad_key.mutable_data(),
                                               grad_value.mutable_data(),

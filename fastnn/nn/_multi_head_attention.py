@@ -147,8 +147,14 @@ def multi_head_attention_forward(
     return attend(call, batch_first=False)
 
 
-def attend(call: Call, batch_first: bool, packed: Packed = NOT_PACKED) -> tuple[Tensor, Tensor | None]:
-    """:func:`multi_head_attention_forward`; with `batch_first` the inputs and the result have shape ``(N, L, E)``."""
+def attend(
+    call: Call, batch_first: bool, packed: Packed = NOT_PACKED, dense: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`multi_head_attention_forward`; with `batch_first` the inputs and the result have shape ``(N, L, E)``.
+
+    In memory that result has the order ``(L, N, E)``, as torch's has: dropout draws its numbers in that order. With
+    `dense` it lies as its shape says.
+    """
     if not _fits(call, batch_first):
         return _stock(call, batch_first)
     q, k, v = (_heads_first(x, batch_first) for x in _project(call, packed.in_proj))
@@ -171,8 +177,9 @@ def attend(call: Call, batch_first: bool, packed: Packed = NOT_PACKED) -> tuple[
             weights = weights.squeeze(0)
     else:
         heads, weights = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
-    output = _heads_last(heads, call.query.dim(), batch_first)
-    return _linear(output, call.out_proj_weight, call.out_proj_bias, packed.out_proj), weights
+    output = _heads_last(heads, call.query.dim(), batch_first and dense)
+    output = _linear(output, call.out_proj_weight, call.out_proj_bias, packed.out_proj)
+    return (output.transpose(0, 1) if batch_first and not dense else output), weights
 
 
 # ---- what is covered here; all else, and with it every error, is torch's ----
@@ -283,7 +290,7 @@ def _heads_first(x: Tensor, batch_first: bool) -> Tensor:
 
 
 def _heads_last(x: Tensor, dims: int, batch_first: bool) -> Tensor:
-    """The heads beside one another again, in the layout of the query."""
+    """The heads beside one another again: shape ``(L, N, E)``, ``(N, L, E)`` or without a batch ``(L, E)``."""
     if dims == 2:
         return x.squeeze(0).transpose(0, 1).flatten(1)
     return (x.transpose(1, 2) if batch_first else x.permute(2, 0, 1, 3)).flatten(2)

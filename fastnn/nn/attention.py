@@ -105,7 +105,30 @@ class MultiheadAttention(Layer, torch.nn.MultiheadAttention):
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )
-        return attend(call, self.batch_first and query.dim() == 3, Packed(self._packed_in, self._packed_out))
+        dense = self._lies_densely(query, key, value, key_padding_mask, attn_mask)
+        packed_weights = Packed(self._packed_in, self._packed_out)
+        return attend(call, self.batch_first and query.dim() == 3, packed_weights, dense)
+
+    def _lies_densely(self, query, key, value, key_padding_mask, attn_mask) -> bool:
+        """Whether torch would take its shortcut in inference, whose result lies in memory as its shape says."""
+        if self.training or not self.batch_first or query is not key or key is not value or query.dim() != 3:
+            return False
+        if (
+            self.in_proj_bias is None
+            or self.num_heads % 2 != 0
+            or self.bias_k is not None
+            or self.add_zero_attn
+            or not self._qkv_same_embed_dim
+            or any(mask is not None and mask.is_floating_point() for mask in (key_padding_mask, attn_mask))
+            or torch.is_autocast_enabled()
+            or not torch.backends.mha.get_fastpath_enabled()
+        ):
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        out_proj = self.out_proj
+        tensors = (query, self.in_proj_weight, self.in_proj_bias, out_proj.weight, out_proj.bias)
+        return not any(t is not None and t.requires_grad for t in tensors)
 
 
 if not TYPE_CHECKING:

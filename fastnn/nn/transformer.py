@@ -63,11 +63,22 @@ class TransformerEncoderLayer(Layer, torch.nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         x = src
         if self.norm_first:
+            if not (self.training or src.is_contiguous()) and self._lies_densely(
+                src, src_mask, src_key_padding_mask
+            ):
+                x = src.contiguous()
             attended = self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
             normal, x = _add_norm(self.norm2, x, attended)
             return x + self._ff_block(normal)
         x, _ = _add_norm(self.norm1, x, self._sa_block(x, src_mask, src_key_padding_mask, is_causal), False)
         return _add_norm(self.norm2, x, self._ff_block(x), False)[0]
+
+    def _lies_densely(self, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
+        """Whether torch would take its shortcut in inference, whose result does not lie as the input does."""
+        attention = self.self_attn
+        return isinstance(attention, MultiheadAttention) and attention._lies_densely(
+            src, src, src, key_padding_mask, mask
+        )
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return self.dropout2(self.linear2(self.dropout(self._first_with_activation(x))))

@@ -94,6 +94,14 @@ def tensor_bytes(*tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def hand_over(op: Op, args: tuple, reason: str) -> None:
+    """Notes that a public function gives torch a call, with the op's arguments, before the op's route sees it."""
+    if recorder is not None:
+        recorder(op, args, reason)
+    if _settings.log:
+        log.info("%s runs on torch: %s", op.name, reason)
+
+
 def _unfit(tensors, own_dtype=(), on_gpus: str | None = None, on_cpu: bool = True) -> str | None:
     """Why no native kernel takes these tensors, whatever the op; None if one may.
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fastnn.ops import _gpu
-from fastnn.ops._declare import Cost, declare, tensor_bytes
+from fastnn.ops._declare import Cost, declare, hand_over, tensor_bytes
+from fastnn.ops._second_derivative import differentiate
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -46,14 +47,28 @@ def _in_order(like, shape):
     return torch.empty_permuted(shape, (*order, 3), dtype=like.dtype, device=like.device)
 
 
+def _empty_output(query, key, value, mask):
+    """As torch's result lies: as the query does where its fused kernel would take the call, else densely."""
+    if (
+        value.shape[3] == query.shape[3]
+        and query.stride(3) == 1
+        and key.stride(3) == 1
+        and value.stride(3) == 1
+        and (mask is None or mask.dim() != 3)
+    ):
+        output = torch.empty_like(query)
+        if output.stride(3) == 1:
+            return output
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+def _sums_type(query):
+    return torch.float64 if query.dtype is torch.float64 else torch.float32
+
+
 def _fake(query, key, value, mask, is_causal, scale):
-    shape = (*query.shape[:3], value.shape[3])
-    same = value.shape[3] == query.shape[3] and query.stride(3) == 1
-    sums = torch.float64 if query.dtype is torch.float64 else torch.float32
-    return (
-        _in_order(query, shape) if same else query.new_empty(shape),
-        query.new_empty(query.shape[:3], dtype=sums),
-    )
+    statistics = query.new_empty((*query.shape[:3], 2), dtype=_sums_type(query))
+    return _empty_output(query, key, value, mask), statistics
 
 
 def _seen(query, key, is_causal):
@@ -82,14 +97,14 @@ def _keep(ctx, inputs, output):
 def _grad(ctx, grad, _):
     if grad is None:
         return (None,) * 6
-    query, key, value, mask, output, logsumexp = ctx.saved_tensors
-    grads = attention_backward(grad, query, key, value, mask, output, logsumexp, *ctx.options)
+    query, key, value, mask, output, statistics = ctx.saved_tensors
+    grads = attention_backward(grad, query, key, value, mask, output, statistics, *ctx.options)
     chosen = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
     return (*chosen, None, None, None)
 
 
 def _stock(query, key, value, mask, is_causal, scale):
-    """The result, and nothing in place of the logsumexp: only the kernels' backward reads it."""
+    """The result, and nothing in place of the statistics: only the kernels' backward reads them."""
     shared = bool(query.shape[1] != key.shape[1])  # a tensor while torch.jit.trace records
     out = F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=shared
@@ -97,19 +112,59 @@ def _stock(query, key, value, mask, is_causal, scale):
     return out, None
 
 
-def _stock_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-        out, _ = _stock(*leaves, mask, is_causal, scale)
-    return torch.autograd.grad(out, leaves, grad)
+def _by_formula(query, key, value, mask, is_causal, scale, kept=None):
+    """The result by way of the matrix of weights, which are multiplied by `kept` if that is given."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(shared, 1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[3] ** -0.5 if scale is None else scale)
+    if is_causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    none = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(none, 0.0), -1).masked_fill(none, 0.0)
+    return (weights if kept is None else weights * kept.to(weights.dtype)) @ value
 
 
-def _unsupported_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
+def _stock_backward(grad, query, key, value, mask, output, statistics, is_causal, scale):
+    def result(query, key, value):
+        # torch's fused kernels have no second derivative.
+        if torch.is_grad_enabled() and again:
+            return (_by_formula(query, key, value, mask, is_causal, scale),)
+        return (_stock(query, key, value, mask, is_causal, scale)[0],)
+
+    again = torch.is_grad_enabled()
+    return differentiate(result, (query, key, value), (True,) * 3, (grad,))
+
+
+def _second_derivative(ctx, grad_grads, mask, is_causal, scale, kept=None):
+    """The gradients of the gradient, query, key and value that a backward op was given, by the formula."""
+
+    def gradients(grad, query, key, value):
+        # One tensor may be query and key.
+        leaves = [t.to(_sums_type(t)).view_as(t) for t in (query, key, value)]
+        result = _by_formula(*leaves, mask, is_causal, scale, kept)
+        return torch.autograd.grad(result, leaves, grad.to(result.dtype), create_graph=True)
+
+    return differentiate(gradients, ctx.saved_tensors[:4], ctx.needs_input_grad[:4], grad_grads)
+
+
+def _keep_of_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[7:]
+
+
+def _grad_of_backward(ctx, *grad_grads):
+    grads = _second_derivative(ctx, grad_grads, ctx.saved_tensors[4], *ctx.options)
+    return (*grads, *(None,) * 5)
+
+
+def _unsupported_backward(grad, query, key, value, mask, output, statistics, is_causal, scale):
     reason = _unsupported_on_gpus(query, key, value, mask, is_causal, scale)
     if reason is not None:
         return reason
     shape = (*query.shape[:3], value.shape[3])
-    if grad.shape != shape or output.shape != shape or logsumexp.shape != shape[:3]:
+    if grad.shape != shape or output.shape != shape or statistics.shape != (*shape[:3], 2):
         return "shapes do not fit"
     return None
 
@@ -143,27 +198,27 @@ def _covers_warpgroups(query, key, value, mask, is_causal, scale):
 
 
 def _triton_backward(
-    grad, query, key, value, mask, output, logsumexp, is_causal, scale, dropout_p=0.0, seed=None
+    grad, query, key, value, mask, output, statistics, is_causal, scale, dropout_p=0.0, seed=None
 ):
     from fastnn.triton.attention import attention_backward
 
     gradients = tuple(_in_order(t, t.shape) for t in (query, key, value))
     attention_backward(
-        grad, query, key, value, mask, output, logsumexp, is_causal, scale, gradients, dropout_p, seed
+        grad, query, key, value, mask, output, statistics, is_causal, scale, gradients, dropout_p, seed
     )
     return gradients
 
 
-def _by_warpgroups_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
+def _by_warpgroups_backward(grad, query, key, value, mask, output, statistics, is_causal, scale):
     gradients = tuple(_in_order(t, t.shape) for t in (query, key, value))
     scale = query.shape[3] ** -0.5 if scale is None else scale
     _ops._attention_backward_on_hopper(
-        grad, query, key, value, output, logsumexp, *gradients, is_causal, scale
+        grad, query, key, value, output, statistics, *gradients, is_causal, scale
     )
     return gradients
 
 
-def _covers_warpgroups_backward(grad, query, key, value, mask, output, logsumexp, is_causal, scale):
+def _covers_warpgroups_backward(grad, query, key, value, mask, output, statistics, is_causal, scale):
     # Both sums of a tile of keys have to lie in registers.
     fits = max(query.shape[3], value.shape[3]) <= 128
     return fits and _covers_warpgroups(query, key, value, mask, is_causal, scale)
@@ -187,11 +242,13 @@ attention_backward = declare(
     stock=_stock_backward,
     unsupported=_unsupported_backward,
     fake=lambda grad, query, key, value, *rest: tuple(_in_order(t, t.shape) for t in (query, key, value)),
-    cost=lambda grad, query, key, value, mask, output, logsumexp, is_causal, scale: Cost(
+    cost=lambda grad, query, key, value, mask, output, statistics, is_causal, scale: Cost(
         _cost(query, key, value, mask, is_causal, scale).flops * 2.5,
-        2 * tensor_bytes(query, key, value) + tensor_bytes(grad, output, logsumexp, mask),
+        2 * tensor_bytes(query, key, value) + tensor_bytes(grad, output, statistics, mask),
     ),
-    own_dtype=("mask", "logsumexp"),
+    keep=_keep_of_backward,
+    backward=_grad_of_backward,
+    own_dtype=("mask", "statistics"),
     on_gpus="triton",
     candidates={"kernel": _triton_backward, _gpu.WARPGROUPS: _by_warpgroups_backward},
     covers={_gpu.WARPGROUPS: _covers_warpgroups_backward},
@@ -239,18 +296,13 @@ def _kept(seed, shape, dropout_p):
     return ((a >> 1).float() >= torch.tensor(dropout_p).float() * 2**31).float() / (1.0 - dropout_p)
 
 
+def _kept_of(query, key, seed, dropout_p):
+    return _kept(seed, (*query.shape[:3], key.shape[2]), dropout_p)
+
+
 def _with_dropout(query, key, value, mask, seed, is_causal, scale, dropout_p):
-    """The same numbers as the kernels', with the matrix of weights."""
-    shared = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(shared, 1) for t in (key, value))
-    scores = query @ key.transpose(-1, -2) * (query.shape[3] ** -0.5 if scale is None else scale)
-    if is_causal:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
-    none = (scores == -torch.inf).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(none, 0.0), -1).masked_fill(none, 0.0)
-    return (weights * _kept(seed, weights.shape, dropout_p).to(weights.dtype)) @ value
+    """The same numbers as the kernels'."""
+    return _by_formula(query, key, value, mask, is_causal, scale, _kept_of(query, key, seed, dropout_p))
 
 
 def _stock_dropout(query, key, value, mask, seed, is_causal, scale, dropout_p):
@@ -262,13 +314,25 @@ def _stock_dropout(query, key, value, mask, seed, is_causal, scale, dropout_p):
 
 
 def _stock_dropout_backward(
-    grad, query, key, value, mask, output, logsumexp, seed, is_causal, scale, dropout_p
+    grad, query, key, value, mask, output, statistics, seed, is_causal, scale, dropout_p
 ):
     # Not by torch's op, which would drop other weights than the forward pass did.
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-        out = _with_dropout(*leaves, mask, seed, is_causal, scale, dropout_p)
-    return torch.autograd.grad(out, leaves, grad)
+    def result(query, key, value):
+        return (_with_dropout(query, key, value, mask, seed, is_causal, scale, dropout_p),)
+
+    return differentiate(result, (query, key, value), (True,) * 3, (grad,))
+
+
+def _keep_of_dropout_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], inputs[7])
+    ctx.options = inputs[8:]
+
+
+def _grad_of_dropout_backward(ctx, *grad_grads):
+    _, query, key, _, mask, seed = ctx.saved_tensors
+    *options, dropout_p = ctx.options
+    kept = _kept_of(query, key, seed, dropout_p)
+    return (*_second_derivative(ctx, grad_grads, mask, *options, kept), *(None,) * 7)
 
 
 def _unsupported_seed(seed, dropout_p):
@@ -299,7 +363,9 @@ attention_dropout_backward = declare(
     ),
     fake=lambda grad, query, key, value, *rest: tuple(_in_order(t, t.shape) for t in (query, key, value)),
     cost=lambda *args: attention_backward.op.cost(*args[:7], *args[8:10]),
-    own_dtype=("mask", "logsumexp", "seed"),
+    keep=_keep_of_dropout_backward,
+    backward=_grad_of_dropout_backward,
+    own_dtype=("mask", "statistics", "seed"),
     on_cpu=False,
     on_gpus="triton",
     candidates={"kernel": lambda *args: _triton_backward(*args[:7], *args[8:], args[7])},
@@ -341,6 +407,19 @@ def _broadcast(query, key, value, enable_gqa):
     return tuple(t.expand(*lead, *t.shape[2:]) for t in (query, key, value))
 
 
+def _row_major(t):
+    """`t` with the strides of a new tensor, which the op then gives its output: torch takes such calls by its formula."""
+    t = t.contiguous()
+    # Where there is one row, any stride of it counts as contiguous.
+    return t.view(-1).view(t.shape) if 1 in t.shape else t
+
+
+# What torch's context manager sdpa_kernel() sets. A CPU has its fused kernel and the formula to choose among.
+_fused_allowed = torch._C._get_flash_sdp_enabled
+_formula_allowed = torch._C._get_math_sdp_enabled
+_RESTRICTED = "torch's choice of backends is restricted"
+
+
 def scaled_dot_product_attention(
     query,
     key,
@@ -354,7 +433,8 @@ def scaled_dot_product_attention(
     """``softmax(query key^T * scale + mask) value``, without ever storing the matrix of scores.
 
     Takes and gives what :func:`torch.nn.functional.scaled_dot_product_attention` does. Backward keeps the inputs, the
-    output and one number per query. With dropout, calls on the CPU go to torch; on a GPU the weights that are dropped follow from
+    output and two numbers per query. While torch's switches allow but some of its own ways
+    (:func:`torch.nn.attention.sdpa_kernel`), the call is torch's. With dropout, calls on the CPU go to torch; on a GPU the weights that are dropped follow from
     a seed that torch's generator gives, and are other ones than torch's own op drops.
 
     Parameters
@@ -402,12 +482,17 @@ def scaled_dot_product_attention(
         or not (attn_mask is None or (isinstance(attn_mask, torch.Tensor) and 2 <= attn_mask.dim() <= dims))
     ):
         return _to_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    images = (query, key, value)
+    given = (query, key, value)
     if dims < 4:
-        images = tuple(t[(None,) * (4 - dims)] for t in images)
-    images = _broadcast(*images, enable_gqa)
+        given = tuple(t[(None,) * (4 - dims)] for t in (_row_major(query), key, value))
+    images = _broadcast(*given, enable_gqa)
     if images is None:
         return _to_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if not (_fused_allowed() and _formula_allowed()):
+        hand_over(_attention.op, (*images, attn_mask, is_causal, scale), _RESTRICTED)
+        return _to_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if images[1] is not given[1]:
+        images = (_row_major(images[0]), *images[1:])
     options = bool(is_causal), None if scale is None else float(scale)
     if dropout_p != 0.0:
         # On the device: a captured CUDA graph draws another with each replay.

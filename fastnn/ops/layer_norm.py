@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastnn.ops._declare import Cost, declare, tensor_bytes
+from fastnn.ops._second_derivative import differentiate
 
 __all__ = ["add_layer_norm"]
 
@@ -94,19 +95,55 @@ def _fake_backward(grad, total, mean, rstd, grad_sum, weight, *wanted):
     return tuple(grad.new_empty(s if want else 0) for s, want in zip(shapes, wanted, strict=True))
 
 
-def _stock_backward(grad, total, mean, rstd, grad_sum, weight, *wanted):
+def _by_formula(grad, total, mean, rstd, grad_sum, weight):
+    """All three gradients in the type of sums."""
     width = grad.shape[-1]
-    rows = grad.reshape(-1, width)
+    rows = grad.reshape(-1, width).to(mean.dtype)
     normal = (total.reshape(-1, width) - mean[:, None]) * rstd[:, None]
     by_weight = rows if weight is None else rows * weight
     means = by_weight.mean(1, keepdim=True), (by_weight * normal).mean(1, keepdim=True)
     to_input = (rstd[:, None] * (by_weight - means[0] - normal * means[1])).view(grad.shape)
     if grad_sum is not None:
         to_input = to_input + grad_sum
-    grads = (to_input, (rows * normal).sum(0), rows.sum(0))
+    return to_input, (rows * normal).sum(0), rows.sum(0)
+
+
+def _stock_backward(grad, total, mean, rstd, grad_sum, weight, *wanted):
+    grads = _by_formula(grad, total, mean, rstd, grad_sum, weight)
     return tuple(
         g.to(grad.dtype) if want else grad.new_empty(0) for g, want in zip(grads, wanted, strict=True)
     )
+
+
+def _keep_of_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    ctx.wanted = inputs[6:]
+
+
+def _grad_of_backward(ctx, *grad_grads):
+    grad, total, mean, rstd, grad_sum, weight = ctx.saved_tensors
+    width = total.shape[-1]
+
+    def statistics(total):
+        """Mean and 1 / sqrt(variance + eps), of the values that the forward pass found, as functions of the sum."""
+        rows = total.reshape(-1, width).to(mean.dtype)
+        average = rows.mean(1)
+        variance = (rows - average[:, None]).square().mean(1)
+        # eps is what the variance lacks.
+        eps = rstd.detach() ** -2 - variance.detach()
+        return average, (variance + eps) ** -0.5
+
+    def gradients(grad, total, grad_sum, weight):
+        return _by_formula(grad, total, *statistics(total), grad_sum, weight)
+
+    needs = ctx.needs_input_grad
+    to_grad, to_total, to_grad_sum, to_weight = differentiate(
+        gradients,
+        (grad, total, grad_sum, weight),
+        (needs[0], needs[1], needs[4], needs[5]),
+        [g if want else None for g, want in zip(grad_grads, ctx.wanted, strict=True)],
+    )
+    return to_grad, to_total, None, None, to_grad_sum, to_weight, None, None, None
 
 
 add_layer_norm_backward = declare(
@@ -115,6 +152,8 @@ add_layer_norm_backward = declare(
     unsupported=_unsupported_backward,
     fake=_fake_backward,
     cost=lambda grad, total, *rest: Cost(16.0 * grad.numel(), 2.0 * tensor_bytes(grad, total)),
+    keep=_keep_of_backward,
+    backward=_grad_of_backward,
     own_dtype=("mean", "rstd"),
 )
 
@@ -165,9 +204,12 @@ def add_layer_norm(input, residual, weight=None, bias=None, eps=1e-5, *, with_su
         Where :func:`torch.nn.functional.layer_norm` or the addition raises it.
     """
     tensors = (input, residual, weight, bias)
-    if any(t is not None and not isinstance(t, torch.Tensor) for t in tensors) or not (
-        input.dtype is residual.dtype and input.shape == residual.shape and input.dim() > 0
+    if (
+        any(t is not None and not isinstance(t, torch.Tensor) for t in tensors)
+        or not (input.dtype is residual.dtype and input.shape == residual.shape and input.dim() > 0)
+        or (with_sum and not input.is_contiguous())
     ):
+        # The sum lies in memory as the input does.
         total = input + residual
         out = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
         return (out, total) if with_sum else out

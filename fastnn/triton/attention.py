@@ -19,7 +19,6 @@ from fastnn.triton.linear import precision
 __all__ = ["attention_backward", "attention_forward", "pick"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # What mask there is.
 NONE, BOOLEAN, ADDITIVE = 0, 1, 2
 
@@ -43,20 +42,33 @@ def _store_rows(base, rows, pitch, count, width, value, WIDTH: tl.constexpr):
 @triton.jit
 def _scores(q, k, scale, mask, queries, keys, QUERIES, KEYS, mask_row, mask_column,
             MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Scores times log2(e), -inf where a key takes no part. EDGE: the tile may reach over the last key or the diagonal."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    """Scores, -inf where a key takes no part. EDGE: the tile may reach over the last key or the diagonal.
+
+    They are times log2(e) but where a mask is added, whose least numbers that would make infinite.
+    """
+    if MASK != 2:
+        scale *= LOG2E
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if MASK != 0:
         at = queries.to(tl.int64)[:, None] * mask_row + keys.to(tl.int64)[None, :] * mask_column
         inside = (queries[:, None] < QUERIES) & (keys[None, :] < KEYS)
         if MASK == 1:
             s = tl.where(tl.load(mask + at, inside, other=0) != 0, s, float("-inf"))
         else:
-            s += tl.load(mask + at, inside, other=0.0).to(tl.float32) * LOG2E
+            s += tl.load(mask + at, inside, other=0.0).to(tl.float32)
     if EDGE:
         s = tl.where(keys[None, :] < KEYS, s, float("-inf"))
         if CAUSAL:
             s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
     return s
+
+
+@triton.jit
+def _power(s, MASK: tl.constexpr):
+    """e to the power of differences of scores."""
+    if MASK == 2:
+        s *= LOG2E
+    return tl.exp2(s)
 
 
 @triton.jit
@@ -95,8 +107,8 @@ def _walk(total, sums, most, q, k_base, v_base, mask, scale, first, end, queries
         higher = tl.maximum(most, tl.max(s, 1), propagate_nan=tl.PropagateNan.ALL)
         # Where no key took part yet there is nothing to scale.
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(most - base)
+        p = _power(s - base[:, None], MASK)
+        shrink = _power(most - base, MASK)
         sums = sums * shrink + tl.sum(p, 1)
         if DROPOUT:
             p *= _kept(seed, dropout_p, row, queries, keys)
@@ -108,7 +120,7 @@ def _walk(total, sums, most, q, k_base, v_base, mask, scale, first, end, queries
 
 @triton.jit
 def forward(
-    q_ptr, k_ptr, v_ptr, mask_ptr, o_ptr, logsumexp_ptr, seed_ptr, scale, dropout_p,
+    q_ptr, k_ptr, v_ptr, mask_ptr, o_ptr, statistics_ptr, seed_ptr, scale, dropout_p,
     heads, shared, QUERIES, KEYS, width, value_width,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, o_batch, o_head, o_row,
@@ -148,11 +160,15 @@ def forward(
         MASK, CAUSAL, True, DROPOUT, PRECISION, BLOCK_N, WIDTH, VALUE_WIDTH,
     )  # fmt: skip
     # 0 where no key takes part.
-    total = total / tl.where(sums == 0.0, 1.0, sums)[:, None]
+    none = sums == 0.0
+    inverse = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, sums))
+    total = total * inverse[:, None]
     _store_rows(
         o_ptr + batch * o_batch + head * o_head, queries, o_row, QUERIES, value_width, total, VALUE_WIDTH
     )
-    tl.store(logsumexp_ptr + row + queries, most * LN2 + tl.log(sums), queries < QUERIES)
+    at = statistics_ptr + 2 * (row + queries)
+    tl.store(at, tl.where(none, 0.0, most), queries < QUERIES)
+    tl.store(at + 1, inverse, queries < QUERIES)
 
 
 @triton.jit
@@ -169,14 +185,14 @@ def dots(g_ptr, o_ptr, dots_ptr, heads, QUERIES, value_width, g_batch, g_head, g
 
 
 @triton.jit
-def _weights(q, k, v, g, scale, mask, logsumexp, product, queries, keys, QUERIES, KEYS, mask_row, mask_column,
+def _weights(q, k, v, g, scale, mask, most, inverse, product, queries, keys, QUERIES, KEYS, mask_row, mask_column,
              seed, dropout_p, row,
              MASK: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The weights of a tile as they met the values, and the gradients of its scores."""
     s = _scores(
         q, k, scale, mask, queries, keys, QUERIES, KEYS, mask_row, mask_column, MASK, CAUSAL, True, PRECISION
     )  # fmt: skip
-    p = tl.exp2(s - logsumexp[:, None])
+    p = _power(s - most[:, None], MASK) * inverse[:, None]
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
         kept = _kept(seed, dropout_p, row, queries, keys)
@@ -185,17 +201,17 @@ def _weights(q, k, v, g, scale, mask, logsumexp, product, queries, keys, QUERIES
 
 
 @triton.jit
-def _sums(logsumexp_ptr, dots_ptr, at, queries, QUERIES):
-    """What the forward pass left of each query; no key took part in one beyond the last, nor in one of -inf."""
+def _sums(statistics_ptr, dots_ptr, at, queries, QUERIES):
+    """What the forward pass left of each query, the largest score and 1 over the sum, and the product from dots()."""
     inside = queries < QUERIES
-    logsumexp = tl.load(logsumexp_ptr + at + queries, inside, other=float("-inf"))
-    logsumexp = tl.where(logsumexp == float("-inf"), float("inf"), logsumexp) * LOG2E
-    return logsumexp, tl.load(dots_ptr + at + queries, inside, other=0.0)
+    most = tl.load(statistics_ptr + 2 * (at + queries), inside, other=0.0)
+    inverse = tl.load(statistics_ptr + 2 * (at + queries) + 1, inside, other=0.0)
+    return most, inverse, tl.load(dots_ptr + at + queries, inside, other=0.0)
 
 
 @triton.jit
 def backward_keys(
-    q_ptr, k_ptr, v_ptr, mask_ptr, g_ptr, logsumexp_ptr, dots_ptr, dk_ptr, dv_ptr, seed_ptr, scale, dropout_p,
+    q_ptr, k_ptr, v_ptr, mask_ptr, g_ptr, statistics_ptr, dots_ptr, dk_ptr, dv_ptr, seed_ptr, scale, dropout_p,
     heads, shared, QUERIES, KEYS, width, value_width,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, g_batch, g_head, g_row,
@@ -227,9 +243,9 @@ def backward_keys(
             queries = start + tl.arange(0, BLOCK_M)
             q = _rows(q_base, queries, q_row, QUERIES, width, WIDTH)
             g = _rows(g_base, queries, g_row, QUERIES, value_width, VALUE_WIDTH)
-            logsumexp, product = _sums(logsumexp_ptr, dots_ptr, at, queries, QUERIES)
+            most, inverse, product = _sums(statistics_ptr, dots_ptr, at, queries, QUERIES)
             p, ds = _weights(
-                q, k, v, g, scale, mask, logsumexp, product, queries, keys, QUERIES, KEYS,
+                q, k, v, g, scale, mask, most, inverse, product, queries, keys, QUERIES, KEYS,
                 mask_row, mask_column, seed, dropout_p, at, MASK, CAUSAL, DROPOUT, PRECISION,
             )  # fmt: skip
             dv = tl.dot(tl.trans(p.to(g.dtype)), g, dv, input_precision=PRECISION)
@@ -242,7 +258,7 @@ def backward_keys(
 
 @triton.jit
 def backward_queries(
-    q_ptr, k_ptr, v_ptr, mask_ptr, g_ptr, logsumexp_ptr, dots_ptr, dq_ptr, seed_ptr, scale, dropout_p,
+    q_ptr, k_ptr, v_ptr, mask_ptr, g_ptr, statistics_ptr, dots_ptr, dq_ptr, seed_ptr, scale, dropout_p,
     heads, shared, QUERIES, KEYS, width, value_width,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_column, g_batch, g_head, g_row, dq_batch, dq_head, dq_row,
@@ -263,7 +279,7 @@ def backward_queries(
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    logsumexp, product = _sums(logsumexp_ptr, dots_ptr, row, queries, QUERIES)
+    most, inverse, product = _sums(statistics_ptr, dots_ptr, row, queries, QUERIES)
     end = KEYS
     if CAUSAL:
         end = min(KEYS, (tile + 1) * BLOCK_M)
@@ -273,7 +289,7 @@ def backward_queries(
         k = _rows(k_base, keys, k_row, KEYS, width, WIDTH)
         v = _rows(v_base, keys, v_row, KEYS, value_width, VALUE_WIDTH)
         _, ds = _weights(
-            q, k, v, g, scale, mask, logsumexp, product, queries, keys, QUERIES, KEYS,
+            q, k, v, g, scale, mask, most, inverse, product, queries, keys, QUERIES, KEYS,
             mask_row, mask_column, seed, dropout_p, row, MASK, CAUSAL, DROPOUT, PRECISION,
         )  # fmt: skip
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -337,34 +353,37 @@ def _shape(query, key, value):
 
 
 def attention_forward(query, key, value, mask, is_causal, scale, output, dropout_p=0.0, seed=None):
-    """Fill `output`, whose rows are dense, with the result; gives the logarithms of the sums, in float32.
+    """Fill `output`, whose rows are dense, with the result; gives two float32 numbers per query for the backward pass.
+
+    They are the largest score, times log2(e) but where a mask is added, and 1 over the sum of exponentials of the scores
+    less that; 0 and 0 where no key takes part.
 
     `seed`, one int64 on the device, says which weights dropout takes.
     """
     query, key, value = map(_dense_rows, (query, key, value))
     batch, heads, queries, width = query.shape
-    logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    statistics = query.new_empty(batch, heads, queries, 2, dtype=torch.float32)
     mask, kind, mask_strides = _mask(mask, query, key)
     tile = pick("forward", max(width, value.shape[3]), query.dtype, dropout_p > 0, kind != NONE)
     forward[(triton.cdiv(queries, tile.m), batch * heads)](
-        query, key, value, mask, output, logsumexp, logsumexp if seed is None else seed,
+        query, key, value, mask, output, statistics, statistics if seed is None else seed,
         width**-0.5 if scale is None else scale, dropout_p,
         *_shape(query, key, value),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides, *output.stride()[:3],
         MASK=kind, CAUSAL=is_causal, DROPOUT=dropout_p > 0, PRECISION=precision(), BLOCK_M=tile.m, BLOCK_N=tile.n,
         WIDTH=_padded(width), VALUE_WIDTH=_padded(value.shape[3]), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return logsumexp
+    return statistics
 
 
 def attention_backward(
-    grad, query, key, value, mask, output, logsumexp, is_causal, scale, gradients, dropout_p=0.0, seed=None
+    grad, query, key, value, mask, output, statistics, is_causal, scale, gradients, dropout_p=0.0, seed=None
 ):
     """Fill `gradients`, those of query, key and value, whose rows are dense."""
     grad, query, key, value, output = map(_dense_rows, (grad, query, key, value, output))
     batch, heads, queries, width = query.shape
     value_width = value.shape[3]
-    products = torch.empty_like(logsumexp)
+    products = statistics.new_empty(batch, heads, queries)
     shape = _shape(query, key, value)
     mask, kind, mask_strides = _mask(mask, query, key)
     widths = {"WIDTH": _padded(width), "VALUE_WIDTH": _padded(value_width)}
@@ -377,17 +396,17 @@ def attention_backward(
     ]  # fmt: skip
     scale = width**-0.5 if scale is None else scale
     to_query, to_key, to_value = gradients
-    seed = logsumexp if seed is None else seed
+    seed = statistics if seed is None else seed
     common = {"MASK": kind, "CAUSAL": is_causal, "DROPOUT": dropout_p > 0, "PRECISION": precision(), **widths}
     tile = pick("keys", max(width, value_width), query.dtype, dropout_p > 0, kind != NONE)
     backward_keys[(triton.cdiv(key.shape[2], tile.n), batch * key.shape[1])](
-        query, key, value, mask, grad, logsumexp, products, to_key, to_value, seed, scale, dropout_p, *shape,
+        query, key, value, mask, grad, statistics, products, to_key, to_value, seed, scale, dropout_p, *shape,
         *strides, *to_key.stride()[:3], *to_value.stride()[:3],
         BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip
     tile = pick("queries", max(width, value_width), query.dtype, dropout_p > 0, kind != NONE)
     backward_queries[(triton.cdiv(queries, tile.m), batch * heads)](
-        query, key, value, mask, grad, logsumexp, products, to_query, seed, scale, dropout_p, *shape,
+        query, key, value, mask, grad, statistics, products, to_query, seed, scale, dropout_p, *shape,
         *strides, *to_query.stride()[:3],
         BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **common,
     )  # fmt: skip

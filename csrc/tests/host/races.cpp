@@ -65,10 +65,10 @@ const char* run_attention() {
   Memory q, k, v, output, sums, workspace;
   const HeadStrides rows{0, 0, 64};
   const AttentionShape s{1, 1, 1, 70, 290, 64, 64};
-  auto* logsumexp = static_cast<float*>(sums.data());
+  auto* statistics = static_cast<float*>(sums.data());
   const char* wrong =
       cuda::attention_forward_on_hopper({DType::bf16, s, true, 1.0f, q.data(), k.data(), v.data(), rows, rows,
-                                         rows, output.data(), rows, logsumexp},
+                                         rows, output.data(), rows, statistics},
                                         nullptr);
   if (wrong != nullptr) return wrong;
   Memory gradients[3];
@@ -86,7 +86,7 @@ const char* run_attention() {
                                              rows,
                                              rows,
                                              rows,
-                                             logsumexp,
+                                             statistics,
                                              gradients[0].data(),
                                              gradients[1].data(),
                                              gradients[2].data(),
