@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 
+import fastnn.nn
 import fastnn.nn.functional as F
 
 HUGE = 1 << 31
@@ -359,3 +360,21 @@ def test_second_derivatives_by_what_only_the_mask_depends_on_are_zeros(name):
             assert a is not None
             assert b is not None
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_masks_that_do_not_fit_a_multihead_attention(batch_first, training, gradients):
+    """torch's module raises another error where its fast path takes the call."""
+    x = tensor(2, 5, 8) if batch_first else tensor(5, 2, 8)
+    for shape, mask in itertools.product(
+        ((2, 4), (3, 5), (5,), (2, 5, 1)), ("key_padding_mask", "attn_mask")
+    ):
+        raised = []
+        for library in (fastnn.nn, torch.nn):
+            layer = library.MultiheadAttention(8, 2, batch_first=batch_first).train(training)
+            with torch.set_grad_enabled(gradients), pytest.raises(Exception) as error:
+                layer(x, x, x, **{mask: torch.zeros(shape, dtype=torch.bool)})
+            raised.append(error.type)
+        assert raised[0] is raised[1], (shape, mask)
