@@ -343,14 +343,62 @@ def test_the_op_itself_refuses_too():
         ops.avg_pool2d(x.long(), *window[:6], False, True, None)
 
 
-def test_large_windows_and_integers_go_to_torch(native):
-    x = images(1, 2, 20, 20).requires_grad_()
-    torch.testing.assert_close(pool.max_pool2d(x, 17), TF.max_pool2d(x, 17))
-    assert torch.equal(pool.max_pool2d(x.detach().long(), 2), TF.max_pool2d(x.detach().long(), 2))
-    assert [reason for _, reason in native] == [
-        "a window of more than 256 elements",
-        "no kernel for torch.int64",
-    ]
+def test_integers_go_to_torch(native):
+    x = images(1, 2, 20, 20).long()
+    assert torch.equal(pool.max_pool2d(x, 2), TF.max_pool2d(x, 2))
+    assert [reason for _, reason in native] == ["no kernel for torch.int64"]
+
+
+def test_integer_sequences_are_refused_as_torch_refuses_them():
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError):
+            pool.max_pool1d(torch.zeros(2, 3, 8, dtype=torch.int64), 2)
+
+
+# torch's backward writes past the end where a window holds no element, and its indices lie beyond the image there.
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        ((1, 1, 2, 2), (2, 1, 1, 3)),
+        ((2, 3, 2, 5), ((2, 3), 1, 1, (3, 2))),
+        ((1, 2, 2, 2), ((2, 300), 1, (1, 150), (3, 1))),
+        ((1, 1, 2, 400), ((2, 150), 1, (1, 75), (3, 1))),
+    ],
+)
+@BOTH_LAYOUTS
+def test_windows_without_elements_and_large_ones_keep_to_the_kernels(shape, window, layout, level, native):
+    x = images(*shape, layout=layout).requires_grad_()
+    y, indices = TF.max_pool2d(x.detach(), *window, return_indices=True)
+    within = indices < shape[2] * shape[3]
+    expected = torch.zeros(*shape[:2], shape[2] * shape[3])
+    expected.scatter_add_(2, (indices * within).flatten(2), within.float().flatten(2))
+    for return_indices in (False, True):
+        ours = pool.max_pool2d(x, *window, return_indices=return_indices)
+        ours = ours[0] if return_indices else ours
+        assert torch.equal(ours, y)
+        (grad,) = torch.autograd.grad(ours.sum(), x)
+        assert torch.equal(grad.flatten(2), expected)
+    assert {reason for _, reason in native} == {None}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: pool.max_pool2d(x, 2),
+        lambda x: pool.max_pool2d(x, 2, return_indices=True)[0],
+        lambda x: pool.adaptive_max_pool2d(x, 2),
+        lambda x: pool.avg_pool2d(x, 2),
+        lambda x: pool.max_pool1d(x[0], 2),
+    ],
+)
+def test_hessian_by_vmap(function):
+    x = images(1, 2, 4, 4, dtype=torch.float64)
+    by_vmap, one_by_one = (
+        torch.autograd.functional.hessian(lambda t: function(t).pow(3).sum(), x, vectorize=v)
+        for v in (True, False)
+    )
+    assert one_by_one.abs().sum() > 0
+    torch.testing.assert_close(by_vmap, one_by_one)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -3,6 +3,9 @@
 namespace fastnn::ops {
 namespace {
 
+// Pixels that a window may reach over: so many in all, or beside each of the image and of the result.
+constexpr double kMostReach = 1 << 20, kMostReachPerPixel = 64;
+
 struct PoolOptions {
   Pair kernel, stride, padding;
 };
@@ -42,6 +45,13 @@ ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optio
   WindowAxis rows{input.size(2), weight.size(2), stride.h, padding.h, dilation.h},
       columns{input.size(3), weight.size(3), stride.w, padding.w, dilation.w};
   const int64_t oh = outputs_of(rows, "conv2d", 2), ow = outputs_of(columns, "conv2d", 3);
+  // Planes of images are as much larger as a window reaches.
+  const double reach = (static_cast<double>(rows.dilation) * static_cast<double>(rows.kernel - 1) + 1) *
+                       (static_cast<double>(columns.dilation) * static_cast<double>(columns.kernel - 1) + 1);
+  const double pixels = static_cast<double>(rows.inputs) * static_cast<double>(columns.inputs) +
+                        static_cast<double>(oh) * static_cast<double>(ow);
+  FASTNN_CHECK(reach <= kMostReach || reach <= kMostReachPerPixel * pixels,
+               "conv2d's kernel reaches over too many pixels (", reach, ") for so small an image");
   return {input.size(0),
           c,
           rows.inputs,
@@ -64,6 +74,10 @@ MemoryFormat conv_format(const Tensor& input, const Tensor& weight) {
   const bool last = suggested_format(input) == MemoryFormat::ChannelsLast ||
                     suggested_format(weight) == MemoryFormat::ChannelsLast;
   return last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+MemoryFormat relu_format(MemoryFormat format, const ConvShape& s) {
+  return s.k == 1 || s.oh * s.ow == 1 ? MemoryFormat::Contiguous : format;
 }
 
 MemoryFormat weight_format(const Tensor& weight) {
@@ -99,7 +113,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   const bool locate = pool != nullptr && packed.data == nullptr;
   const MemoryFormat format = conv_format(input, weight), weights = weight_format(weight);
   const Sizes sizes = pool != nullptr ? Sizes{s.n, s.k, pool->oh, pool->ow} : Sizes{s.n, s.k, s.oh, s.ow};
-  Tensor output = empty_like(input, sizes, format);
+  const MemoryFormat result = relu ? relu_format(format, s) : format;
+  // The kernel writes in `format`, which differs from the result's where padding pools one pixel into
+  // several.
+  const bool alike = s.k == 1 || sizes[2] * sizes[3] == 1;
+  Tensor output = empty_like(input, sizes, alike ? result : format);
   Tensor locations =
       empty(ScalarType::Byte, locate ? sizes : Sizes{0}, locate ? format : MemoryFormat::Contiguous);
   const Tensor x = dense(input, format), w = dense(weight, weights);
@@ -110,7 +128,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
           data_or_null(b), relu, output.mutable_data_ptr(), pool,
           locate ? static_cast<uint8_t*>(locations.mutable_data_ptr()) : nullptr, packed},
          context);
-  return {output, locations};
+  return {result == format ? output : dense(output, result), locations};
 }
 
 Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS, bool relu) {

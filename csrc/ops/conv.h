@@ -17,6 +17,10 @@ ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optio
 // As torch: channels_last where the input or the weight asks for it.
 MemoryFormat conv_format(const Tensor& input, const Tensor& weight);
 
+// That of a ReLU's result behind it: of one channel or one pixel, dense in both layouts, torch's is
+// contiguous.
+MemoryFormat relu_format(MemoryFormat format, const ConvShape& s);
+
 // A weight is read in either of its dense layouts.
 MemoryFormat weight_format(const Tensor& weight);
 

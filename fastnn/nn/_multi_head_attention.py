@@ -192,7 +192,7 @@ def _fits(call: Call, batch_first: bool) -> bool:
         and (call.attn_mask is not None or not call.is_causal)
         and _inputs_fit(call, batch_first)
         and _weights_fit(call)
-        and _masks_fit(call, batch_first)
+        and masks_fit(call, batch_first)
     )
 
 
@@ -222,7 +222,7 @@ def _weights_fit(call: Call) -> bool:
     ) and (call.in_proj_bias is None or call.in_proj_bias.shape == (3 * width,))
 
 
-def _masks_fit(call: Call, batch_first: bool) -> bool:
+def masks_fit(call: Call, batch_first: bool) -> bool:
     attn_mask, padding = call.attn_mask, call.key_padding_mask
     length = 1 if batch_first else 0
     queries, keys = call.query.shape[length], call.key.shape[length]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 from fastnn.nn import _stand_in
 from fastnn.nn._layer import Layer, declare_layer, is_traced, traced
-from fastnn.nn._multi_head_attention import Call, Packed, attend
+from fastnn.nn._multi_head_attention import Call, Packed, attend, masks_fit
 from fastnn.ops.packed import PackedWeight
 
 __all__ = ["MultiheadAttention"]
@@ -105,6 +105,12 @@ class MultiheadAttention(Layer, torch.nn.MultiheadAttention):
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )
+        masked = key_padding_mask is not None or attn_mask is not None
+        if masked and query.dim() == key.dim() == 3 and not masks_fit(call, self.batch_first):
+            # What torch's module raises depends on whether its fast path takes the call.
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         dense = self._lies_densely(query, key, value, key_padding_mask, attn_mask)
         packed_weights = Packed(self._packed_in, self._packed_out)
         return attend(call, self.batch_first and query.dim() == 3, packed_weights, dense)

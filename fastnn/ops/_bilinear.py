@@ -11,6 +11,33 @@ def masked(grad, output):
     return torch.ops.aten.threshold_backward(grad, output, 0)
 
 
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, bias):
+        ctx.like = torch.empty(0, dtype=bias.dtype, device=bias.device), bias.shape
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, grad_grad):
+        empty, shape = ctx.like
+        return grad_grad, empty.new_zeros(shape)
+
+
+def tied_to(bias, grads):
+    """Gradients that are differentiable by a bias before a ReLU: they do not change with it, so that derivative is zeros, not None."""
+    if bias is None or not bias.requires_grad or not torch.is_grad_enabled():
+        return grads
+    return tuple(g if g is None else _Tied.apply(g, bias) for g in grads)
+
+
+def with_zeros(ctx, grads, saved):
+    """The gradients of `saved`, with zeros for what the ReLU's mask alone depends on, as torch has them."""
+    return tuple(
+        torch.zeros_like(t) if g is None and needs else g
+        for g, t, needs in zip(grads, saved, ctx.needs_input_grad, strict=False)
+    )
+
+
 def second_derivative(ctx, saved, grad_grads, forward, backward):
     """The gradients of an op that gives the three gradients of one of those layers.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastnn.ops import _gpu
-from fastnn.ops._conv_shapes import NO_LOCATION, memory_format_of, output_shape, stock_conv2d
+from fastnn.ops._conv_shapes import NO_LOCATION, memory_format_of, output_shape, relu_format, stock_conv2d
 
 _ops = torch.ops.fastnn
 
@@ -97,9 +97,27 @@ def pass_behind_torch(pooled):
     return forward
 
 
+def _laid_out_by_relu(forward):
+    """With the strides that torch's ReLU gives a result of one channel or one pixel."""
+
+    def laid_out(input, weight, bias, *rest):
+        made = forward(input, weight, bias, *rest)
+        layout = relu_format(input, weight, *rest[:7])
+        if layout is memory_format_of(input, weight):
+            return made
+        values = made[0] if isinstance(made, tuple) else made
+        values = values.contiguous().view(-1).view(values.shape)
+        return (values, *made[1:]) if isinstance(made, tuple) else values
+
+    return laid_out
+
+
 def candidates(relu, pooled=False):
     made = {name: kernel(relu, pooled, name) for name in TILES}
-    return {**made, "torch, then one pass": pass_behind_torch(pooled)} if relu else made
+    if not relu:
+        return made
+    made["torch, then one pass"] = pass_behind_torch(pooled)
+    return {name: _laid_out_by_relu(forward) for name, forward in made.items()}
 
 
 def backward_candidates(split):

@@ -13,7 +13,7 @@ from fastnn.ops import _conv_on_gpus as on_gpus
 from fastnn.ops import _conv_routes as routes
 from fastnn.ops import _conv_shapes as shapes
 from fastnn.ops import _pool_max
-from fastnn.ops._bilinear import masked, second_derivative
+from fastnn.ops._bilinear import masked, second_derivative, tied_to, with_zeros
 from fastnn.ops._declare import Cost, declare, tensor_bytes
 
 
@@ -160,7 +160,10 @@ def _second_derivative(ctx, by_input, by_weight, by_bias):
     )
     if to_grad is not None:
         to_grad = _to_result(to_grad, output, locations, ctx.pool)
-    return (to_grad, to_input, to_weight, *(None,) * ctx.others)
+    grads = to_grad, to_input, to_weight
+    if output is not None or locations is not None:
+        grads = with_zeros(ctx, grads, (grad, input, weight))
+    return (*grads, *(None,) * ctx.others)
 
 
 conv2d_backward = _declare_backward(
@@ -191,24 +194,26 @@ def _grad_by(backward):
     def gradient(ctx, grad, *_):
         if grad is None:
             return to_inputs(ctx, (None, None, None))
-        return to_inputs(ctx, backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:3]))
+        grads = backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:3])
+        return to_inputs(ctx, tied_to(ctx.bias, grads))
 
     return gradient
 
 
 def _keep(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[1])
-    ctx.options = inputs[3:]
+    ctx.options, ctx.bias = inputs[3:], None
 
 
 def _keep_relu(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[1], output)
-    ctx.options = inputs[3:]
+    # Not saved: its values are not read, and may change before backward.
+    ctx.options, ctx.bias = inputs[3:], inputs[2]
 
 
 def _keep_pooled(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.options = inputs[3:]
+    ctx.options, ctx.bias = inputs[3:], inputs[2]
 
 
 conv2d = declare(
@@ -236,7 +241,7 @@ conv2d_relu = declare(
     candidates=on_gpus.candidates(relu=True),
     covers=on_gpus.COVERS,
     slower=routes.slower_relu,
-    fake=shapes.fake,
+    fake=shapes.fake_relu,
     cost=shapes.cost,
     keep=_keep_relu,
     backward=_grad_by(conv2d_relu_backward),

@@ -64,7 +64,24 @@ def unsupported(
         or width + 2 * padding_w < dilation_w * (kernel_w - 1) + 1
     ):
         return "a kernel larger than the padded input"
-    return None
+    return _reaches_too_far(
+        input, weight, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, 1
+    )
+
+
+# Pixels that a window may reach over: so many in all, or beside each of the image and of the result. Planes of images are as
+# much larger as a window reaches.
+_MOST_REACH, _MOST_REACH_PER_PIXEL = 1 << 20, 64
+
+
+def _reaches_too_far(input, weight, *options):
+    dilation_h, dilation_w = options[4:6]
+    reach = (dilation_h * (weight.shape[2] - 1) + 1) * (dilation_w * (weight.shape[3] - 1) + 1)
+    if reach <= _MOST_REACH:
+        return None
+    _, _, height, width = output_shape(input, weight, *options)
+    pixels = input.shape[2] * input.shape[3] + height * width
+    return "a window that reaches over too many pixels" if reach > _MOST_REACH_PER_PIXEL * pixels else None
 
 
 def memory_format_of(input, weight):
@@ -77,6 +94,25 @@ def memory_format_of(input, weight):
 def fake(input, weight, bias, *options):
     shape = output_shape(input, weight, *options)
     return input.new_empty(shape).to(memory_format=memory_format_of(input, weight))
+
+
+def relu_format(input, weight, *options):
+    """As torch's: of one channel or one pixel, dense in both layouts, a ReLU's result is contiguous."""
+    _, k, h, w = output_shape(input, weight, *options)
+    # Tracing a size that is unknown is to leave it unknown.
+    if any(type(size) is int and size == 1 for size in (k, h * w)):
+        return torch.contiguous_format
+    return memory_format_of(input, weight)
+
+
+def fake_relu(input, weight, bias, *options):
+    shape = output_shape(input, weight, *options)
+    return input.new_empty(shape).to(memory_format=relu_format(input, weight, *options))
+
+
+def fake_with_relu(input, weight, bias, *rest):
+    """With a ReLU behind it if the number behind the options says so."""
+    return (fake_relu if rest[7] else fake)(input, weight, bias, *rest[:7])
 
 
 def products_of(input, weight, *options):
@@ -130,10 +166,9 @@ def stock_pooled(input, weight, bias, *rest):
 
 def fake_pooled(input, weight, bias, *rest):
     shape = pooled_shape(output_shape(input, weight, *rest[:7]), *rest[7:])
-    memory_format = memory_format_of(input, weight)
     return (
-        input.new_empty(shape).to(memory_format=memory_format),
-        input.new_empty(shape, dtype=torch.uint8).to(memory_format=memory_format),
+        input.new_empty(shape).to(memory_format=relu_format(input, weight, *rest[:7])),
+        input.new_empty(shape, dtype=torch.uint8).to(memory_format=memory_format_of(input, weight)),
     )
 
 

@@ -82,7 +82,7 @@ conv2d_winograd = declare(
     "conv2d_winograd",
     stock=shapes.stock_with_relu,
     unsupported=_unsupported,
-    fake=lambda input, weight, bias, *rest: shapes.fake(input, weight, bias, *rest[:7]),
+    fake=shapes.fake_with_relu,
     cost=lambda input, weight, bias, *rest: shapes.cost(input, weight, bias, *rest[:7]),
     keep=_keep,
     backward=_grad,

@@ -132,6 +132,8 @@ def _unfit(tensors, own_dtype=(), on_gpus: str | None = None, on_cpu: bool = Tru
             return f"mixed dtypes {dtype} and {t.dtype}"
         if t.layout is not torch.strided:
             return f"layout {t.layout}"
+        if t.is_nested:
+            return "a nested tensor"
     return None
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from fastnn.ops import _gpu
 from fastnn.ops import _linear_routes as routes
-from fastnn.ops._bilinear import masked, second_derivative
+from fastnn.ops._bilinear import masked, second_derivative, tied_to, with_zeros
 from fastnn.ops._declare import Cost, declare, tensor_bytes
 
 
@@ -173,9 +173,11 @@ def _second_derivative(ctx, *grad_grads):
         lambda input, weight: linear(input, weight, None),
         linear_backward,
     )
-    if to_grad is not None and output is not None:
-        to_grad = masked(to_grad, output)
-    return (to_grad, to_input, to_weight, *(None,) * ctx.others)
+    grads = to_grad, to_input, to_weight
+    if output is not None:
+        to_grad = None if to_grad is None else masked(to_grad, output)
+        grads = with_zeros(ctx, (to_grad, to_input, to_weight), (grad, input, weight))
+    return (*grads, *(None,) * ctx.others)
 
 
 linear_backward = _declare_backward("linear_backward", _split)
@@ -190,6 +192,7 @@ def _grad_by(backward):
         if grad is None:
             return None, None, None
         grads = backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:3])
+        grads = tied_to(ctx.bias, grads)
         return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
 
     return gradient
@@ -197,10 +200,12 @@ def _grad_by(backward):
 
 def _keep(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.bias = None
 
 
 def _keep_relu(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[1], output)
+    ctx.bias = inputs[2]  # not saved: its values are not read, and may change before backward
 
 
 def _declare_forward(name, activation, stock, slower, **gradients):

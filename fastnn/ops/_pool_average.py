@@ -100,6 +100,12 @@ def _grad(ctx, grad):
     return (to_input, *(None,) * 9)
 
 
+def _keep_adaptive(ctx, inputs, output):
+    _keep(ctx, inputs, output)
+    # To one pixel torch takes the mean, whose gradient is dense in any layout.
+    ctx.channels_last = ctx.channels_last and tuple(inputs[1:]) != (1, 1)
+
+
 def _adaptive_grad(ctx, grad):
     to_input = None
     if grad is not None:
@@ -124,7 +130,7 @@ adaptive_avg_pool2d = declare(
     unsupported=shapes.unsupported_adaptive,
     fake=lambda input, *output_size: shapes.fake(input, (*input.shape[:2], *output_size)),
     cost=lambda input, *output_size: shapes.cost(input.numel(), input, (*input.shape[:2], *output_size)),
-    keep=_keep,
+    keep=_keep_adaptive,
     backward=_adaptive_grad,
     on_gpus="cuda",
 )

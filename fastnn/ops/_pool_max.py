@@ -13,7 +13,7 @@ from fastnn.ops import _pool_shapes as shapes
 from fastnn.ops._declare import declare
 
 # One byte tells a place in windows of up to this many elements.
-_MOST_LOCATIONS = 256
+MOST_LOCATIONS = 256
 
 # In place of a window's numbers, where the windows are adaptive.
 ADAPTIVE = (0,) * 8 + (False,)
@@ -43,13 +43,18 @@ def indices_of(
     return rows * input_w + columns + place % kernel_w * dilation_w
 
 
+# By reshape, for which the vmap of torch.autograd.functional has a rule, as it has none for flatten.
+def _flat(images):
+    return images.reshape(*images.shape[:2], -1)
+
+
 def scatter(grad, indices, input_h, input_w):
     out = grad.new_zeros(*grad.shape[:2], input_h * input_w)
-    return out.scatter_add(2, indices.flatten(2), grad.flatten(2)).view(*grad.shape[:2], input_h, input_w)
+    return out.scatter_add(2, _flat(indices), _flat(grad)).view(*grad.shape[:2], input_h, input_w)
 
 
 def gather(grad_grad, indices):
-    return grad_grad.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+    return _flat(grad_grad).gather(2, _flat(indices)).view(indices.shape)
 
 
 # ---- the backward ops ----
@@ -91,8 +96,8 @@ def _unfit_places(grad, places, dtype, input_h, input_w):
 
 def _unsupported_locations_backward(grad, locations, input_h, input_w, *window):
     reason = _unfit_places(grad, locations, torch.uint8, input_h, input_w)
-    if reason is None and window[0] * window[1] > _MOST_LOCATIONS:
-        return f"a window of more than {_MOST_LOCATIONS} elements"
+    if reason is None and window[0] * window[1] > MOST_LOCATIONS:
+        return f"a window of more than {MOST_LOCATIONS} elements"
     return reason or shapes.too_large(grad, input_h * input_w, window[:-1])
 
 
@@ -141,8 +146,8 @@ def _unsupported(input, *window):
 
 def _unsupported_with_locations(input, *window):
     reason = _unsupported(input, *window)
-    if reason is None and window[0] * window[1] > _MOST_LOCATIONS:
-        return f"a window of more than {_MOST_LOCATIONS} elements"
+    if reason is None and window[0] * window[1] > MOST_LOCATIONS:
+        return f"a window of more than {MOST_LOCATIONS} elements"
     return reason
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fastnn.ops._declare import Cost, tensor_bytes
+from fastnn.ops._declare import FLOATS, Cost, tensor_bytes
 from fastnn.ops._numbers import MOST_OPTION, is_number, pair, single
 
 # ---- what users pass ----
@@ -18,25 +18,35 @@ def _is_unset(stride):
     return stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0)
 
 
+def _is_image(input):
+    return isinstance(input, torch.Tensor) and (input.dim() == 4 or (input.dim() == 3 and input.numel() > 0))
+
+
 def read_window(input, kernel_size, stride, *rest):
     """The numbers of a window, `rest` being padding (and dilation), or None where only torch can judge the call."""
     if type(kernel_size) is int and stride is None and type(input) is torch.Tensor and input.dim() == 4:
         numbers = [kernel_size] * 4
         for value in rest:
-            if type(value) is not int:
+            if type(value) is not int or not 0 <= value <= MOST_OPTION:
                 break
             numbers += (value, value)
         else:
-            return numbers
-    if not isinstance(input, torch.Tensor) or (input.dim() != 4 and (input.dim() != 3 or input.numel() == 0)):
+            return numbers if 0 <= kernel_size <= MOST_OPTION else None
+    if not _is_image(input):
         return None
     kernel = pair(kernel_size)
-    pairs = (kernel, kernel if _is_unset(stride) else pair(stride), *(pair(v) for v in rest))
-    return None if None in pairs else [number for numbers in pairs for number in numbers]
+    numbers = [kernel, kernel if stride is None or _is_unset(stride) else pair(stride)]
+    numbers += [pair(value) for value in rest]
+    return None if None in numbers else [number for both in numbers for number in both]
 
 
+# What kernels take of sequences, torch too takes as images of one row; for other dtypes its two functions differ.
 def _is_sequence(input):
-    return isinstance(input, torch.Tensor) and input.dim() in (2, 3)
+    return (
+        isinstance(input, torch.Tensor)
+        and (input.dim() == 3 or (input.dim() == 2 and input.numel() > 0))
+        and input.dtype in FLOATS
+    )
 
 
 # Kernel, stride, padding and dilation along the height of a sequence, which is an image of one row.
@@ -45,29 +55,35 @@ _ONE_ROW = (1, 1, 0, 1)
 
 def read_sequence_window(input, kernel_size, stride, *rest):
     """As :func:`read_window`, of a window on a sequence."""
-    numbers = [single(v) for v in (kernel_size, kernel_size if _is_unset(stride) else stride, *rest)]
-    if not _is_sequence(input) or not all([is_number(v) for v in numbers]):
+    if not _is_sequence(input):
+        return None
+    kernel = single(kernel_size)
+    numbers = [kernel, kernel if _is_unset(stride) else single(stride), *[single(value) for value in rest]]
+    if any([number is None for number in numbers]):
         return None
     return [number for both in zip(_ONE_ROW, numbers, strict=False) for number in both]
 
 
 def read_output_size(input, output_size):
     """Height and width, None standing for the input's; None where only torch can judge the call."""
-    if not isinstance(input, torch.Tensor) or input.dim() not in (3, 4):
+    if not _is_image(input):
         return None
     if type(output_size) is int:
-        return (output_size, output_size)
-    if not isinstance(output_size, (tuple, list)) or len(output_size) not in (1, 2):
-        return (output_size, output_size) if is_number(output_size) else None
-    if len(output_size) == 1:
-        output_size = (output_size[0], output_size[0])
-    return tuple(size if o is None else o for o, size in zip(output_size, input.shape[-2:], strict=True))
+        return (output_size, output_size) if 0 <= output_size <= MOST_OPTION else None
+    if isinstance(output_size, (tuple, list)) and len(output_size) == 2:
+        height, width = output_size
+        if height is None:
+            height = input.shape[-2]
+        if width is None:
+            width = input.shape[-1]
+        return (height, width) if is_number(height) and is_number(width) else None
+    return (output_size, output_size) if is_number(output_size) else None
 
 
 def read_sequence_output_size(input, output_size):
     """As :func:`read_output_size`, of a sequence."""
     length = single(output_size)
-    return (1, length) if _is_sequence(input) and is_number(length) else None
+    return (1, length) if length is not None and _is_sequence(input) else None
 
 
 # ---- what the kernels cover ----

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from fastnn.ops import _gpu
 from fastnn.ops._declare import Cost, declare, hand_over, tensor_bytes
+from fastnn.ops._numbers import is_flag
 from fastnn.ops._second_derivative import differentiate
 
 __all__ = ["scaled_dot_product_attention"]
@@ -474,6 +475,7 @@ def scaled_dot_product_attention(
     dims = query.dim() if isinstance(query, torch.Tensor) else 0
     if (
         not 2 <= dims <= 4
+        or not _plain_options(dropout_p, is_causal, scale, enable_gqa)
         or (dropout_p != 0.0 and not (query.is_cuda and 0.0 < dropout_p < 1.0))
         or not isinstance(key, torch.Tensor)
         or not isinstance(value, torch.Tensor)
@@ -493,7 +495,7 @@ def scaled_dot_product_attention(
         return _to_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if images[1] is not given[1]:
         images = (_row_major(images[0]), *images[1:])
-    options = bool(is_causal), None if scale is None else float(scale)
+    options = is_causal, None if scale is None else float(scale)
     if dropout_p != 0.0:
         # On the device: a captured CUDA graph draws another with each replay.
         seed = torch.randint(1 << 62, (1,), device=query.device)
@@ -501,6 +503,16 @@ def scaled_dot_product_attention(
     else:
         out, _ = _attention(*images, attn_mask, *options)
     return out if dims == 4 else out[(0,) * (4 - dims)]
+
+
+def _plain_options(dropout_p, is_causal, scale, enable_gqa):
+    """Whether the options are plain numbers and flags; what else may pass for one is torch's to take or to refuse."""
+    return (
+        is_flag(is_causal)
+        and is_flag(enable_gqa)
+        and (type(dropout_p) is float or type(dropout_p) is int)
+        and (scale is None or type(scale) is float or type(scale) is int or isinstance(scale, torch.SymFloat))
+    )
 
 
 def _to_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):

@@ -9,6 +9,7 @@ from fastnn.ops import _conv_ops as ops
 from fastnn.ops import _conv_routes as routes
 from fastnn.ops import _conv_winograd as winograd
 from fastnn.ops import packed as _packed
+from fastnn.ops._declare import FLOATS
 from fastnn.ops._numbers import is_number, pair, single
 from fastnn.ops.pool import max_pool2d
 
@@ -21,6 +22,11 @@ def _same(input, weight, dilation):
     if any(total % 2 for total in totals):
         input = F.pad(input, (0, totals[1] % 2, 0, totals[0] % 2))
     return input, (totals[0] // 2, totals[1] // 2)
+
+
+def _used(dilation, weight):
+    """The dilation, 1 along which the kernel has one element: there oneDNN's grouped channels_last ones write out of bounds."""
+    return tuple(1 if k == 1 else d for d, k in zip(dilation, weight.shape[2:], strict=True))
 
 
 def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, pool=(), packed=None):
@@ -37,9 +43,11 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
         and pool is not None
         and isinstance(weight, torch.Tensor)
         and weight.dim() == 4
-        and (type(groups) is int or is_number(groups))
+        and is_number(groups)
     ):
         images = input if dims == 4 else input.unsqueeze(0)
+        if reach != (1, 1):
+            reach = _used(reach, weight)
         if not isinstance(padding, str):
             pad = pair(padding)
         elif padding == "valid":
@@ -66,7 +74,10 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
                     out = op(images, weight, bias, *step, *pad, *reach, groups, *pool)
                     if pool:
                         out = out[0]
-            return out if dims == 4 else out.squeeze(0)
+            if dims == 4:
+                return out
+            # torch pools one image into a dense result, whatever the layout.
+            return out.squeeze(0).contiguous() if pool else out.squeeze(0)
     return stock(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
 
 
@@ -195,7 +206,8 @@ def conv2d_relu_max_pool2d(
 def _pooled(packed, *args):
     *convolution, kernel_size, pool_stride, pool_padding = args
     window, pad = pair(kernel_size), pair(pool_padding)
-    step = window if pool_stride is None else pair(pool_stride)
+    unset = pool_stride is None or (isinstance(pool_stride, (tuple, list)) and len(pool_stride) == 0)
+    step = window if unset else pair(pool_stride)
     pool = None if window is None or pad is None or step is None else (*window, *step, *pad)
 
     def stock(output):
@@ -249,28 +261,30 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     RuntimeError
         If shapes, channels or dtypes do not fit, or the kernel is longer than the padded input.
     """
-    stride, padding, dilation = single(stride), single(padding), single(dilation)
-    plain = all(is_number(v) for v in (stride, dilation, groups)) and (
-        is_number(padding) or padding in ("same", "valid")
-    )
+    step, reach = single(stride), single(dilation)
+    pad = None
     if (
-        not plain
-        or not isinstance(input, torch.Tensor)
-        or not isinstance(weight, torch.Tensor)
-        or weight.dim() != 3
-        or input.dim() not in (2, 3)
+        isinstance(input, torch.Tensor)
+        and isinstance(weight, torch.Tensor)
+        and input.dim() in (2, 3)
+        and weight.dim() == 3
+        and step is not None
+        and reach is not None
+        and is_number(groups)
+        and input.dtype in FLOATS
     ):
+        if not isinstance(padding, str):
+            pad = single(padding)
+        elif padding == "valid":
+            pad = 0
+        elif padding == "same" and step == 1:
+            total = reach * (weight.shape[2] - 1)
+            pad = total // 2
+            if total % 2:
+                input = F.pad(input, (0, 1))
+    if pad is None:
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
-    if padding == "valid":
-        padding = 0
-    elif padding == "same":
-        if stride != 1:
-            return F.conv1d(input, weight, bias, stride, padding, dilation, groups)  # torch's to refuse
-        total = dilation * (weight.shape[2] - 1)
-        if total % 2:
-            input = F.pad(input, (0, 1))
-        padding = total // 2
     input = input.contiguous()  # the output of torch's is, whatever the input
     images = input[:, :, None] if input.dim() == 3 else input[None, :, None]
-    out = ops.conv2d(images, weight[:, :, None], bias, 1, stride, 0, padding, 1, dilation, groups)
+    out = ops.conv2d(images, weight[:, :, None], bias, 1, step, 0, pad, 1, reach, groups)
     return out[:, :, 0] if input.dim() == 3 else out[0, :, 0]

@@ -204,8 +204,10 @@ def add_layer_norm(input, residual, weight=None, bias=None, eps=1e-5, *, with_su
         Where :func:`torch.nn.functional.layer_norm` or the addition raises it.
     """
     tensors = (input, residual, weight, bias)
+    plain = isinstance(input, torch.Tensor) and isinstance(residual, torch.Tensor) and type(eps) is float
     if (
-        any(t is not None and not isinstance(t, torch.Tensor) for t in tensors)
+        not plain
+        or any(t is not None and not isinstance(t, torch.Tensor) for t in tensors[2:])
         or not (input.dtype is residual.dtype and input.shape == residual.shape and input.dim() > 0)
         or (with_sum and not input.is_contiguous())
     ):
@@ -214,5 +216,5 @@ def add_layer_norm(input, residual, weight=None, bias=None, eps=1e-5, *, with_su
         out = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
         return (out, total) if with_sum else out
     training = _wants_gradient(*tensors)
-    out, total, *_ = _add_layer_norm(input, residual, weight, bias, eps, with_sum or training, training)
+    out, total, *_ = _add_layer_norm(input, residual, weight, bias, eps, training or bool(with_sum), training)
     return (out, total) if with_sum else out

@@ -166,7 +166,7 @@ conv2d_packed = declare(
     unsupported=lambda input, weight, bias, packed, *rest: (
         _unfit(packed) or shapes.unsupported(input, weight, bias, *rest[:7])
     ),
-    fake=lambda input, weight, bias, packed, *rest: shapes.fake(input, weight, bias, *rest[:7]),
+    fake=lambda input, weight, bias, packed, *rest: shapes.fake_with_relu(input, weight, bias, *rest),
     cost=lambda input, weight, bias, packed, *rest: shapes.cost(input, weight, bias, *rest[:7]),
     own_dtype=("packed",),
 )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fastnn.ops import _pool_average as average
 from fastnn.ops import _pool_max as maximum
 from fastnn.ops import _pool_shapes as shapes
+from fastnn.ops._numbers import MOST_OPTION, is_flag, is_number
 
 __all__ = [
     "adaptive_avg_pool1d",
@@ -26,8 +27,8 @@ def _map(function, out):
 
 
 def _batched(op, input, *args):
-    """An op on one image, as on a batch of one."""
-    return _map(lambda t: t.squeeze(0), op(input.unsqueeze(0), *args))
+    """An op on the channels of one image, as on a batch of them; torch's results of one image are dense in any layout."""
+    return _map(lambda t: t.squeeze(1), op(input.contiguous().unsqueeze(1), *args))
 
 
 def _over_sequences(op, input, *args):
@@ -42,7 +43,10 @@ def _max_pool(input, return_indices, *window):
     if return_indices:
         return maximum.max_pool2d_with_indices(input, *window)
     if input.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing():
-        return maximum.max_pool2d_with_locations(input, *window)[0]
+        if window[0] * window[1] <= maximum.MOST_LOCATIONS:
+            return maximum.max_pool2d_with_locations(input, *window)[0]
+        # Not torch's, whose backward writes past the end where a window holds no element.
+        return maximum.max_pool2d_with_indices(input, *window)[0]
     return maximum.max_pool2d(input, *window)
 
 
@@ -80,11 +84,11 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
         If the window is larger than the padded input, or the padding over half the window.
     """
     window = shapes.read_window(input, kernel_size, stride, padding, dilation)
-    if window is None:
+    if window is None or not is_flag(ceil_mode):
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     if input.dim() == 3:
-        return _batched(_max_pool, input, return_indices, *window, bool(ceil_mode))
-    return _max_pool(input, return_indices, *window, bool(ceil_mode))
+        return _batched(_max_pool, input, return_indices, *window, ceil_mode)
+    return _max_pool(input, return_indices, *window, ceil_mode)
 
 
 def max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
@@ -112,10 +116,32 @@ def max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
         If the window is larger than the padded input, or the padding over half the window.
     """
     window = shapes.read_sequence_window(input, kernel_size, stride, padding, dilation)
-    if window is None:
+    if window is None or not is_flag(ceil_mode):
+        if (
+            type(kernel_size) is int
+            and MOST_OPTION < kernel_size < 1 << 63
+            and isinstance(input, torch.Tensor)
+        ):
+            # torch's loop over such a window may not end; its function for images refuses it.
+            input, kernel_size = input.unsqueeze(-2), (1, kernel_size)
+            return F.max_pool2d(input, kernel_size)
         return F.max_pool1d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    input = input.contiguous()  # the output of torch's is, whatever the input
-    return _over_sequences(_max_pool, input, return_indices, *window, bool(ceil_mode))
+    if _is_pooled_in_rows(input, return_indices):
+        rows = input.contiguous().view(-1, 1, 1, input.shape[-1])
+        return maximum.max_pool2d(rows, *window, ceil_mode).view(*input.shape[:-1], -1)
+    return _over_sequences(_max_pool, input, return_indices, *window, ceil_mode)
+
+
+def _is_pooled_in_rows(input, return_indices):
+    """Whether torch has a loop of its own for sequences, whose result is dense, instead of taking them as images."""
+    return not (
+        return_indices
+        or (input.requires_grad and torch.is_grad_enabled())
+        or not input.is_cpu
+        or input.numel() == 0
+        or type(input) not in (torch.Tensor, torch.nn.Parameter)
+        or torch.compiler.is_compiling()
+    )
 
 
 def avg_pool2d(
@@ -155,11 +181,12 @@ def avg_pool2d(
         If the window is larger than the padded input, or the padding over half the window.
     """
     window = shapes.read_window(input, kernel_size, stride, padding)
-    if window is None:
+    plain = is_flag(ceil_mode) and is_flag(count_include_pad)
+    if window is None or not plain or not (divisor_override is None or is_number(divisor_override)):
         return F.avg_pool2d(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
-    options = (*window, bool(ceil_mode), bool(count_include_pad), divisor_override)
+    options = (*window, ceil_mode, count_include_pad, divisor_override)
     op = average.avg_pool2d
     return op(input, *options) if input.dim() == 4 else _batched(op, input, *options)
 
@@ -189,9 +216,9 @@ def avg_pool1d(input, kernel_size, stride=None, padding=0, ceil_mode=False, coun
         If the window is larger than the padded input, or the padding over half the window.
     """
     window = shapes.read_sequence_window(input, kernel_size, stride, padding)
-    if window is None:
+    if window is None or not (is_flag(ceil_mode) and is_flag(count_include_pad)):
         return F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
-    options = (*window, bool(ceil_mode), bool(count_include_pad), None)
+    options = (*window, ceil_mode, count_include_pad, None)
     return _over_sequences(average.avg_pool2d, input, *options)
 
 
