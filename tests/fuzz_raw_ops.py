@@ -374,7 +374,7 @@ class Call:
         op = _declare.OPS[self.name]
         schema = op.packet.raw._schema.arguments
         count = len(op.tensors)
-        own = {"locations", "indices", "packed", "mask", "logsumexp", "mean", "rstd"}
+        own = {"locations", "indices", "packed", "mask", "logsumexp", "statistics", "mean", "rstd"}
         free = tuple(i for i in range(count) if schema[i].name in own)
         return _declare._unfit(self.full[:count], free, None, True) or op.unsupported(*self.full)
 
