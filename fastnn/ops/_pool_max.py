@@ -43,13 +43,20 @@ def indices_of(
     return rows * input_w + columns + place % kernel_w * dilation_w
 
 
+def _in_rows(images):
+    """Images as rows of pixels. Not by flatten(), which the vmap of vectorized Hessians does not know."""
+    n, c, h, w = images.shape
+    return images.reshape(n, c, h * w)
+
+
 def scatter(grad, indices, input_h, input_w):
-    out = grad.new_zeros(*grad.shape[:2], input_h * input_w)
-    return out.scatter_add(2, indices.flatten(2), grad.flatten(2)).view(*grad.shape[:2], input_h, input_w)
+    n, c = grad.shape[:2]
+    out = grad.new_zeros(n, c, input_h * input_w)
+    return out.scatter_add(2, _in_rows(indices), _in_rows(grad)).view(n, c, input_h, input_w)
 
 
 def gather(grad_grad, indices):
-    return grad_grad.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+    return _in_rows(grad_grad).gather(2, _in_rows(indices)).view(indices.shape)
 
 
 # ---- the backward ops ----
