@@ -51,12 +51,11 @@ def observe(call: Callable[[], object], case: Case) -> Work:
     from fastnn.ops import _declare
 
     routed = []
-    before, _declare.recorder = _declare.recorder, lambda op, args, reason: routed.append((op, args, reason))
-    try:
-        with _NativeOps(_declare.OPS) as native:
-            call()
-    finally:
-        _declare.recorder = before
+    with (
+        _declare.watching(lambda op, args, reason: routed.append((op, args, reason))),
+        _NativeOps(_declare.OPS) as native,
+    ):
+        call()
     reasons = [reason for _, _, reason in routed if reason is not None]
     kernels = {}
     for op, args, reason in routed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch.nn import Module
 from torch.nn.modules import module as torch_module
 
-from fastnn import _library, nn
+from fastnn import _library, _rehearsal, nn
 from fastnn.nn.container import FUSED, sees_fused
 from fastnn.ops import _declare, _gpu
 
@@ -74,20 +75,24 @@ def _kernel(op: _declare.Op, args: tuple) -> str:
 
 
 class _Recorder:
-    """Collects rows while a model runs in this thread: told of ops by the routing, of layers by global hooks."""
+    """Collects rows while a model runs in this thread: told of ops by the routing, of layers by hooks of all modules."""
 
-    def __init__(self, model: Module | None) -> None:
+    def __init__(self, names: dict[Module, str]) -> None:
         self.rows: list[Row] = []
-        self.names = {} if model is None else {module: name for name, module in model.named_modules()}
+        self.names = names
         self.thread = threading.get_ident()
-        self.running: list[
-            tuple[str, int]
-        ] = []  # the names of the layers being run, and the rows before each
+        # The names of the layers being run, and the rows before each.
+        self.running: list[tuple[str, int]] = []
+        # The layer in which each node of the autograd graph was made.
+        self.layers_of_nodes: dict[Any, str] = {}
 
     def on_op(self, op: _declare.Op, args: tuple, reason: str | None) -> None:
-        if threading.get_ident() == self.thread:
-            where = "torch" if reason is not None else f"fastnn {_kernel(op, args)}"
-            self.add(self.running[-1][0] if self.running else "", op.name, args, where, reason or "")
+        if self.running:
+            layer = self.running[-1][0]
+        else:
+            layer = self.layers_of_nodes.get(torch._C._current_autograd_node(), "")
+        where = "torch" if reason is not None else f"fastnn {_kernel(op, args)}"
+        self.add(layer, op.name, args, where, reason or "")
 
     @sees_fused
     def before_layer(self, module: Module, args: tuple) -> None:
@@ -100,6 +105,8 @@ class _Recorder:
         if threading.get_ident() != self.thread:
             return
         name, rows_before = self.running.pop()
+        for node in _rehearsal.graph_of(output, known=self.layers_of_nodes):
+            self.layers_of_nodes[node] = name
         if len(self.rows) > rows_before:
             return
         if output is FUSED:
@@ -117,46 +124,65 @@ class _Recorder:
         self.rows.append(Row(layer, op, shape, dtype, where, reason))
 
 
-def explain(model: Module | Callable, *inputs: Any, **kwargs: Any) -> Explanation:
+def explain(
+    model: Module | Callable, *inputs: Any, training: bool | None = None, **kwargs: Any
+) -> Explanation:
     """Run a model once and tell, for each layer, which kernel ran or why torch's did.
 
-    The run leaves no trace: no gradients, the buffers (such as running averages) and the state of the random numbers
-    are as before. The model stays in the mode it is in, training or evaluation.
+    What is told is what such a call does: the same grad mode, autocast and number formats. A call that wants gradients may go
+    another way than one that does not. The run leaves no trace: no gradients, and the buffers (such as running averages) and
+    the state of the random numbers are as before, also where other threads use the model and draw numbers meanwhile.
 
     Parameters
     ----------
     model : torch.nn.Module or callable
-        What to run. A model compiled by :func:`torch.compile` is run as it was before.
+        What to run: a copy of it, with the same parameters and with buffers of its own. Layers compiled by
+        :func:`torch.compile` are run as they were before.
     *inputs, **kwargs
         What to call it with.
+    training : bool, optional
+        By default the model is called in the grad mode and in the mode, training or evaluation, that are set. True: in training
+        mode and with gradients, and the backward pass is run and told of too; the gradients are dropped. False: in evaluation
+        mode and without gradients. A model with an argument of this name is explained through a function that gives it.
 
     Returns
     -------
     Explanation
         A table when printed, and an iterable of :class:`Row`.
 
+    Notes
+    -----
+    Calls that the model makes in other threads are not told of. A buffer that other than a module's own code writes through
+    Python alone, by assignment to its attribute, stays written. On a GPU the random numbers of ops that draw them inside of one
+    kernel (such as a dropout) may be drawn again by another thread.
+
     Examples
     --------
-    >>> print(fastnn.explain(model, torch.randn(1, 3, 32, 32)))  # doctest: +SKIP
+    >>> print(fastnn.explain(model, torch.randn(1, 3, 32, 32), training=False))  # doctest: +SKIP
     """
-    model = getattr(model, "_orig_mod", model)
-    is_module = isinstance(model, Module)
-    recorder = _Recorder(model if is_module else None)
-    buffers = {name: b.clone() for name, b in model.named_buffers()} if is_module else {}
-    gpus = {p.get_device() for p in model.parameters() if p.is_cuda} if is_module else set()
+    copy = _rehearsal.Copy(model)
+    if training is not None:
+        copy.set_mode(training)
+    recorder = _Recorder(copy.names)
     hooks = (
         torch_module.register_module_forward_pre_hook(recorder.before_layer),
         torch_module.register_module_forward_hook(recorder.after_layer, always_call=True),
     )
-    previous, _declare.recorder = _declare.recorder, recorder.on_op
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(gpus)):
-            if buffers:
-                torch.func.functional_call(model, buffers, inputs, kwargs)
-            else:
-                model(*inputs, **kwargs)
+        with _declare.watching(recorder.on_op), copy.without_trace(), _gradients(training):
+            output = copy.model(*inputs, **kwargs)
+            if training:
+                _rehearsal.run_backward(output)
     finally:
-        _declare.recorder = previous
         for hook in hooks:
             hook.remove()
     return Explanation(recorder.rows)
+
+
+@contextlib.contextmanager
+def _gradients(wanted: bool | None) -> Iterator[None]:
+    if wanted is None:
+        yield
+    else:
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+            yield

@@ -92,13 +92,8 @@ def tune(model: Callable, *inputs: Any, **kwargs: Any) -> Tuning:
     OSError
         If the choices cannot be stored.
     """
-    before = dict(_choice.measured)
-    _choice.measured.clear()
-    try:
+    with _choice.measuring({}):
         rows = measure(model, inputs, kwargs)
-    finally:
-        _choice.measured.clear()
-        _choice.measured.update(before)
     if not rows:
         raise RuntimeError(
             "fastnn.tune found no call to measure: it measures ops with kernels for GPUs, of models and inputs that are on one"
@@ -126,33 +121,29 @@ def measure(
     """Run a model on fastnn's kernels and measure the candidates of each class of calls that this process does not know yet.
 
     A call is measured before it is made, and is then made on its fastest kernel, so that one which fails does not keep the
-    backward pass from being seen. The fastest kernels are in ``_choice.measured`` from then on. ``on_row(row)`` is called
+    backward pass from being seen. The fastest kernels are in ``_choice.known()`` from then on. ``on_row(row)`` is called
     after each class. ``trying(op, class, candidate)`` is called before each call of a candidate; what it returns before the first is
     a reason to drop it, or None.
     """
     rows: list[Tuned] = []
+    known = _choice.known()
 
     def seen(op, args, reason):
         if reason is not None or not _is_on_gpu(args[0]):
             return
         key = op.name, _choice.call_class(args)
-        if key in _choice.measured or key in {(row.op, row.calls) for row in rows}:
+        if key in known or key in {(row.op, row.calls) for row in rows}:
             return
         kept = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         # A candidate may call other ops of fastnn.
-        _declare.recorder = None
-        try:
+        with _declare.watching(None, prefer_kernels=True):
             seconds, dropped = _measure(op, kept, lambda name: trying(*key, name))
-        finally:
-            _declare.recorder = seen
         rows.append(Tuned(*key, seconds, _choice.fastest(seconds), dropped, args[0].get_device()))
         if kernel := _choice.fastest_kernel(seconds):
-            _choice.measured[key] = kernel
+            known[key] = kernel
         on_row(rows[-1])
 
-    before = _declare.recorder, _declare.prefer_kernels
-    _declare.recorder, _declare.prefer_kernels = seen, True
-    try:
+    with _declare.watching(seen, prefer_kernels=True):
         output = model(*inputs, **kwargs)
         wanted = [t for t in _tensors(output) if t.requires_grad]
         leaves = [t for t in _tensors((inputs, kwargs)) if t.requires_grad and t.is_leaf]
@@ -160,8 +151,6 @@ def measure(
             leaves += [p for p in model.parameters() if p.requires_grad]
         if wanted and leaves:
             torch.autograd.grad(wanted, leaves, [torch.ones_like(t) for t in wanted], allow_unused=True)
-    finally:
-        _declare.recorder, _declare.prefer_kernels = before
     return rows
 
 

@@ -41,9 +41,8 @@ def prefer_kernels(monkeypatch):
 def native():
     """The ops called, each with the reason why it went to torch; None where a kernel took it."""
     seen = []
-    _declare.recorder = lambda op, args, reason: seen.append((op.name, reason))
-    yield seen
-    _declare.recorder = None
+    with _declare.watching(lambda op, args, reason: seen.append((op.name, reason))):
+        yield seen
 
 
 @pytest.fixture

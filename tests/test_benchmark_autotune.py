@@ -122,11 +122,11 @@ def test_row_names_the_kernels_that_served_it(monkeypatch):
     monkeypatch.setattr(_declare, "candidate", lambda op, args: "plain")
 
     def call():
-        _declare.recorder(op, (OnGpu,), None)
-        _declare.recorder(_declare.OPS["linear"], (OnGpu,), "torch measured faster on this GPU")
+        _declare.record(op, (OnGpu,), None)
+        _declare.record(_declare.OPS["linear"], (OnGpu,), "torch measured faster on this GPU")
 
     assert work.observe(call, case).kernels == {"linear_relu": "plain"}
-    assert work.observe(lambda: _declare.recorder(op, (OnGpu,), None), case).torch_reason is None
+    assert work.observe(lambda: _declare.record(op, (OnGpu,), None), case).torch_reason is None
 
 
 @pytest.fixture

@@ -1,11 +1,18 @@
 """What every declared op has in common: what it refuses, how its options travel, where its calls go."""
 
+import contextlib
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastnn
 import fastnn.nn.functional as fast
-from fastnn.ops import _declare
+from fastnn.ops import _conv_routes, _declare, _linear_routes
 
 
 def image(*shape, dtype=torch.float32):
@@ -211,3 +218,289 @@ def test_a_gradient_that_the_kernels_do_not_give_is_torchs():
         for f in (fast.scaled_dot_product_attention, F.scaled_dot_product_attention)
     ]
     torch.testing.assert_close(*grads)
+
+
+# ---- one decision, whoever asks ----
+
+
+class OpsThatRun(TorchDispatchMode):
+    """Notes the names of fastnn's ops that reach a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))  # an op that refuses a call did not run
+        space, name = function._schema.name.split("::")
+        if space == "fastnn":
+            self.names.append(name)
+        return made
+
+
+def last(*shape):
+    return image(*shape).contiguous(memory_format=torch.channels_last)
+
+
+# Calls of the public functions on either side of the rules by which torch's ops are faster.
+ROUTED = {
+    "linear": (fast.linear, image(3, 40), image(50, 40), image(50)),
+    "linear of many rows": (fast.linear, image(300, 40), image(50, 40), image(50)),
+    "linear in tile registers": (fast.linear, image(256, 256), image(256, 256), image(256)),
+    "linear_relu": (fast.linear_relu, image(300, 40), image(50, 40), image(50)),
+    "linear_gelu": (fast.linear_gelu, image(300, 40), image(50, 40), image(50)),
+    "conv2d of few": (fast.conv2d, image(2, 3, 8, 8), image(4, 3, 3, 3), image(4)),
+    "conv2d of many": (fast.conv2d, image(1, 64, 8, 8), image(64, 64, 3, 3), image(64)),
+    "conv2d of a batch": (fast.conv2d, image(2, 64, 8, 8), image(64, 64, 3, 3), image(64)),
+    "conv2d on channels_last": (fast.conv2d, last(2, 64, 9, 9), image(64, 64, 3, 3), image(64)),
+    "points on channels_last": (fast.conv2d, last(2, 64, 9, 9), image(64, 64, 1, 1), image(64)),
+    "conv2d_relu": (fast.conv2d_relu, image(1, 64, 8, 8), image(64, 64, 1, 1), image(64)),
+    "conv2d_relu on channels_last": (fast.conv2d_relu, last(2, 64, 9, 9), image(64, 64, 3, 3), image(64)),
+    "pooled": (fast.conv2d_relu_max_pool2d, image(2, 96, 8, 8), image(64, 96, 3, 3), image(64)),
+    "conv1d": (fast.conv1d, image(2, 3, 40), image(4, 3, 3), image(4)),
+    "add_layer_norm of few": (fast.add_layer_norm, image(4, 8), image(4, 8), image(8), image(8)),
+    "add_layer_norm of some": (fast.add_layer_norm, image(300, 64), image(300, 64), image(64), image(64)),
+    "attention": (fast.scaled_dot_product_attention, image(1, 2, 6, 8), image(1, 2, 6, 8), image(1, 2, 6, 8)),
+    "attention with a mask": (fast.scaled_dot_product_attention, *[image(1, 2, 6, 8)] * 3, image(6, 6)),
+    "max_pool2d": (lambda x: fast.max_pool2d(x, 2), image(2, 3, 8, 8)),
+    "avg_pool2d": (lambda x: fast.avg_pool2d(x, 2), image(2, 3, 8, 8)),
+    "adaptive_max_pool2d": (lambda x: fast.adaptive_max_pool2d(x, 2), image(2, 3, 8, 8)),
+    "empty": (fast.linear, image(0, 40), image(50, 40), image(50)),
+    "complex": (fast.linear, image(2, 4, dtype=torch.complex64), image(3, 4, dtype=torch.complex64)),
+    "mixed": (fast.linear, image(2, 4), image(3, 4, dtype=torch.bfloat16)),
+}
+
+
+@pytest.fixture(params=["this processor", "Intel", "AMX"])
+def processor(request, monkeypatch):
+    """The rules of several processors, whatever this one is."""
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(_linear_routes, "_MKL_AT_ITS_BEST", request.param != "this processor")
+    if request.param == "AMX":
+        for routes in (_linear_routes, _conv_routes):
+            monkeypatch.setattr(routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+
+
+def native_ops(function, *args):
+    with OpsThatRun() as ran, contextlib.suppress(RuntimeError):
+        function(*args)
+    return ran.names
+
+
+def compiled_ops(function, *args):
+    """fastnn's ops in the graph of the forward pass."""
+    names = []
+
+    def collect(graph, inputs):
+        names.extend(
+            node.target._schema.name.split("::")[1]
+            for node in graph.graph.nodes
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "fastnn"
+        )
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(
+        function,
+        backend=aot_autograd(fw_compiler=collect, bw_compiler=lambda graph, inputs: graph),
+        fullgraph=True,
+    )
+    compiled(*args)
+    return names
+
+
+def routed(name, dtype, gradients):
+    function, *args = ROUTED[name]
+    args = [a if name in ("complex", "mixed") else a.to(dtype) for a in args]
+    return function, *(a.clone().requires_grad_(gradients) for a in args)
+
+
+GRADIENTS = pytest.mark.parametrize("gradients", [True, False], ids=["training", "inference"])
+AUTOCAST = pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "plain"])
+
+
+@GRADIENTS
+@AUTOCAST
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_explain_says_what_runs(processor, dtype, autocast, gradients):
+    """Both ask about the call as it will run: after autocast's cast, with the gradients that are wanted."""
+    wheres = set()
+    for name in ROUTED:
+        function, *args = routed(name, dtype, gradients)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            ran = native_ops(function, *args)
+            rows = []
+            with contextlib.suppress(RuntimeError):
+                rows = fastnn.explain(function, *args).rows
+        assert [row.op for row in rows if row.where.startswith("fastnn")] == ran, name
+        wheres.update(row.where.split()[0] for row in rows)
+    assert wheres == {"fastnn", "torch"}
+
+
+@GRADIENTS
+@AUTOCAST
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear of many rows",
+        "linear in tile registers",
+        "conv2d of many",
+        "conv2d on channels_last",
+        "conv2d_relu",
+        "add_layer_norm of few",
+        "attention",
+    ],
+)
+@pytest.mark.parametrize("processor", ["Intel", "AMX"], indirect=True)
+def test_compiled_calls_have_the_same_route(processor, name, autocast, gradients):
+    function, *args = routed(name, torch.float32, gradients)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert compiled_ops(function, *args) == native_ops(function, *args)
+
+
+# ---- functional transforms ----
+
+HESSIANS = {
+    "linear": lambda of, x: of.linear(x, x[:3].detach()),
+    "conv2d": lambda of, x: of.conv2d(x.view(1, 1, 6, 4), x[:3].detach().view(1, 1, 3, 4)[..., :3]),
+    "max_pool2d": lambda of, x: of.max_pool2d(x.view(1, 1, 6, 4), 2),
+    "max_pool2d with indices": lambda of, x: of.max_pool2d(x.view(1, 1, 6, 4), 2, return_indices=True)[0],
+    "max_pool1d": lambda of, x: of.max_pool1d(x.view(1, 6, 4), 2),
+    "adaptive_max_pool2d": lambda of, x: of.adaptive_max_pool2d(x.view(1, 1, 6, 4), 2),
+    "avg_pool2d": lambda of, x: of.avg_pool2d(x.view(1, 1, 6, 4), 2),
+    "adaptive_avg_pool2d": lambda of, x: of.adaptive_avg_pool2d(x.view(1, 1, 6, 4), 2),
+}
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("name", HESSIANS)
+def test_hessians(name, vectorize):
+    """Vectorized ones run the backward pass under a vmap that torch.func does not know of."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    ours, torchs = (
+        torch.autograd.functional.hessian(
+            lambda x, of=of: HESSIANS[name](of, x.pow(3)).square().sum(), x, vectorize=vectorize
+        )
+        for of in (fast, F)
+    )
+    torch.testing.assert_close(ours, torchs)
+
+
+# ---- devices ----
+
+
+def places_of_tensors(call):
+    return [i for i, value in enumerate(call) if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("overload", ["default", "raw"])
+@pytest.mark.parametrize("name", CALLS)
+def test_ops_refuse_mixed_devices(name, overload):
+    """The dispatcher takes such a call to the op's fake, whose result would be memory that nothing was written to."""
+    op, call = _declare.OPS[name], CALLS[name]
+    tensors = places_of_tensors(call)
+    for i in tensors if len(tensors) > 1 else ():
+        for one_on_meta in (True, False):
+            args = [
+                v.to("meta") if j in tensors and (j == i) == one_on_meta else v for j, v in enumerate(call)
+            ]
+            with pytest.raises((RuntimeError, NotImplementedError), match=r"same device|expected.*(cpu|CPU)"):
+                getattr(op.packet, overload)(*args)
+
+
+MIXED = {
+    "linear": (fast.linear, F.linear, 3),
+    "linear_relu": (fast.linear_relu, lambda *args: F.relu(F.linear(*args)), 3),
+    "linear_gelu": (fast.linear_gelu, lambda *args: F.gelu(F.linear(*args)), 3),
+    "conv1d": (fast.conv1d, F.conv1d, 3),
+    "conv2d": (fast.conv2d, F.conv2d, 3),
+    "conv2d_relu": (fast.conv2d_relu, lambda *args: F.relu(F.conv2d(*args)), 3),
+    "conv2d_relu_max_pool2d": (
+        fast.conv2d_relu_max_pool2d,
+        lambda *args: F.max_pool2d(F.relu(F.conv2d(*args)), 2),
+        3,
+    ),
+    "attention": (fast.scaled_dot_product_attention, F.scaled_dot_product_attention, 4),
+    "add_layer_norm": (
+        fast.add_layer_norm,
+        lambda x, y, w, b: F.layer_norm(x + y, (8,), w, b),
+        4,
+    ),
+}
+ARGS = {
+    "linear": (image(5, 8), image(4, 8), image(4)),
+    "conv1d": (image(2, 3, 9), image(4, 3, 3), image(4)),
+    "conv2d": (image(2, 3, 8, 9), image(4, 3, 3, 3), image(4)),
+    "attention": (*[image(1, 2, 6, 8)] * 3, image(6, 6)),
+    "add_layer_norm": (image(4, 8), image(4, 8), image(8), image(8)),
+}
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", MIXED)
+def test_functions_refuse_mixed_devices_as_torch(name, gradients):
+    ours, torchs, count = MIXED[name]
+    base = ARGS[name if name in ARGS else name.split("_")[0]]
+    for on_meta in range(1, 2**count - 1):
+        args = [a.to("meta") if on_meta >> i & 1 else a for i, a in enumerate(base)]
+        args = [a.detach().clone().requires_grad_(gradients) for a in args]
+        errors = []
+        for function in (ours, torchs):
+            try:
+                made = function(*args)
+            except Exception as error:
+                errors.append(type(error))
+            else:
+                errors.append(made.device)
+        assert errors[0] == errors[1], (on_meta, errors)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_functions_on_meta_alone(name):
+    ours, torchs, _ = MIXED[name]
+    args = [a.to("meta") for a in ARGS[name if name in ARGS else name.split("_")[0]]]
+    made, want = ours(*args), torchs(*args)
+    assert (made.device, made.shape, made.dtype, made.stride()) == (
+        want.device,
+        want.shape,
+        want.dtype,
+        want.stride(),
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_ops_on_meta_alone(name):
+    op, call = _declare.OPS[name], CALLS[name]
+    made = op.packet.raw(*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in call))
+    want = op.packet.raw(*call)
+    for on_meta, there in zip(*((t if isinstance(t, tuple) else (t,)) for t in (made, want)), strict=True):
+        assert on_meta.is_meta
+        assert (on_meta.shape, on_meta.dtype, on_meta.stride()) == (there.shape, there.dtype, there.stride())
+
+
+def test_fakes_refuse_mixed_devices():
+    with FakeTensorMode():
+        x, w = torch.empty(2, 3), torch.empty(4, 3, device="meta")
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.ops.fastnn.linear.raw(x, w, None)
+
+
+def test_settings_of_one_thread(monkeypatch):
+    """What a thread has set is seen by its own calls alone."""
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    x = torch.ones(1, 4)
+    seen = []
+    kernels = []
+
+    def call():
+        fast.linear(x, x)
+        kernels.append(_declare._prefers_kernels())
+
+    with _declare.watching(lambda op, args, reason: seen.append(op.name), prefer_kernels=True):
+        call()
+        other = threading.Thread(target=call)
+        other.start()
+        other.join()
+    assert seen == ["linear"]
+    assert kernels == [True, False]

@@ -41,9 +41,8 @@ def inputs(m, n, k, dtype=torch.float32, seed=0):
 def native():
     """The reasons why calls went to torch; None for each that a kernel took."""
     seen = []
-    _declare.recorder = lambda op, args, reason: seen.append(reason)
-    yield seen
-    _declare.recorder = None
+    with _declare.watching(lambda op, args, reason: seen.append(reason)):
+        yield seen
 
 
 @BOTH

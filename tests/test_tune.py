@@ -209,7 +209,7 @@ def test_tune(clock, some_gpu):
     assert _choice.chosen("conv2d_relu", args, some_gpu) == "128 x 128"
     op = _declare.OPS["conv2d_relu"]
     assert _declare.candidate(op, args) in op.candidates
-    assert _declare.recorder is None
+    assert not _declare._watched
 
 
 def test_candidate_that_is_wrong_is_none(clock, monkeypatch):

@@ -281,16 +281,16 @@ FASTNN_OP(max_pool2d, "(Tensor input, " FASTNN_WINDOW ") -> Tensor")
 FASTNN_OP(max_pool2d_with_locations, "(Tensor input, " FASTNN_WINDOW ") -> (Tensor, Tensor)")
 FASTNN_OP(max_pool2d_with_indices, "(Tensor input, " FASTNN_WINDOW ") -> (Tensor, Tensor)")
 FASTNN_OP(max_pool2d_backward,
-          "(Tensor grad, Tensor locations, int input_h, int input_w, " FASTNN_WINDOW ") -> Tensor")
+          "(Tensor grad, Tensor locations, SymInt input_h, SymInt input_w, " FASTNN_WINDOW ") -> Tensor")
 FASTNN_OP(max_pool2d_indices_backward,
-          "(Tensor grad, Tensor indices, int input_h, int input_w, " FASTNN_WINDOW ") -> Tensor")
+          "(Tensor grad, Tensor indices, SymInt input_h, SymInt input_w, " FASTNN_WINDOW ") -> Tensor")
 FASTNN_OP(avg_pool2d, "(Tensor input, " FASTNN_AVERAGE ") -> Tensor")
 FASTNN_OP(avg_pool2d_backward,
-          "(Tensor grad, int input_h, int input_w, " FASTNN_AVERAGE ", bool channels_last) -> Tensor")
-FASTNN_OP(adaptive_avg_pool2d, "(Tensor input, int output_h, int output_w) -> Tensor")
+          "(Tensor grad, SymInt input_h, SymInt input_w, " FASTNN_AVERAGE ", bool channels_last) -> Tensor")
+FASTNN_OP(adaptive_avg_pool2d, "(Tensor input, SymInt output_h, SymInt output_w) -> Tensor")
 FASTNN_OP(adaptive_avg_pool2d_backward,
-          "(Tensor grad, int input_h, int input_w, bool channels_last) -> Tensor")
-FASTNN_OP(adaptive_max_pool2d, "(Tensor input, int output_h, int output_w) -> (Tensor, Tensor)")
+          "(Tensor grad, SymInt input_h, SymInt input_w, bool channels_last) -> Tensor")
+FASTNN_OP(adaptive_max_pool2d, "(Tensor input, SymInt output_h, SymInt output_w) -> (Tensor, Tensor)")
 
 FASTNN_OP_ON_GPUS(max_pool2d)
 FASTNN_OP_ON_GPUS(max_pool2d_with_locations)

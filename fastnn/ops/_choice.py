@@ -12,7 +12,9 @@ import json
 import os
 import re
 import tempfile
+import threading
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +31,29 @@ TIE = 0.03
 
 #: What this process measured: the fastest kernel by op and class. It comes before all else.
 measured: dict[tuple[str, str], str] = {}
+
+
+class _Measuring(threading.local):
+    found: dict[tuple[str, str], str] | None = None
+
+
+_measuring = _Measuring()
+
+
+def known() -> dict[tuple[str, str], str]:
+    """What was measured, as this thread's calls look it up."""
+    return measured if _measuring.found is None else _measuring.found
+
+
+@contextlib.contextmanager
+def measuring(found: dict[tuple[str, str], str]) -> Iterator[None]:
+    """Have this thread's calls look up `found` in place of what the process measured."""
+    before, _measuring.found = _measuring.found, found
+    try:
+        yield
+    finally:
+        _measuring.found = before
+
 
 VERSION = 1
 
@@ -76,19 +101,19 @@ def fastest_kernel(seconds: dict[str, float]) -> str | None:
 
 def chosen(op: str, args, device: torch.device) -> str | None:
     """The name of the candidate that a call was measured to be fastest on, or None if none was."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(args[0]) is not torch.Tensor:
         # A class would tie what is traced to sizes that are symbols.
         fixed = all([has_static_value(n) for a in args if isinstance(a, torch.Tensor) for n in a.shape])
         return _chosen_for(op, device.index, call_class(args) if fixed else ALL)
     mine, shipped = _tables(device.index)
-    if op not in mine and op not in shipped and not measured:
+    if op not in mine and op not in shipped and not known():
         return None
     return _look_up(op, device.index, call_class(args))
 
 
 def _look_up(op: str, index: int, of: str) -> str | None:
     mine, shipped = (choices.get(op, {}) for choices in _tables(index))
-    return measured.get((op, of)) or mine.get(of) or shipped.get(of) or shipped.get(ALL)
+    return known().get((op, of)) or mine.get(of) or shipped.get(of) or shipped.get(ALL)
 
 
 # A tracer takes what it says for a constant.

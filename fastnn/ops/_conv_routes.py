@@ -260,7 +260,9 @@ _PIXELS_PACKED_IN_REGISTERS = 3200
 
 
 def takes_packed(input, weight, relu, pooled, *options):
-    """Whether a convolution whose weight is packed is to use that."""
+    """Whether a convolution whose weight is packed is to use that; not in a graph, which is to run elsewhere too."""
+    if torch.compiler.is_compiling():
+        return False
     outputs, per_group, kernel_h, kernel_w = weight.shape
     if (
         input.dim() != 4

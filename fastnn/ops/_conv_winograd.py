@@ -28,10 +28,11 @@ def takes(input, weight, stride, padding, dilation, groups):
         kernel_h == kernel_w == 3
         and stride == dilation == (1, 1)
         and groups == 1
+        and channels >= _CHANNELS
+        and not torch.compiler.is_compiling()  # where sizes may be symbols
         and _is_worth(input, channels, outputs, *padding)
         and input.dtype is torch.float32
         and input.is_cpu
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.conv.fp32_precision in ("tf32", "bf16")
     )

@@ -9,17 +9,21 @@ works in a process without Python.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 import torch.utils.flop_counter
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from fastnn import _settings
 from fastnn.ops import _choice, _gpu
@@ -28,8 +32,10 @@ log = logging.getLogger("fastnn")
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
-# Subclasses of Tensor that the raw ops understand; any other goes to torch, whose ops its author wrote it for.
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
+# Tensors with sizes that are numbers; and with them the subclasses that the raw ops understand. Any other goes to torch, whose
+# ops its author wrote it for.
+_REAL = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN = _REAL | {FakeTensor, FunctionalTensor}
 
 _compiler = torch.compiler  # its is_compiling() is these two, but takes 40 ns more
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -82,11 +88,119 @@ class Op:
 # Every declared op by name, in the order of declaration.
 OPS: dict[str, Op] = {}
 
-# Whether calls for which torch was measured to be faster run on the kernels all the same: tests of the kernels set it.
+# Whether calls for which torch was measured to be faster run on the kernels all the same, in every thread: a setting of the
+# process, for tests and the benchmark suite.
 prefer_kernels = False
 
-# Called as recorder(op, args, reason) at each routed call while not None; explain() sets it.
-recorder: Callable | None = None
+
+class Watch(NamedTuple):
+    """What one thread has set for its own calls."""
+
+    recorder: Callable | None  # called as recorder(op, args, reason) at each routed call
+    prefer_kernels: bool  # as the process's setting
+
+
+# By thread; empty, and so asked about at no cost, while no thread is watched. (A threading.local takes 30 ns to read.)
+_watched: dict[int, Watch] = {}
+_this_thread = threading.get_ident
+
+
+@contextlib.contextmanager
+def watching(recorder: Callable | None, prefer_kernels: bool = False) -> Iterator[None]:
+    """Call `recorder` as ``recorder(op, args, reason)`` at each routed call that this thread makes meanwhile.
+
+    What watched before is back afterwards. A backward pass runs in this thread, on GPUs too, and so is seen.
+    """
+    thread = _this_thread()
+    before = _watched.get(thread)
+    _watched[thread] = Watch(recorder, prefer_kernels)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        if before is None:
+            del _watched[thread]
+        else:
+            _watched[thread] = before
+
+
+def record(op: Op, args: tuple, reason: str | None) -> None:
+    """Tell this thread's recorder, if there is one, of a call and why it is torch's."""
+    watch = _watched.get(_this_thread())
+    if watch is not None and watch.recorder is not None:
+        watch.recorder(op, args, reason)
+
+
+def _prefers_kernels() -> bool:
+    if prefer_kernels or not _watched:
+        return prefer_kernels
+    watch = _watched.get(_this_thread())
+    return watch is not None and watch.prefer_kernels
+
+
+# ---- calls whose sizes are symbols ----
+
+# What stands for a size that is a symbol where a rule asks for it: a tracer would tie the graph to the answer.
+_TYPICAL_SIZE = 32
+
+
+def _typical(n, of_dynamo):
+    """What stands for a size or stride: itself, if it is known."""
+    if has_static_value(n):
+        return n
+    if torch.compiler.is_dynamo_compiling():
+        return of_dynamo
+    # With the symbols that it is made of as typical sizes, so that shapes which follow from others still do.
+    expression = n.node.expr
+    return int(
+        expression.xreplace({symbol: sympy.Integer(_TYPICAL_SIZE) for symbol in expression.free_symbols})
+    )
+
+
+class _Described:
+    """Stands in for a tensor with sizes that are symbols, where only a tensor's description is asked for."""
+
+    def __init__(self, tensor):
+        self.dtype, self.device, self.layout = tensor.dtype, tensor.device, tensor.layout
+        self.is_cpu, self.is_cuda = tensor.is_cpu, tensor.is_cuda
+        # What is exported is to be served.
+        self.requires_grad = tensor.requires_grad and not torch.compiler.is_exporting()
+        self.shape = tuple([_typical(n, _TYPICAL_SIZE) for n in tensor.shape])
+        # A stride that is a symbol is the product of some sizes.
+        self._strides = tuple([_typical(n, _TYPICAL_SIZE**2) for n in tensor.stride()])
+        self._element_size = tensor.element_size()
+
+    def dim(self):
+        return len(self.shape)
+
+    def numel(self):
+        return math.prod(self.shape)
+
+    def stride(self, dim):
+        return self._strides[dim]
+
+    def element_size(self):
+        return self._element_size
+
+
+def _is_static(tensor) -> bool:
+    return all([has_static_value(n) for n in tensor.shape])
+
+
+def _described(args):
+    """An op's arguments as they are where their sizes are known, else with descriptions in place of the tensors.
+
+    A decision about a traced call follows from what is static: so it adds no guard, and holds for every size.
+    """
+    if not torch.compiler.is_exporting() and all(
+        [_is_static(a) for a in args if isinstance(a, torch.Tensor)]
+    ):
+        return args
+    return tuple([_Described(a) if isinstance(a, torch.Tensor) else _number(a) for a in args])
+
+
+def _number(value):
+    return _typical(value, _TYPICAL_SIZE) if isinstance(value, torch.SymInt) else value
 
 
 def tensor_bytes(*tensors) -> int:
@@ -96,8 +210,9 @@ def tensor_bytes(*tensors) -> int:
 
 def hand_over(op: Op, args: tuple, reason: str) -> None:
     """Notes that a public function gives torch a call, with the op's arguments, before the op's route sees it."""
-    if recorder is not None:
-        recorder(op, args, reason)
+    if _is_dynamo_compiling() or _compiler._is_compiling_flag:
+        return
+    record(op, args, reason)
     if _settings.log:
         log.info("%s runs on torch: %s", op.name, reason)
 
@@ -282,6 +397,8 @@ def declare(
     default, raw = packet.default, packet.raw
     arguments = default._schema.arguments
     positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+    count = len(positions)
+    required = tuple(i for i in positions if "Optional" not in str(arguments[i].type))
     free = tuple(place for place, i in enumerate(positions) if arguments[i].name in own_dtype)
     constants = tuple(place for place, i in enumerate(positions) if arguments[i].name in constant)
     op = Op(
@@ -312,8 +429,18 @@ def declare(
     if candidates and (on_gpus == "triton" or _gpu.architectures()):
         _register_on_gpus(op, lambda args: _unfit(args[:count], free, on_gpus, on_cpu) or uncovered(args))
 
+    def fake_on_one_device(*args):
+        # The dispatcher comes here too with some tensors on the meta device and others not, whatever the op's kernels check.
+        devices = [t.device for t in args[:count] if t is not None]
+        if any([device != devices[0] for device in devices]):
+            found = " and ".join(sorted({str(device) for device in devices}))
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, {found}!"
+            )
+        return fake(*args)
+
     for overload in ("", ".raw"):
-        torch.library.register_fake(f"fastnn::{name}{overload}", fake)
+        torch.library.register_fake(f"fastnn::{name}{overload}", fake_on_one_device)
 
     def keep_from_dispatcher(ctx, inputs, output):
         ctx.set_materialize_grads(False)
@@ -326,7 +453,6 @@ def declare(
         lambda *args, out_val=None, **kwargs: int(cost(*args).flops)
     )
 
-    count = len(positions)
     assert positions == tuple(range(count)), f"the tensors of {name} do not come first"
     kernel, packed, pack = raw._op, None, None
     if "packed" in packet.overloads():
@@ -347,33 +473,30 @@ def declare(
             # torch.jit.trace takes no autograd.Function, and has to find the same ops without gradients.
             return stock(*args)
         if _is_dynamo_compiling() or _compiler._is_compiling_flag:
-            # The tracer sees one op; gradients and autocast are the dispatcher's.
-            return default(*args) if why_stock(args) is None else stock(*args)
-        if recorder is not None or _settings.log:
+            return route_traced(args)
+        if _watched or _settings.log or _settings.disabled or (autocast and _any_autocast()):
             return route_carefully(args)
+        first = args[0]
         if slower is not None and not prefer_kernels:
+            if type(first) not in _REAL:
+                return route_carefully(args)
             try:
-                # The reasons are the CPU's; on a GPU route_carefully() asks what was chosen.
-                reason = slower(*args) if args[0].is_cpu else None
+                # The reasons are the CPU's; on a GPU decide() asks what was chosen.
+                reason = slower(*args) if first.is_cpu else None
             except Exception:
                 reason = None  # it makes no sense of the arguments: the op will refuse them
             if reason is not None:
                 return stock(*args)
-        if (
-            _settings.disabled
-            or _in_transform() is not None
-            or forward_ad._current_level >= 0
-            or (autocast and _any_autocast())
-        ):
+        if _in_transform() is not None or forward_ad._current_level >= 0:
             return route_carefully(args)
         wants_gradient = False
         for t in args[:count]:
             if t is not None:
-                if type(t) not in _PLAIN:
+                if type(t) not in _REAL:
                     return route_carefully(args)
                 if t.requires_grad:
                     wants_gradient = True
-        if not args[0].is_cpu:
+        if first is None or not first.is_cpu:
             return route_carefully(args)
         try:
             if not (wants_gradient and _is_grad_enabled()):
@@ -386,18 +509,19 @@ def declare(
                 raise
         return stock(*args)
 
+    def route_traced(args):
+        # The tracer sees one op; gradients are the dispatcher's. The cast is here, for the decision is about what it gives.
+        cast = cast_as_called(args)
+        return default(*cast) if why_stock(cast) is None else stock(*args)
+
     def route_carefully(args):
         original, chosen = args, None
         if _in_transform() is not None or forward_ad._current_level >= 0:
             reason = "inside a torch.func transform or forward-mode AD"
         else:
-            if autocast and _any_autocast() and isinstance(args[0], torch.Tensor):
-                device = args[0].device.type
-                if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-                    args = _cast_for_autocast(args, device)
+            args = cast_as_called(args)
             reason, chosen = decide(args)
-        if recorder is not None:
-            recorder(op, args, reason)
+        record(op, args, reason)
         if reason is not None:
             if _settings.log:
                 log.info("%s runs on torch: %s", name, reason)
@@ -407,11 +531,16 @@ def declare(
             call = function.apply
         if chosen is None:
             return call(*args)
-        _routed.choices[name] = chosen
-        try:
+        with _routed.to(name, chosen):
             return call(*args)
-        finally:
-            _routed.choices.pop(name, None)
+
+    def cast_as_called(args):
+        """The arguments as autocast has them."""
+        if autocast and _any_autocast() and isinstance(args[0], torch.Tensor):
+            device = args[0].device.type
+            if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+                return _cast_for_autocast(args, device)
+        return args
 
     def wanted_constant(args):
         for i in constants:
@@ -426,15 +555,20 @@ def declare(
         """Why a call is torch's, or None; and what was chosen for its class on a GPU, where that was looked up."""
         if _settings.disabled:
             return "FASTNN_DISABLE is set", None
-        chosen = None
+        chosen, preferred = None, _prefers_kernels()
         on_gpu = op.on_gpus is not None and isinstance(args[0], torch.Tensor) and args[0].is_cuda
-        if on_gpu and not prefer_kernels:
+        if on_gpu and not preferred:
             chosen = _choice.chosen(name, args, args[0].device)
             if reason := _gpu.slower(chosen):
                 return reason, chosen
-        reason = _unfit(args[:count], free, op.on_gpus, on_cpu) or wanted_constant(args) or uncovered(args)
-        if reason is None and slower is not None and not prefer_kernels and not on_gpu:
-            reason = slower(*args)
+        if any([args[i] is None for i in required]):
+            return "None in place of a tensor", chosen
+        reason = _unfit(args[:count], free, op.on_gpus, on_cpu) or wanted_constant(args)
+        if reason is None:
+            args = _described(args)
+            reason = uncovered(args)
+            if reason is None and slower is not None and not preferred and not on_gpu:
+                reason = slower(*args)
         return reason, chosen
 
     route.__name__ = route.__qualname__ = name
@@ -450,6 +584,18 @@ class _Routed(threading.local):
 
     def __init__(self):
         self.choices: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def to(self, op: str, chosen: str) -> Iterator[None]:
+        before = self.choices.get(op)
+        self.choices[op] = chosen
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.choices[op]
+            else:
+                self.choices[op] = before
 
 
 # The dispatcher between the two has no place for it, and to look it up again takes some microseconds.
@@ -471,11 +617,8 @@ def covers(op: Op, name: str, args) -> bool:
 
 def call_candidate(op: Op, name: str, args):
     """A call on a GPU by one of its kernels, through the dispatcher as all calls are."""
-    _routed.choices[op.name] = name
-    try:
+    with _routed.to(op.name, name):
         return op.packet.raw(*args)
-    finally:
-        _routed.choices.pop(op.name, None)
 
 
 def _register_on_gpus(op: Op, unfit: Callable) -> None:

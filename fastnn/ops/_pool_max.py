@@ -43,18 +43,20 @@ def indices_of(
     return rows * input_w + columns + place % kernel_w * dilation_w
 
 
-# By reshape, for which the vmap of torch.autograd.functional has a rule, as it has none for flatten.
-def _flat(images):
-    return images.reshape(*images.shape[:2], -1)
+def _in_rows(images):
+    """Images as rows of pixels. Not by flatten(), which the vmap of vectorized Hessians does not know."""
+    n, c, h, w = images.shape
+    return images.reshape(n, c, h * w)
 
 
 def scatter(grad, indices, input_h, input_w):
-    out = grad.new_zeros(*grad.shape[:2], input_h * input_w)
-    return out.scatter_add(2, _flat(indices), _flat(grad)).view(*grad.shape[:2], input_h, input_w)
+    n, c = grad.shape[:2]
+    out = grad.new_zeros(n, c, input_h * input_w)
+    return out.scatter_add(2, _in_rows(indices), _in_rows(grad)).view(n, c, input_h, input_w)
 
 
 def gather(grad_grad, indices):
-    return _flat(grad_grad).gather(2, _flat(indices)).view(indices.shape)
+    return _in_rows(grad_grad).gather(2, _in_rows(indices)).view(indices.shape)
 
 
 # ---- the backward ops ----

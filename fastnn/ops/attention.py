@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fastnn.ops import _gpu
 from fastnn.ops._declare import Cost, declare, hand_over, tensor_bytes
@@ -104,11 +105,16 @@ def _grad(ctx, grad, _):
     return (*chosen, None, None, None)
 
 
+def _is_shared(query, key):
+    """Whether heads of the query may share those of the key; of numbers that are symbols, that they are equal may be unknown."""
+    same = query.shape[1] == key.shape[1]  # a tensor while torch.jit.trace records
+    return not (same if isinstance(same, torch.Tensor) else statically_known_true(same))
+
+
 def _stock(query, key, value, mask, is_causal, scale):
     """The result, and nothing in place of the statistics: only the kernels' backward reads them."""
-    shared = bool(query.shape[1] != key.shape[1])  # a tensor while torch.jit.trace records
     out = F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=shared
+        query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=_is_shared(query, key)
     )
     return out, None
 
@@ -307,9 +313,8 @@ def _with_dropout(query, key, value, mask, seed, is_causal, scale, dropout_p):
 
 
 def _stock_dropout(query, key, value, mask, seed, is_causal, scale, dropout_p):
-    shared = bool(query.shape[1] != key.shape[1])  # a tensor while torch.jit.trace records
     out = F.scaled_dot_product_attention(
-        query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=shared
+        query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=_is_shared(query, key)
     )
     return out, None
 
