@@ -352,11 +352,11 @@ class Call:
         if "backward" not in self.name:
             return [q, k, v, mask, causal, scale]
         try:
-            y, logsumexp = torch.ops.fastnn.attention.raw(q, k, v, mask, causal, scale)
+            y, statistics = torch.ops.fastnn.attention.raw(q, k, v, mask, causal, scale)
         except Exception:
-            y, logsumexp = self.tensor(2, 3, 4, 5), self.tensor(2, 3, 4)
+            y, statistics = self.tensor(2, 3, 4, 5), self.tensor(2, 3, 4, 2)
         grad = self.tensor(*y.shape)
-        return [grad, q, k, v, mask, self.placed(y), self.placed(logsumexp), causal, scale]
+        return [grad, q, k, v, mask, self.placed(y), self.placed(statistics), causal, scale]
 
     # ---- what may come of them ----
 
@@ -374,7 +374,7 @@ class Call:
         op = _declare.OPS[self.name]
         schema = op.packet.raw._schema.arguments
         count = len(op.tensors)
-        own = {"locations", "indices", "packed", "mask", "logsumexp", "statistics", "mean", "rstd"}
+        own = {"locations", "indices", "packed", "mask", "statistics", "mean", "rstd"}
         free = tuple(i for i in range(count) if schema[i].name in own)
         return _declare._unfit(self.full[:count], free, None, True) or op.unsupported(*self.full)
 
