@@ -241,6 +241,9 @@ class Call:
         b = None if self.flag() else self.tensor(outputs * groups)
         options = [*self.pair(1, 3), *self.pair(0, 2), *self.pair(1, 2), self.option(groups, groups)]
         pool = [*self.pair(1, 3), *self.pair(1, 3), *self.pair(0, 0)]
+        if "pool" in self.name:
+            # Millions of rows of padding between the two are minutes of work, and no memory that a limit would refuse.
+            options[2:4] = [1 if 1000 < p < 2**31 else p for p in options[2:4]]
         wanted = [self.flag() for _ in range(3)]
         if "winograd" in self.name and not self.odd():
             x, w = self.tensor(2, channels, 9, 11, dtype=torch.float32), None
