@@ -10,7 +10,7 @@ JOBS ?= $(shell awk -v cores="$$(nproc)" '/MemAvailable/ {n = int($$2 / 2097152)
 SANITIZERS ?= address,undefined
 BENCH_ARGS := $(if $(QUICK),--quick) $(if $(FULL),--full)
 
-.PHONY: env build build-tests test test-wheel bench gpu wheel sdist lint format clean
+.PHONY: env build build-tests test mutants test-wheel bench gpu wheel sdist lint format clean
 
 # torch first and alone: its own pinned version decides which build of it pip takes.
 $(VENV)/.installed: constraints.txt pyproject.toml
@@ -35,15 +35,25 @@ build-tests: env
 	  -DFASTNN_SANITIZE=$(SANITIZERS) -DPython3_EXECUTABLE=$(abspath $(PY)) -DPython_EXECUTABLE=$(abspath $(PY)) > /dev/null
 	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build-sanitize -j $(JOBS)
 
-# All combinations with FULL=1: tests take FASTNN_FULL for it.
+# Longer trials with FULL=1, from a seed of their own that the command lines show; SEED repeats one.
+SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+ifdef FULL
+test: SEED := $(SEED)
 test: export FASTNN_FULL := $(FULL)
+test: export FUZZ_SEED = $(SEED)
+test: AT_RANDOM = --hypothesis-seed=$(SEED)
+endif
 test: build build-tests
-	FASTNN_KERNELS=build-tests $(PY) -m pytest -n $(JOBS) tests
+	FASTNN_KERNELS=build-tests $(PY) -m pytest -n $(JOBS) $(AT_RANDOM) tests
 	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_triton_interpreted.py
 	FASTNN_KERNELS=build-sanitize ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(PY) -m pytest -n $(JOBS) tests/test_*_kernels.py
 	$(MAKE) test-wheel
+
+# Faults put into the sources on purpose, each of which a test has to notice.
+mutants: build
+	$(PY) tests/mutants.py $(MUTANTS)
 
 # The wheel: its name and contents, and a smoke test outside of the source tree; PYTHONS="python3.10 python3.12" tries it
 # in fresh environments of those as well.

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 
+import hypothesis
 import pytest
 import torch
 
 from fastnn import _library
 from fastnn.ops import _choice, _declare
+
+#: Whether `make test FULL=1` runs: longer trials, with another seed each time.
+FULL = os.environ.get("FASTNN_FULL", "") not in ("", "0")
+
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("full", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("full" if FULL else "quick")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEVELS = _library.ISA_LEVELS[: _library.ISA_LEVELS.index(_library.detected_isa()) + 1]

@@ -576,7 +576,7 @@ def test_the_op_itself_refuses_too():
         op(q, k.double(), v, None, False, None)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 3),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 3), (6, 1)]),

@@ -592,7 +592,7 @@ def test_the_op_itself_refuses_too():
         ops.conv2d_relu_max_pool2d_backward(y, x, w, y, *plain, 2, 2, 2, 2, 0, 0, True, True, True)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(
     n=st.integers(1, 3),
     groups=st.integers(1, 4),

@@ -401,7 +401,7 @@ def test_hessian_by_vmap(function):
     torch.testing.assert_close(by_vmap, one_by_one)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(["max_pool2d", "avg_pool2d"]),
     n=st.integers(1, 3),

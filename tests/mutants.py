@@ -1,0 +1,333 @@
+"""Faults put into fastnn on purpose: ``make mutants`` builds and tests each, and every one has to be noticed.
+
+A mutant is a piece of a source file, what takes its place, and the tests that are to fail. It says that those tests look at what
+that line does: a test that passes with the line broken is no test of it. ``tests/test_mutants.py`` checks that the list still
+fits the sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+#: pytest's exit status where tests ran and some failed.
+TESTS_FAILED = 1
+#: A mutant may make a loop that does not end.
+MOST_SECONDS = 900
+
+
+class Mutant(NamedTuple):
+    """A fault."""
+
+    file: str
+    text: str  # stands in the file once
+    becomes: str
+    tests: str  # as pytest's command line has them
+
+
+MUTANTS = (
+    # Public functions: arguments and layouts.
+    Mutant(
+        "fastnn/ops/pool.py",
+        "return _batched(_max_pool, input, return_indices, *window, ceil_mode)",
+        "return _batched(_max_pool, input, return_indices, *window, False)",
+        "tests/test_pool.py tests/test_strides.py tests/test_arguments.py",
+    ),
+    Mutant(
+        "fastnn/ops/_numbers.py",
+        "return value is False or value is True",
+        "return isinstance(value, (int, float, str))",
+        "tests/test_arguments.py -k takes_and_refuses",
+    ),
+    Mutant(
+        "fastnn/ops/attention.py",
+        "or type(scale) is float or type(scale) is int",
+        "or hasattr(scale, '__float__')",
+        "tests/test_arguments.py -k scale",
+    ),
+    Mutant(
+        "fastnn/ops/attention.py",
+        "if not (_fused_allowed() and _formula_allowed()):",
+        "if not _formula_allowed():",
+        "tests/test_attention.py -k choice_of_backends",
+    ),
+    Mutant(
+        "fastnn/ops/pool.py",
+        "        return maximum.max_pool2d_with_indices(input, *window)[0]\n    return maximum.max_pool2d(input, *window)",
+        "        return F.max_pool2d(input, *shapes.pairs(window), ceil_mode=window[-1])\n    return maximum.max_pool2d(input, *window)",
+        "tests/test_pool.py",
+    ),
+    # Routes, threads and devices.
+    Mutant(
+        "fastnn/ops/_declare.py",
+        "        and a.dtype is not torch.float64\n",
+        "",
+        "tests/test_declare.py tests/test_linear.py tests/test_conv.py",
+    ),
+    Mutant(
+        "fastnn/ops/_declare.py",
+        "            _watched[thread] = before",
+        "            del _watched[thread]",
+        "tests/test_explain.py -k within_another",
+    ),
+    Mutant(
+        "fastnn/ops/_declare.py",
+        "if any([device != devices[0] for device in devices]):",
+        "if False:",
+        "tests/test_declare.py -k mixed_devices",
+    ),
+    Mutant(
+        "fastnn/ops/_declare.py",
+        "    watch = _watched.get(_this_thread())\n    if watch is not None and watch.recorder is not None:",
+        "    watch = next(iter(_watched.values()), None)\n    if watch is not None and watch.recorder is not None:",
+        "tests/test_explain.py -k threads",
+    ),
+    Mutant(
+        "fastnn/ops/_declare.py",
+        "    return all([has_static_value(n) for n in tensor.shape])",
+        "    return True",
+        "tests/test_export.py -k ask_for_no_size",
+    ),
+    Mutant(
+        "fastnn/ops/_choice.py",
+        "os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC",
+        "os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC",
+        "tests/test_tune.py -k lock",
+    ),
+    Mutant(
+        "fastnn/ops/_choice.py",
+        "except (ValueError, RecursionError) as error:",
+        "except ValueError as error:",
+        "tests/test_tune.py",
+    ),
+    # Gradients by Python.
+    Mutant(
+        "fastnn/ops/_bilinear.py",
+        "    return torch.ops.aten.threshold_backward(grad, output, 0)",
+        "    return grad * (output > 0)",
+        "tests/test_declare.py tests/test_linear.py tests/test_conv.py",
+    ),
+    Mutant(
+        "fastnn/ops/_second_derivative.py",
+        "create_graph=again",
+        "create_graph=False",
+        "tests/test_attention.py tests/test_layer_norm.py -k 'hessian or second'",
+    ),
+    # Layers and their containers.
+    Mutant(
+        "fastnn/nn/conv.py",
+        "Fusion((torch.nn.ReLU, MaxPool2d), _with_relu_max_pool, _is_plain_pool)",
+        "Fusion((torch.nn.ReLU, MaxPool2d), _with_relu_max_pool)",
+        "tests/test_convert.py -k 'pool or ceil'",
+    ),
+    Mutant(
+        "fastnn/nn/linear.py",
+        'lambda gelu: gelu.approximate == "none"',
+        "lambda gelu: True",
+        "tests/test_convert.py",
+    ),
+    Mutant(
+        "fastnn/nn/_layer.py",
+        "        or module._forward_hooks\n",
+        "",
+        "tests/test_convert.py -k hooks",
+    ),
+    Mutant(
+        "fastnn/nn/container.py",
+        "                fused = len(found[1])",
+        "                fused = 1",
+        "tests/test_convert.py",
+    ),
+    Mutant(
+        "fastnn/ops/packed.py",
+        "self._memory = weight.detach()",
+        "self._memory = weight.detach().clone()",
+        "tests/test_freeze.py -k memory",
+    ),
+    Mutant(
+        "fastnn/ops/packed.py",
+        "        if weight.requires_grad:\n            self._weight = None  # for good\n            self._forget()\n            return False\n",
+        "        if weight.requires_grad and _is_grad_enabled():\n            return False\n",
+        "tests/test_freeze.py -k 'optimizer or let_go'",
+    ),
+    # Kernels.
+    Mutant(
+        "csrc/cpu/max_pool.cpp",
+        "        if (x > best || x != x) {",
+        "        if (x >= best || x != x) {",
+        "tests/test_pool.py",
+    ),
+    Mutant(
+        "csrc/cpu/max_pool.cpp",
+        "            const auto more = (x > best) | is_nan(x);",
+        "            const auto more = x > best;",
+        "tests/test_pool.py",
+    ),
+    Mutant(
+        "csrc/cpu/avg_pool.cpp",
+        "if (axis.adaptive || !count_include_pad)",
+        "if (axis.adaptive || count_include_pad)",
+        "tests/test_pool.py",
+    ),
+    Mutant(
+        "csrc/cpu/conv_rows.h",
+        "          chains.take(tile);\n",
+        "",
+        "tests/test_conv.py -k deep_sums",
+    ),
+    Mutant(
+        "csrc/cpu/layer_norm.cpp",
+        "V x = scale[r] * ((d * w - total[r]) - normal * by_normal[r]);",
+        "V x = scale[r] * (d * w - normal * by_normal[r]);",
+        "tests/test_layer_norm.py",
+    ),
+    Mutant(
+        "csrc/cpu/mask_and_sum.h",
+        "              const V y = load(output + at, count);",
+        "              const V y = load(output + at, count) + splat(A(1));",
+        "tests/test_linear.py",
+    ),
+    Mutant(
+        "csrc/cpu/attention_block.h",
+        "max_of(0, min_of(n, q + 1 - first))",
+        "max_of(0, min_of(n, q + 2 - first))",
+        "tests/test_attention.py",
+    ),
+    Mutant(
+        "csrc/cpu/attention_backward.cpp",
+        "const V w = exp_negative(load(x + c) - most) * over;",
+        "const V w = exp_negative(load(x + c) - most);",
+        "tests/test_attention.py",
+    ),
+    Mutant(
+        "csrc/cpu/attention_backward.cpp",
+        "    few = s.queries <= kFewQueries;",
+        "    few = false;",
+        "tests/test_attention.py -k 'logits or weights_of_the_forward'",
+    ),
+    # What stands between torch and the kernels.
+    Mutant(
+        "csrc/ops/common.cpp",
+        "  stride = stride < padded ? stride : padded;\n",
+        "",
+        "tests/test_hostile_arguments.py tests/test_arguments.py -k 'stride or huge'",
+    ),
+    Mutant(
+        "csrc/ops/common.cpp",
+        "  FASTNN_CHECK(values.h <= kMostOption && values.w <= kMostOption, name,",
+        "  FASTNN_CHECK(values.h <= kMostOption || values.w <= kMostOption, name,",
+        "tests/test_hostile_arguments.py -k option",
+    ),
+    Mutant(
+        "csrc/ops/linear.cpp",
+        "(bias->dim() == 1 && bias->size(0) == n)",
+        "(bias->dim() == 1 && bias->size(0) <= n)",
+        "tests/test_declare.py tests/test_linear.py tests/test_fuzz_raw_ops.py",
+    ),
+)
+
+
+def _copy_of_the_sources(to: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+
+
+def _build(tree: Path) -> subprocess.CompletedProcess:
+    """The library, by the compiler's cache where there is one; without CUDA, of which these tests run nothing."""
+    configure = ["cmake", "-S", ".", "-B", "build", "-G", "Ninja", f"-DPython3_EXECUTABLE={sys.executable}"]
+    commands = [[*configure, "-DFASTNN_CUDA=OFF"], ["ninja", "-C", "build"]]
+    environment = {**os.environ, "FASTNN_CUDA": "OFF"}
+    for command in commands:
+        made = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        if made.returncode != 0:
+            break
+    return made
+
+
+def _fate(tree: Path, mutant: Mutant) -> str:
+    """ "caught", or what else became of a mutant."""
+    path = tree / mutant.file
+    original = path.read_text()
+    path.write_text(original.replace(mutant.text, mutant.becomes))
+    try:
+        if path.suffix != ".py":
+            made = _build(tree)
+            if made.returncode != 0:
+                return f"does not build:\n{made.stdout[-2000:]}{made.stderr[-2000:]}"
+        try:
+            tests = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "-x",
+                    "-p",
+                    "no:cacheprovider",
+                    *shlex.split(mutant.tests),
+                ],
+                cwd=tree,
+                capture_output=True,
+                text=True,
+                timeout=MOST_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return "caught: the tests do not end"
+        if tests.returncode < 0:
+            return f"caught: signal {-tests.returncode}"
+        if tests.returncode == TESTS_FAILED:
+            return "caught"
+        if tests.returncode == 0:
+            return "SURVIVED"
+        return f"pytest ended with {tests.returncode}:\n{tests.stdout[-2000:]}"
+    finally:
+        path.write_text(original)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", type=int, help="which mutants, counted from 1; all without")
+    parser.add_argument("--python", action="store_true", help="only those that need no compiler")
+    chosen = parser.parse_args()
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        _copy_of_the_sources(tree)
+        made = _build(tree)
+        if made.returncode != 0:
+            print(made.stdout, made.stderr)
+            return 1
+        for number, mutant in enumerate(MUTANTS, 1):
+            if chosen.numbers and number not in chosen.numbers:
+                continue
+            if chosen.python and not mutant.file.endswith(".py"):
+                continue
+            fate = _fate(tree, mutant)
+            missed += not fate.startswith("caught")
+            becomes = " ".join(mutant.becomes.split()) or "nothing"
+            print(
+                f"{number:3} {mutant.file}: {' '.join(mutant.text.split())} -> {becomes}: {fate}", flush=True
+            )
+    print(f"{missed} not caught" if missed else "all caught")
+    return min(missed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
