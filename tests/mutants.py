@@ -262,7 +262,7 @@ def _build(tree: Path) -> subprocess.CompletedProcess:
 
 
 def _fate(tree: Path, mutant: Mutant) -> str:
-    """ "caught", or what else became of a mutant."""
+    """What became of a mutant: that it was caught, or what else."""
     path = tree / mutant.file
     original = path.read_text()
     path.write_text(original.replace(mutant.text, mutant.becomes))

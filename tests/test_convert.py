@@ -64,7 +64,7 @@ def image():
 
 def rows(model, *inputs):
     """By explain: what ran each layer that is no container, an op of fastnn, "torch" or "fused"."""
-    explained = fastnn.explain(model, *inputs)
+    explained = fastnn.explain(model, *inputs, training=False)
     return [row.op if row.where.startswith("fastnn") else row.where for row in explained]
 
 

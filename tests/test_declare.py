@@ -114,7 +114,7 @@ CALLS = {
         image(2, 2, 6, 7),
         image(5, 6),
         image(2, 4, 5, 7),
-        image(2, 4, 5),
+        image(2, 4, 5, 2),
         False,
         0.25,
     ),

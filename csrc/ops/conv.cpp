@@ -3,9 +3,6 @@
 namespace fastnn::ops {
 namespace {
 
-// Pixels that a window may reach over: so many in all, or beside each of the image and of the result.
-constexpr double kMostReach = 1 << 20, kMostReachPerPixel = 64;
-
 struct PoolOptions {
   Pair kernel, stride, padding;
 };
@@ -45,13 +42,6 @@ ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optio
   WindowAxis rows{input.size(2), weight.size(2), stride.h, padding.h, dilation.h},
       columns{input.size(3), weight.size(3), stride.w, padding.w, dilation.w};
   const int64_t oh = outputs_of(rows, "conv2d", 2), ow = outputs_of(columns, "conv2d", 3);
-  // Planes of images are as much larger as a window reaches.
-  const double reach = (static_cast<double>(rows.dilation) * static_cast<double>(rows.kernel - 1) + 1) *
-                       (static_cast<double>(columns.dilation) * static_cast<double>(columns.kernel - 1) + 1);
-  const double pixels = static_cast<double>(rows.inputs) * static_cast<double>(columns.inputs) +
-                        static_cast<double>(oh) * static_cast<double>(ow);
-  FASTNN_CHECK(reach <= kMostReach || reach <= kMostReachPerPixel * pixels,
-               "conv2d's kernel reaches over too many pixels (", reach, ") for so small an image");
   return {input.size(0),
           c,
           rows.inputs,

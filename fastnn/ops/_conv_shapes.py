@@ -64,24 +64,7 @@ def unsupported(
         or width + 2 * padding_w < dilation_w * (kernel_w - 1) + 1
     ):
         return "a kernel larger than the padded input"
-    return _reaches_too_far(
-        input, weight, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, 1
-    )
-
-
-# Pixels that a window may reach over: so many in all, or beside each of the image and of the result. Planes of images are as
-# much larger as a window reaches.
-_MOST_REACH, _MOST_REACH_PER_PIXEL = 1 << 20, 64
-
-
-def _reaches_too_far(input, weight, *options):
-    dilation_h, dilation_w = options[4:6]
-    reach = (dilation_h * (weight.shape[2] - 1) + 1) * (dilation_w * (weight.shape[3] - 1) + 1)
-    if reach <= _MOST_REACH:
-        return None
-    _, _, height, width = output_shape(input, weight, *options)
-    pixels = input.shape[2] * input.shape[3] + height * width
-    return "a window that reaches over too many pixels" if reach > _MOST_REACH_PER_PIXEL * pixels else None
+    return None
 
 
 def memory_format_of(input, weight):
