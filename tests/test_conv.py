@@ -353,6 +353,22 @@ def test_where_torch_is_faster_it_runs(monkeypatch, native):
     assert [reason and reason[:15] for _, reason in native] == expected
 
 
+@pytest.mark.parametrize("stride", [256, 65536, 2**20, 2**31 - 1])
+def test_strides_past_the_image_where_torch_is_faster(stride, monkeypatch, native):
+    """One output, as with a stride of the image's size."""
+    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    leaves = [t.requires_grad_() for t in inputs((2, 64, 9, 9), (32, 64, 3, 3))]
+    ours, stock = conv.conv2d(*leaves, stride, 1), TF.conv2d(*leaves, 11, 1)
+    torch.testing.assert_close(ours, stock)
+    for a, b in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (ours, stock)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert native[0][1].startswith("torch is faster")
+    rows = [leaves[0][:, :, 0], leaves[1][:, :, 0], leaves[2]]
+    ours, stock = conv.conv1d(*rows, stride, 1), TF.conv1d(*rows, 11, 1)
+    torch.testing.assert_close(ours, stock)
+    ours.sum().backward()
+
+
 # Image, outputs, kernel, stride, layout; and whether the convolution is native, that with a ReLU, that with gradients.
 ROUTES = [
     ((1, 3, 32, 32), 32, 3, 1, "last", (False, True, False)),

@@ -38,7 +38,9 @@ def images(n=6, dtype=torch.float32):
 
 
 def ops_of(model, *inputs):
-    return [row.op for row in fastnn.explain(model, *inputs, training=False) if row.where.startswith("fastnn")]
+    return [
+        row.op for row in fastnn.explain(model, *inputs, training=False) if row.where.startswith("fastnn")
+    ]
 
 
 PACKED = [

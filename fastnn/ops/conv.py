@@ -29,6 +29,15 @@ def _used(dilation, weight):
     return tuple(1 if k == 1 else d for d, k in zip(dilation, weight.shape[2:], strict=True))
 
 
+# Strides up to so many are handed on as they are.
+_FAR = 255
+
+
+def _within(step, padding, sizes):
+    """The stride, as far as the padded image: there is one output either way, and torch's gradients crash at strides of 2^16."""
+    return tuple(min(s, max(n + 2 * p, 1)) for s, p, n in zip(step, padding, sizes, strict=True))
+
+
 def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, pool=(), packed=None):
     """Routes a call whose arguments torch takes in many forms to the op, or to `stock` where they make no sense.
 
@@ -57,6 +66,8 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
         else:
             pad = None
         if pad is not None:
+            if step[0] > _FAR or step[1] > _FAR:
+                step = _within(step, pad, images.shape[2:])
             # With gradients, a pooling apart from its convolution would keep what stands between.
             if not (pool and routes.wants_gradients(images, weight)) and winograd.takes(
                 images, weight, step, pad, reach, groups
@@ -284,6 +295,8 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
                 input = F.pad(input, (0, 1))
     if pad is None:
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    if step > _FAR:
+        (step,) = _within((step,), (pad,), input.shape[-1:])
     input = input.contiguous()  # the output of torch's is, whatever the input
     images = input[:, :, None] if input.dim() == 3 else input[None, :, None]
     out = ops.conv2d(images, weight[:, :, None], bias, 1, step, 0, pad, 1, reach, groups)
