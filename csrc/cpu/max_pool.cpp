@@ -184,8 +184,9 @@ struct MaxPool {
     if (args.locations != nullptr) store_bytes<A>(args.locations + at, place, count);
   }
 
-  // All channels of window (u, v) of [n, h, w, c].
-  template <int N>
+  // N vectors of channels of window (u, v) of [n, h, w, c]. kPlaces: whether it is asked where the maxima
+  // stand.
+  template <bool kPlaces, int N>
   void across(const T* image, int64_t u, int64_t v, int64_t at, int64_t channel, int count) const {
     const int64_t r0 = rows.first_tap(u), r1 = rows.end_tap(u), c0 = columns.first_tap(v),
                   c1 = columns.end_tap(v);
@@ -205,9 +206,13 @@ struct MaxPool {
 #pragma GCC unroll 4
         for (int i = 0; i < N; ++i) {
           const V x = N > 1 || count == V::size ? load(from + i * V::size) : load(from, count);
-          const auto more = (x > best[i]) | is_nan(x);
-          best[i] = select(more, x, best[i]);
-          place[i] = select(more, here, place[i]);
+          if constexpr (kPlaces) {
+            const auto more = (x > best[i]) | is_nan(x);
+            best[i] = select(more, x, best[i]);
+            place[i] = select(more, here, place[i]);
+          } else {
+            best[i] = max_nan(x, best[i]);
+          }
         }
       }
     }
@@ -216,6 +221,15 @@ struct MaxPool {
       if (args.indices != nullptr)
         store_indices(at + channel + i * V::size, place[i], top * columns.inputs + left, 0, count);
     }
+  }
+
+  // All channels from `channel` on.
+  template <bool kPlaces>
+  void channels(const T* image, int64_t u, int64_t v, int64_t at, int64_t channel) const {
+    for (; channel + 4 * V::size <= shape.c; channel += 4 * V::size)
+      across<kPlaces, 4>(image, u, v, at, channel, V::size);
+    for (; channel < shape.c; channel += V::size)
+      across<kPlaces, 1>(image, u, v, at, channel, static_cast<int>(min_of(V::size, shape.c - channel)));
   }
 
   // The same with indices of int64 all along.
@@ -272,9 +286,11 @@ struct MaxPool {
             int64_t c = 0;
             for (; far && c < shape.c; c += V::size)
               across_far(from, u, v, at, c, static_cast<int>(min_of(V::size, shape.c - c)));
-            for (; c + 4 * V::size <= shape.c; c += 4 * V::size) across<4>(from, u, v, at, c, V::size);
-            for (; c < shape.c; c += V::size)
-              across<1>(from, u, v, at, c, static_cast<int>(min_of(V::size, shape.c - c)));
+            if (args.locations != nullptr || args.indices != nullptr) {
+              channels<true>(from, u, v, at, c);
+            } else {
+              channels<false>(from, u, v, at, c);
+            }
           }
         } else {
           const int64_t at = line * columns.outputs;

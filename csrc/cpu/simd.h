@@ -114,14 +114,19 @@ struct Mask<double> {
 using F = Vec<float>;
 using D = Vec<double>;
 
-// The first n lanes, whatever n is. The instruction takes the low byte of its operand alone: -1 would be all
-// lanes, and 256 none.
-FASTNN_INLINE uint32_t first_bits(uint32_t all, int64_t lanes, int64_t n) {
-  return _bzhi_u32(all, static_cast<uint32_t>(n < 0 ? 0 : n > lanes ? lanes : n));
+// The first n lanes, whatever n is: below 0 none, past the last all.
+FASTNN_INLINE __mmask16 first16(int n) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_cmpgt_epi32_mask(_mm512_set1_epi32(n), lanes);
 }
-FASTNN_INLINE __mmask32 first32(int64_t n) { return first_bits(0xffffffffu, 32, n); }
-FASTNN_INLINE __mmask16 first16(int64_t n) { return static_cast<__mmask16>(first_bits(0xffffu, 16, n)); }
-FASTNN_INLINE __mmask8 first8(int64_t n) { return static_cast<__mmask8>(first_bits(0xffu, 8, n)); }
+FASTNN_INLINE __mmask8 first8(int n) {
+  return _mm256_cmpgt_epi32_mask(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FASTNN_INLINE __mmask32 first32(int64_t n) {
+  // The instruction takes the low byte of its operand alone: -1 would be all lanes, and 256 none.
+  return _bzhi_u32(0xffffffffu, static_cast<uint32_t>(n < 0 ? 0 : n > 32 ? 32 : n));
+}
+FASTNN_INLINE __mmask16 first16(int64_t n) { return static_cast<__mmask16>(first32(n)); }
 
 FASTNN_INLINE F splat(float x) { return {_mm512_set1_ps(x)}; }
 FASTNN_INLINE D splat(double x) { return {_mm512_set1_pd(x)}; }
