@@ -42,7 +42,7 @@ class _Kernels:
         function = getattr(self._module, name)
 
         def call(*args, **kwargs):
-            if not args or args[0] not in self._levels:
+            if not args or not isinstance(args[0], str) or args[0] not in self._levels:
                 return function(*args, **kwargs)
             threads = args[1]
             pairs = {}
