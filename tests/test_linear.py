@@ -238,6 +238,17 @@ def test_autocast(op, native):
 
 
 @BOTH
+def test_autocast_leaves_float64(op, native):
+    tensors = inputs(6, 5, 7, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, stock = op(*tensors), STOCK[op](*tensors)
+        direct = getattr(torch.ops.fastnn, op.__name__)(*tensors)
+    torch.testing.assert_close(y, stock)
+    assert torch.equal(y, direct)
+    assert native[0] is None
+
+
+@BOTH
 def test_transforms_go_to_torch(op, native):
     x, w, b = inputs(6, 5, 7)
     torch.testing.assert_close(torch.func.vmap(op, (0, None, None))(x, w, b), STOCK[op](x, w, b))

@@ -158,6 +158,34 @@ def test_images_without_batch_and_strided_inputs():
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(
+    "option", ["ceil_mode", "padding", "dilation", "return_indices", "count_include_pad"]
+)
+def test_options_of_images_without_batch(option):
+    """Where each shows: 5 elements under windows of 2 with steps of 3, or 2."""
+    values = {
+        "ceil_mode": True,
+        "padding": 1,
+        "dilation": 2,
+        "return_indices": True,
+        "count_include_pad": False,
+    }
+    rest = {"padding": 1} if option == "count_include_pad" else {}
+    for name in ("max_pool2d", "max_pool1d", "avg_pool2d", "avg_pool1d"):
+        if option in ("dilation", "return_indices") and "avg" in name:
+            continue
+        if option == "count_include_pad" and "max" in name:
+            continue
+        x = torch.randn((3, 5, 5) if "2d" in name else (3, 5), generator=torch.Generator().manual_seed(0))
+        for stride in (2, 3):
+            kwargs = {"kernel_size": 2, "stride": stride, option: values[option], **rest}
+            ours, stock = getattr(pool, name)(x, **kwargs), getattr(TF, name)(x, **kwargs)
+            torch.testing.assert_close(ours, stock)
+        plain = getattr(TF, name)(x, **{"kernel_size": 2, "stride": 2, **rest})
+        other = getattr(TF, name)(x, **{"kernel_size": 2, "stride": 2, option: values[option], **rest})
+        assert isinstance(other, tuple) or other.shape != plain.shape or not torch.equal(other, plain)
+
+
 def test_empty_batch():
     x = torch.empty(0, 3, 8, 8, requires_grad=True)
     for name, args in (
