@@ -14,8 +14,8 @@ from pathlib import Path
 
 import fuzz_raw_ops
 import pytest
+from conftest import FULL
 
-FULL = os.environ.get("FASTNN_FULL", "") not in ("", "0")
 CALLS = 100_000 if FULL else 1_000
 #: Calls of one process: what its memory has come to look like is part of the trial.
 BATCH = 1_000

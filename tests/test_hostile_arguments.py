@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LEVELS
+from conftest import FULL, LEVELS
 
 import fastnn.nn.functional as fast
 
-FULL = os.environ.get("FASTNN_FULL", "") not in ("", "0")
 ops = torch.ops.fastnn
 
 X, W = torch.randn(2, 3, 8, 9), torch.randn(4, 3, 3, 3)

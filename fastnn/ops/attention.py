@@ -440,8 +440,9 @@ def scaled_dot_product_attention(
 
     Takes and gives what :func:`torch.nn.functional.scaled_dot_product_attention` does. Backward keeps the inputs, the
     output and two numbers per query. While torch's switches allow but some of its own ways
-    (:func:`torch.nn.attention.sdpa_kernel`), the call is torch's. With dropout, calls on the CPU go to torch; on a GPU the weights that are dropped follow from
-    a seed that torch's generator gives, and are other ones than torch's own op drops.
+    (:func:`torch.nn.attention.sdpa_kernel`), the call is torch's. With dropout, calls on the CPU go to torch;
+    on a GPU the weights that are dropped follow from a seed that torch's generator gives, and are other ones
+    than torch's own op drops.
 
     Parameters
     ----------

@@ -35,9 +35,8 @@ def linear(input, weight, bias=None):
         If the shapes do not fit or the dtypes differ.
     """
     if input is None or weight is None:
-        return F.linear(
-            input, weight, bias
-        )  # torch's to refuse: the op takes None for what a call does without
+        # torch's to refuse: the op takes None for what a call does without.
+        return F.linear(input, weight, bias)
     return _linear(input, weight, bias)
 
 
