@@ -404,12 +404,13 @@ void backward_apart(const MaxPoolBackwardArgs& args, const Context& context) {
         clear(out + cleared * columns.inputs, (end - cleared) * columns.inputs);
         cleared = end;
         const int64_t at = (plane * rows.outputs + u) * columns.outputs;
-        T* to = out + top * columns.inputs - columns.padding;
         const int64_t v0 = columns.first_inside(), v1 = columns.end_inside();
         const bool inside = top >= 0 && top + (rows.kernel - 1) * rows.dilation < rows.inputs;
         if (inside) {
-          for (int64_t v = v0; v < v1; ++v)
-            to[v * columns.stride + places.place[args.locations[at + v]]] = grad[at + v];
+          const int64_t* place = places.place;
+          T* to = out + top * columns.inputs + columns.start(v0);
+          for (int64_t v = v0; v < v1; ++v, to += columns.stride)
+            to[place[args.locations[at + v]]] = grad[at + v];
         }
         for (int64_t v = 0; v < columns.outputs; ++v) {
           if (inside && v == v0) v = v1;
