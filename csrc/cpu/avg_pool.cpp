@@ -269,8 +269,13 @@ void backward_planes(const AvgPoolBackwardArgs& args, const Context& context) {
       if (outputs == 1) {
         const V x = splat(to_acc(from[0]) / grid.over<A>(0, 0));
         if (grid.rows.count[0] == rows.inputs && grid.columns.count[0] == columns.inputs) {
-          for (int64_t i = 0; i < inputs; i += V::size)
-            store(out + i, x, static_cast<int>(min_of(V::size, inputs - i)));
+          int64_t i = 0;
+          for (; i + V::size <= inputs; i += V::size) store(out + i, x);
+          if (i < inputs && inputs >= V::size) {
+            store(out + inputs - V::size, x);
+          } else if (i < inputs) {
+            store(out + i, x, static_cast<int>(inputs - i));
+          }
           continue;
         }
       }
@@ -296,9 +301,9 @@ void backward_planes(const AvgPoolBackwardArgs& args, const Context& context) {
           add_run(sums + (grid.rows.first[u] + r) * columns.inputs, row, columns.inputs);
         }
       }
-      for (int64_t i = 0; i < inputs; i += V::size) {
-        store(out + i, load(sums + i), static_cast<int>(min_of(V::size, inputs - i)));
-      }
+      int64_t i = 0;
+      for (; i + V::size <= inputs; i += V::size) store(out + i, load(sums + i));
+      if (i < inputs) store(out + i, load(sums + i), static_cast<int>(inputs - i));
     }
   });
 }

@@ -11,6 +11,9 @@
 #include "cpu/types.h"
 
 #define FASTNN_INLINE inline __attribute__((always_inline))
+// Whether the compiler knows that something holds: masked loads and stores of whole vectors took twice as
+// long as plain ones.
+#define FASTNN_IS_KNOWN(holds) (__builtin_constant_p(holds) && (holds))
 
 namespace fastnn::FASTNN_ISA_NS {
 
@@ -116,10 +119,12 @@ using D = Vec<double>;
 
 // The first n lanes, whatever n is: below 0 none, past the last all.
 FASTNN_INLINE __mmask16 first16(int n) {
+  if (FASTNN_IS_KNOWN(n >= 16)) return 0xffff;
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return _mm512_cmpgt_epi32_mask(_mm512_set1_epi32(n), lanes);
 }
 FASTNN_INLINE __mmask8 first8(int n) {
+  if (FASTNN_IS_KNOWN(n >= 8)) return 0xff;
   return _mm256_cmpgt_epi32_mask(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 FASTNN_INLINE __mmask32 first32(int64_t n) {
@@ -146,10 +151,18 @@ FASTNN_INLINE F load(const f16* p) {
 
 // The first n elements, zeros behind; memory past them is not read. n may be anything: below 0 there are
 // none.
-FASTNN_INLINE F load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first16(n), p)}; }
-FASTNN_INLINE D load(const double* p, int n) { return {_mm512_maskz_loadu_pd(first8(n), p)}; }
-FASTNN_INLINE F load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first16(n), p), bf16{}); }
-FASTNN_INLINE F load(const f16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first16(n), p), f16{}); }
+FASTNN_INLINE F load(const float* p, int n) {
+  return FASTNN_IS_KNOWN(n >= F::size) ? load(p) : F{_mm512_maskz_loadu_ps(first16(n), p)};
+}
+FASTNN_INLINE D load(const double* p, int n) {
+  return FASTNN_IS_KNOWN(n >= D::size) ? load(p) : D{_mm512_maskz_loadu_pd(first8(n), p)};
+}
+FASTNN_INLINE F load(const bf16* p, int n) {
+  return FASTNN_IS_KNOWN(n >= F::size) ? load(p) : widen(_mm256_maskz_loadu_epi16(first16(n), p), bf16{});
+}
+FASTNN_INLINE F load(const f16* p, int n) {
+  return FASTNN_IS_KNOWN(n >= F::size) ? load(p) : widen(_mm256_maskz_loadu_epi16(first16(n), p), f16{});
+}
 
 FASTNN_INLINE __m256i narrow(F x, bf16) {
 #if FASTNN_ISA_LEVEL >= 3 && !defined(FASTNN_EMULATE_BF16)
@@ -173,10 +186,22 @@ FASTNN_INLINE void store(bf16* p, F x) {
 FASTNN_INLINE void store(f16* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, f16{}));
 }
-FASTNN_INLINE void store(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first16(n), x.v); }
-FASTNN_INLINE void store(double* p, D x, int n) { _mm512_mask_storeu_pd(p, first8(n), x.v); }
-FASTNN_INLINE void store(bf16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first16(n), narrow(x, bf16{})); }
-FASTNN_INLINE void store(f16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first16(n), narrow(x, f16{})); }
+FASTNN_INLINE void store(float* p, F x, int n) {
+  if (FASTNN_IS_KNOWN(n >= F::size)) return store(p, x);
+  _mm512_mask_storeu_ps(p, first16(n), x.v);
+}
+FASTNN_INLINE void store(double* p, D x, int n) {
+  if (FASTNN_IS_KNOWN(n >= D::size)) return store(p, x);
+  _mm512_mask_storeu_pd(p, first8(n), x.v);
+}
+FASTNN_INLINE void store(bf16* p, F x, int n) {
+  if (FASTNN_IS_KNOWN(n >= F::size)) return store(p, x);
+  _mm256_mask_storeu_epi16(p, first16(n), narrow(x, bf16{}));
+}
+FASTNN_INLINE void store(f16* p, F x, int n) {
+  if (FASTNN_IS_KNOWN(n >= F::size)) return store(p, x);
+  _mm256_mask_storeu_epi16(p, first16(n), narrow(x, f16{}));
+}
 
 FASTNN_INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 FASTNN_INLINE D operator+(D a, D b) { return {_mm512_add_pd(a.v, b.v)}; }
@@ -298,8 +323,12 @@ FASTNN_INLINE F load(const f16* p) {
 
 // The first n elements, zeros behind; memory past them is not read. n may be anything: below 0 there are
 // none.
-FASTNN_INLINE F load(const float* p, int n) { return {_mm256_maskload_ps(p, first8(n))}; }
-FASTNN_INLINE D load(const double* p, int n) { return {_mm256_maskload_pd(p, first4(n))}; }
+FASTNN_INLINE F load(const float* p, int n) {
+  return FASTNN_IS_KNOWN(n >= F::size) ? load(p) : F{_mm256_maskload_ps(p, first8(n))};
+}
+FASTNN_INLINE D load(const double* p, int n) {
+  return FASTNN_IS_KNOWN(n >= D::size) ? load(p) : D{_mm256_maskload_pd(p, first4(n))};
+}
 FASTNN_INLINE F load(const bf16* p, int n) { return widen(load_halves(p, n), bf16{}); }
 FASTNN_INLINE F load(const f16* p, int n) { return widen(load_halves(p, n), f16{}); }
 
@@ -327,8 +356,14 @@ FASTNN_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x.v); }
 FASTNN_INLINE void store(double* p, D x) { _mm256_storeu_pd(p, x.v); }
 FASTNN_INLINE void store(bf16* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x, bf16{})); }
 FASTNN_INLINE void store(f16* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x, f16{})); }
-FASTNN_INLINE void store(float* p, F x, int n) { _mm256_maskstore_ps(p, first8(n), x.v); }
-FASTNN_INLINE void store(double* p, D x, int n) { _mm256_maskstore_pd(p, first4(n), x.v); }
+FASTNN_INLINE void store(float* p, F x, int n) {
+  if (FASTNN_IS_KNOWN(n >= F::size)) return store(p, x);
+  _mm256_maskstore_ps(p, first8(n), x.v);
+}
+FASTNN_INLINE void store(double* p, D x, int n) {
+  if (FASTNN_IS_KNOWN(n >= D::size)) return store(p, x);
+  _mm256_maskstore_pd(p, first4(n), x.v);
+}
 FASTNN_INLINE void store(bf16* p, F x, int n) { store_halves(p, narrow(x, bf16{}), n); }
 FASTNN_INLINE void store(f16* p, F x, int n) { store_halves(p, narrow(x, f16{}), n); }
 
