@@ -30,7 +30,8 @@ from benchmarks import (
 from benchmarks.autotune import Autotuner
 from benchmarks.nets import FAMILY as NETWORK
 from benchmarks.record import Record, environment
-from fastnn.ops import _choice, _declare
+from fastnn.ops.core import watch
+from fastnn.ops.core.choices import SHIPPED_FILE
 
 # Seconds: all training, all ops, and one row of the ops at most. None is no limit.
 BUDGETS = {"quick": (35.0, 60.0, 1.5), "default": (120.0, 440.0, 2.0), "full": (None, None, 5.0)}
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "--write",
         action="store_true",
-        help=f"put the choices into {_choice.SHIPPED_FILE.name}, which is shipped",
+        help=f"put the choices into {SHIPPED_FILE.name}, which is shipped",
     )
     text = "every size from 1 on, in turns with the next multiple of 16; exits with 1 if one is under half as fast"
     command = commands.add_parser("sweep", help=text, description=text)
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "goals":
             return _goals(args, console)
         if args.command == "choices":
-            return choices.run(args.result, console, _choice.SHIPPED_FILE if args.write else None)
+            return choices.run(args.result, console, SHIPPED_FILE if args.write else None)
         if args.command == "sweep":
             if args.threads:
                 torch.set_num_threads(args.threads)
@@ -289,7 +290,7 @@ def run(args, chosen, nets, console, contenders: list[peers.Peer] | None = None)
     if args.device != "cpu":
         settings["device"] = args.device
     if args.prefer_kernels:
-        settings["prefer_kernels"] = _declare.prefer_kernels = True
+        settings["prefer_kernels"] = watch.prefer_kernels = True
     if args.goals:
         settings["goals"] = True
     if args.module:

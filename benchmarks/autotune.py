@@ -14,7 +14,7 @@ from benchmarks.cases import Case
 from benchmarks.fresh import PATIENCE
 from benchmarks.peers import FastNN
 from fastnn import _tune
-from fastnn.ops import _choice
+from fastnn.ops.core import choices
 
 # Seconds for some calls of a candidate and what is compiled for them.
 CANDIDATE_PATIENCE = 45.0
@@ -39,13 +39,13 @@ class Autotuner:
         self._end()
 
     def measure(self, case: Case) -> None:
-        """Measure what is not known yet of a case's calls: `_choice.measured` has their fastest kernels from then on.
+        """Measure what is not known yet of a case's calls: `choices.measured` has their fastest kernels from then on.
 
         Raises RuntimeError where a call has none, or where it cannot be measured.
         """
         while culprit := self._ask(case):
             op, calls, name, reason = culprit
-            if name == _choice.TORCH:
+            if name == choices.TORCH:
                 raise RuntimeError(f"torch's own {op}: {reason}")
             self._dropped[op, name] = f"{reason} ({calls})"
 
@@ -55,7 +55,7 @@ class Autotuner:
         try:
             if self._process is None:
                 self._start()
-            self._ours.send((case, _choice.measured, self._dropped))
+            self._ours.send((case, choices.measured, self._dropped))
             while True:
                 if not self._ours.poll(patience):
                     reason = f"not done within {patience:.0f} s"
@@ -71,8 +71,8 @@ class Autotuner:
                 if kind == "row":
                     key = what.op, what.calls
                     self.found[key] = what
-                    if kernel := _choice.fastest_kernel(what.seconds):
-                        _choice.measured[key] = kernel
+                    if kernel := choices.fastest_kernel(what.seconds):
+                        choices.measured[key] = kernel
                 trying, patience = (what, CANDIDATE_PATIENCE) if kind == "trying" else (None, PATIENCE)
         except (EOFError, OSError):
             reason = "its process ended"
@@ -105,7 +105,7 @@ def _serve(connection) -> None:
             case, measured, dropped = connection.recv()
         except EOFError:
             return
-        _choice.measured.update(measured)
+        choices.measured.update(measured)
         try:
             measure(case, dropped, connection.send)
         except _tune.DeviceLost as error:
@@ -133,7 +133,7 @@ def measure(case: Case, dropped: dict[tuple[str, str], str], send) -> None:
 
     def on_row(row):
         send(("row", row))
-        if _choice.fastest_kernel(row.seconds) is None:
+        if choices.fastest_kernel(row.seconds) is None:
             # The call itself would have to be made on one of them.
             reasons = "; ".join(f"{name}: {reason}" for name, reason in row.dropped.items())
             raise RuntimeError(f"no kernel of {row.op} is left ({row.calls}): {reasons}")

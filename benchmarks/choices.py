@@ -1,4 +1,4 @@
-"""From what a GPU's candidates took to what is shipped: ``fastnn/ops/gpu_choices.json``."""
+"""From what a GPU's candidates took to what is shipped: ``fastnn/choices/gpu.json``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import stored
-from fastnn.ops import _choice, _declare
+from fastnn.ops.core.choices import TORCH, fastest, read_shipped
+from fastnn.ops.core.op import OPS
 
 Choices = dict[str, dict[str, dict[str, str]]]
 
@@ -22,8 +23,8 @@ def choices(records: list[dict]) -> Choices:
     for record in records:
         capability = record["environment"]["gpu"]["capability"]
         for measured in record["candidates"]:
-            op, name = measured["op"], _choice.fastest(measured["seconds"])
-            if name != _choice.TORCH and (op not in _declare.OPS or name not in _declare.OPS[op].candidates):
+            op, name = measured["op"], fastest(measured["seconds"])
+            if name != TORCH and (op not in OPS or name not in OPS[op].candidates):
                 raise stored.UnreadableResult(f"{op} has no candidate {name} any more: measure again")
             made.setdefault(capability, {}).setdefault(op, {})[measured["calls"]] = name
     return made
@@ -49,7 +50,7 @@ def write(made: Choices, path: Path) -> None:
         for op, classes in ops.items():
             known.setdefault(capability, {}).setdefault(op, {}).update(classes)
     text = json.dumps(known, indent=1, sort_keys=True) + "\n"
-    _choice.read_shipped(text)
+    read_shipped(text)
     path.write_text(text, encoding="utf-8")
 
 
@@ -62,7 +63,7 @@ def table(record: dict) -> Table:
     for measured in record["candidates"]:
         took = ", ".join(f"{name} {seconds * 1e6:.1f}" for name, seconds in measured["seconds"].items())
         dropped = "; ".join(f"{name}: {reason}" for name, reason in measured["dropped"].items())
-        chosen = _choice.fastest(measured["seconds"])
+        chosen = fastest(measured["seconds"])
         made.add_row(*map(escape, (measured["op"], measured["calls"], chosen, took, dropped)))
     return made
 

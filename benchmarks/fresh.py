@@ -19,11 +19,11 @@ class FreshProcess:
     """A process that measures checked cases, one at a time; this one waits meanwhile."""
 
     def __init__(self, peers: list[Peer]):
-        from fastnn.ops import _choice, _declare
+        from fastnn.ops.core import choices, watch
 
         context = multiprocessing.get_context("spawn")
         self._ours, theirs = context.Pipe()
-        settings = (torch.get_num_threads(), _declare.prefer_kernels, _choice.measured)
+        settings = (torch.get_num_threads(), watch.prefer_kernels, choices.measured)
         self._process = context.Process(target=_serve, args=(theirs, peers, *settings), daemon=True)
         self._process.start()
         theirs.close()
@@ -48,13 +48,13 @@ class FreshProcess:
 
 def _serve(connection, peers: list[Peer], threads: int, prefer_kernels: bool, measured: dict) -> None:
     from benchmarks import runner
-    from fastnn.ops import _choice, _declare
+    from fastnn.ops.core import choices, watch
 
     # ^C is the parent's, who ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    _declare.prefer_kernels = prefer_kernels
-    _choice.measured.update(measured)
+    watch.prefer_kernels = prefer_kernels
+    choices.measured.update(measured)
     with contextlib.suppress(EOFError):
         while True:
             case, known, seconds = connection.recv()

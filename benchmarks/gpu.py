@@ -90,7 +90,7 @@ def test_command() -> list[str]:
 
 def families() -> list[str]:
     """The families that have CUDA kernels, asked in a process of its own, since only now there is a library."""
-    code = "from fastnn.ops._declare import OPS; print(*{o.family: None for o in OPS.values() if o.on_gpus})"
+    code = "from fastnn.ops.core.op import OPS; print(*{o.family: None for o in OPS.values() if o.on_gpus})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.split()
 

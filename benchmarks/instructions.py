@@ -66,7 +66,9 @@ def run_kernels(module) -> None:
     statistics = np.empty((1, 4, 128, 2), np.float32)
     module.attention_forward(LEVEL, 1, q, k, v, None, False, 0.125, y, statistics)
     gradients = (np.empty_like(q) for _ in range(3))
-    module.attention_backward(LEVEL, 1, data(*q.shape), q, k, v, y, statistics, None, False, 0.125, *gradients)
+    module.attention_backward(
+        LEVEL, 1, data(*q.shape), q, k, v, y, statistics, None, False, 0.125, *gradients
+    )
 
 
 def count(folder: Path) -> dict[str, int]:

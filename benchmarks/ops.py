@@ -73,7 +73,7 @@ _BY_PACKED = {"linear_relu_packed": _packed_linear_relu, "conv2d_packed": _packe
 
 def _by_packed(function):
     """The function with its weight packed at the first call, as in a frozen model."""
-    from fastnn.ops.packed import PackedWeight
+    from fastnn.ops.core.packed_weight import PackedWeight
 
     made = []
 

@@ -149,10 +149,10 @@ def draw(found: dict[str, list[Point]], path: Path) -> None:
 
 def run(console: Console, out: Path | None = None, chosen: Sequence[Sweep] | None = None) -> int:
     """Measure all sweeps and print them; 1 if a size is under half as fast as its neighbour."""
-    from fastnn.ops import _declare
+    from fastnn.ops.core import watch
 
     chosen = sweeps() if chosen is None else chosen
-    before, _declare.prefer_kernels = _declare.prefer_kernels, True
+    before, watch.prefer_kernels = watch.prefer_kernels, True
     found = {}
     try:
         with Progress(console=console, auto_refresh=False, transient=True) as progress:
@@ -169,7 +169,7 @@ def run(console: Console, out: Path | None = None, chosen: Sequence[Sweep] | Non
                         for p, q in zip(found[sweep.name], second, strict=True)
                     ]
     finally:
-        _declare.prefer_kernels = before
+        watch.prefer_kernels = before
     console.print(table(found))
     if out is not None:
         draw(found, out)

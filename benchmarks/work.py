@@ -48,19 +48,20 @@ def observe(call: Callable[[], object], case: Case) -> Work:
 
     The operations and bytes are those that fastnn's ops declare; where torch's served the call, `count` has them.
     """
-    from fastnn.ops import _declare
+    from fastnn.ops.core.op import OPS
+    from fastnn.ops.core.watch import watching
 
     routed = []
     with (
-        _declare.watching(lambda op, args, reason: routed.append((op, args, reason))),
-        _NativeOps(_declare.OPS) as native,
+        watching(lambda op, args, plan: routed.append((op, args, plan))),
+        _NativeOps(OPS) as native,
     ):
         call()
-    reasons = [reason for _, _, reason in routed if reason is not None]
+    reasons = [plan.reason for _, _, plan in routed if plan.algorithm is None]
     kernels = {}
-    for op, args, reason in routed:
-        if reason is None and not args[0].is_cpu:
-            kernels.setdefault(op.name, _declare.candidate(op, args))
+    for op, args, plan in routed:
+        if plan.algorithm is not None and not args[0].is_cpu:
+            kernels.setdefault(op.name, plan.algorithm)
     if case.direction == "backward" or not case.elementwise:
         # The forward pass was before this call, and its route with it; a module may mix both.
         reason = reasons[0] if reasons else None if native.count else "torch's own function"

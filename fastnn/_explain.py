@@ -13,7 +13,9 @@ from torch.nn.modules import module as torch_module
 
 from fastnn import _library, _rehearsal, nn
 from fastnn.nn.container import FUSED, sees_fused
-from fastnn.ops import _declare, _gpu
+from fastnn.ops.core import gpu, watch
+from fastnn.ops.core.op import Op
+from fastnn.ops.core.plan import Plan
 
 __all__ = ["Explanation", "Row", "explain"]
 
@@ -64,14 +66,13 @@ class Explanation:
     __repr__ = __str__
 
 
-def _kernel(op: _declare.Op, args: tuple) -> str:
+def _kernel(op: Op, args: tuple, plan: Plan) -> str:
     """What runs a call: the instruction set, or for a GPU the language and, where there are several, the kernel's name."""
     if args[0].is_cpu:
         return _library.current_isa()
     if len(op.candidates) == 1:
         return op.on_gpus
-    name = _declare.candidate(op, args)
-    return f"{'cuda' if name == _gpu.WARPGROUPS else op.on_gpus}: {name}"
+    return f"{'cuda' if plan.algorithm == gpu.WARPGROUPS else op.on_gpus}: {plan.algorithm}"
 
 
 class _Recorder:
@@ -86,13 +87,13 @@ class _Recorder:
         # The layer in which each node of the autograd graph was made.
         self.layers_of_nodes: dict[Any, str] = {}
 
-    def on_op(self, op: _declare.Op, args: tuple, reason: str | None) -> None:
+    def on_op(self, op: Op, args: tuple, plan: Plan) -> None:
         if self.running:
             layer = self.running[-1][0]
         else:
             layer = self.layers_of_nodes.get(torch._C._current_autograd_node(), "")
-        where = "torch" if reason is not None else f"fastnn {_kernel(op, args)}"
-        self.add(layer, op.name, args, where, reason or "")
+        where = "torch" if plan.algorithm is None else f"fastnn {_kernel(op, args, plan)}"
+        self.add(layer, op.name, args, where, plan.reason or "")
 
     @sees_fused
     def before_layer(self, module: Module, args: tuple) -> None:
@@ -169,7 +170,7 @@ def explain(
         torch_module.register_module_forward_hook(recorder.after_layer, always_call=True),
     )
     try:
-        with _declare.watching(recorder.on_op), copy.without_trace(), _gradients(training):
+        with watch.watching(recorder.on_op), copy.without_trace(), _gradients(training):
             output = copy.model(*inputs, **kwargs)
             if training:
                 _rehearsal.run_backward(output)

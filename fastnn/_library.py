@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,6 +40,10 @@ def current_isa() -> str:
     return _level
 
 
+#: What is called when the level changes, as by whoever remembers something that depends on it.
+on_set_isa: list[Callable[[], None]] = []
+
+
 def set_isa(level: str) -> None:
     """Run the CPU kernels at `level`, one of ``ISA_LEVELS``.
 
@@ -57,6 +62,8 @@ def set_isa(level: str) -> None:
         )
     global _level
     _level = level
+    for function in on_set_isa:
+        function()
 
 
 _load()

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastnn.ops import _choice, _declare
+from fastnn.ops.core import choices, on_gpus, watch
+from fastnn.ops.core.op import Op
+from fastnn.ops.core.plan import covers
 
 __all__ = ["Tuned", "Tuning", "tune"]
 
@@ -59,7 +61,7 @@ class Tuning:
             times = ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in row.seconds.items())
             lines.append(f"{row.op} ({row.calls}): {row.chosen} of {times}")
             lines += [f"  dropped {name}: {reason}" for name, reason in row.dropped.items()]
-        return "\n".join([*lines, f"stored in {_choice.path()}"])
+        return "\n".join([*lines, f"stored in {choices.path()}"])
 
     __repr__ = __str__
 
@@ -92,17 +94,17 @@ def tune(model: Callable, *inputs: Any, **kwargs: Any) -> Tuning:
     OSError
         If the choices cannot be stored.
     """
-    with _choice.measuring({}):
+    with choices.measuring({}):
         rows = measure(model, inputs, kwargs)
     if not rows:
         raise RuntimeError(
             "fastnn.tune found no call to measure: it measures ops with kernels for GPUs, of models and inputs that are on one"
         )
-    choices = {}
+    found: dict[int, dict[str, dict[str, str]]] = {}
     for row in rows:
-        choices.setdefault(row.device, {}).setdefault(row.op, {})[row.calls] = row.chosen
-    for index, made in choices.items():
-        _choice.store(index, made)
+        found.setdefault(row.device, {}).setdefault(row.op, {})[row.calls] = row.chosen
+    for index, made in found.items():
+        choices.store(index, made)
     return Tuning(rows)
 
 
@@ -121,29 +123,29 @@ def measure(
     """Run a model on fastnn's kernels and measure the candidates of each class of calls that this process does not know yet.
 
     A call is measured before it is made, and is then made on its fastest kernel, so that one which fails does not keep the
-    backward pass from being seen. The fastest kernels are in ``_choice.known()`` from then on. ``on_row(row)`` is called
+    backward pass from being seen. The fastest kernels are in ``choices.known()`` from then on. ``on_row(row)`` is called
     after each class. ``trying(op, class, candidate)`` is called before each call of a candidate; what it returns before the first is
     a reason to drop it, or None.
     """
     rows: list[Tuned] = []
-    known = _choice.known()
+    known = choices.known()
 
-    def seen(op, args, reason):
-        if reason is not None or not _is_on_gpu(args[0]):
+    def seen(op, args, plan):
+        if plan.algorithm is None or not _is_on_gpu(args[0]):
             return
-        key = op.name, _choice.call_class(args)
+        key = op.name, choices.call_class(args)
         if key in known or key in {(row.op, row.calls) for row in rows}:
             return
         kept = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         # A candidate may call other ops of fastnn.
-        with _declare.watching(None, prefer_kernels=True):
+        with watch.watching(None, prefer_kernels=True):
             seconds, dropped = _measure(op, kept, lambda name: trying(*key, name))
-        rows.append(Tuned(*key, seconds, _choice.fastest(seconds), dropped, args[0].get_device()))
-        if kernel := _choice.fastest_kernel(seconds):
+        rows.append(Tuned(*key, seconds, choices.fastest(seconds), dropped, args[0].get_device()))
+        if kernel := choices.fastest_kernel(seconds):
             known[key] = kernel
         on_row(rows[-1])
 
-    with _declare.watching(seen, prefer_kernels=True):
+    with watch.watching(seen, prefer_kernels=True):
         output = model(*inputs, **kwargs)
         wanted = [t for t in _tensors(output) if t.requires_grad]
         leaves = [t for t in _tensors((inputs, kwargs)) if t.requires_grad and t.is_leaf]
@@ -158,16 +160,16 @@ def _tensors(value) -> Iterator[torch.Tensor]:
     return (t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
-def _measure(op: _declare.Op, args: tuple, trying: Callable[[str], str | None]) -> tuple[dict, dict]:
+def _measure(op: Op, args: tuple, trying: Callable[[str], str | None]) -> tuple[dict, dict]:
     """Median seconds of torch's op, and of each kernel that runs and agrees with it; why the others were dropped."""
     with torch.no_grad():
-        trying(_choice.TORCH)
+        trying(choices.TORCH)
         want = op.oracle(*args)
-        calls, dropped = {_choice.TORCH: partial(op.stock, *args)}, {}
+        calls, dropped = {choices.TORCH: partial(op.stock, *args)}, {}
         for name in op.candidates:
-            if not _declare.covers(op, name, args):
+            if not covers(op, name, args):
                 continue
-            call = partial(_declare.call_candidate, op, name, args)
+            call = partial(on_gpus.call_candidate, op, name, args)
             reason = trying(name)
             try:
                 reason = reason or _disagreement(call(), want)

@@ -10,7 +10,8 @@ import torch
 
 import fastnn
 from fastnn import _library, _settings
-from fastnn.ops import _choice, _declare, _gpu
+from fastnn.ops.core import choices, gpu
+from fastnn.ops.core.op import OPS
 
 __all__ = ["report"]
 
@@ -32,7 +33,7 @@ def report() -> dict[str, str]:
     """
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     ops: dict[str, list[str]] = {}
-    for op in _declare.OPS.values():
+    for op in OPS.values():
         ops.setdefault(op.family, []).append(op.name)
     lines = {
         "fastnn": fastnn.__version__,
@@ -43,17 +44,17 @@ def report() -> dict[str, str]:
         "levels built": ", ".join(_library.ISA_LEVELS if x86 else _library.ISA_LEVELS[:1]),
         "level detected": _library.detected_isa(),
         "level used": "none (FASTNN_DISABLE is set)" if _settings.disabled else _library.current_isa(),
-        "CUDA kernels for": _gpu.architectures() or "none (built without nvcc)",
+        "CUDA kernels for": gpu.architectures() or "none (built without nvcc)",
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
     }
     lines |= {f"ops: {family}": ", ".join(names) for family, names in ops.items()}
     for kind, title in (("cuda", "CUDA C++"), ("triton", "Triton")):
-        lines[f"on GPUs: {title}"] = ", ".join(op.name for op in _declare.OPS.values() if op.on_gpus == kind)
-    measured = [f"{major}.{minor}" for major, minor in _choice.SHIPPED]
+        lines[f"on GPUs: {title}"] = ", ".join(op.name for op in OPS.values() if op.on_gpus == kind)
+    measured = [f"{major}.{minor}" for major, minor in choices.SHIPPED]
     lines["GPUs measured"] = (
         ", ".join(measured) or "none: calls on a GPU stay with torch until fastnn.tune measured them"
     )
-    lines["choices of this machine"] = f"{_choice.path()}{'' if _choice.path().is_file() else ' (none yet)'}"
+    lines["choices of this machine"] = f"{choices.path()}{'' if choices.path().is_file() else ' (none yet)'}"
     return lines
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastnn import _library
-from fastnn.ops import _choice, _declare
+from fastnn.ops.core import choices, route, watch
 
 #: Whether `make test FULL=1` runs: longer trials, with another seed each time.
 FULL = os.environ.get("FASTNN_FULL", "") not in ("", "0")
@@ -43,14 +43,16 @@ def threads():
 @pytest.fixture(autouse=True)
 def prefer_kernels(monkeypatch):
     """Every call that a kernel supports runs on it, also where torch would be faster."""
-    monkeypatch.setattr(_declare, "prefer_kernels", True)
+    monkeypatch.setattr(watch, "prefer_kernels", True)
+    # A test may put other rules in place of those that made them.
+    route.forget_plans()
 
 
 @pytest.fixture
 def native():
     """The ops called, each with the reason why it went to torch; None where a kernel took it."""
     seen = []
-    with _declare.watching(lambda op, args, reason: seen.append((op.name, reason))):
+    with watch.watching(lambda op, args, plan: seen.append((op.name, plan.reason))):
         yield seen
 
 
@@ -101,16 +103,16 @@ def assert_as_good(ours, stock, exact, roundings=1, depth=1):
     assert error <= allowed, f"error {error:.3g}, stock's {of_stock:.3g}, at most {allowed:.3g} is right"
 
 
-def look_ups(monkeypatch, choices):
+def look_ups(monkeypatch, by_op):
     """Has calls of some ops run on what was chosen for them; the list gets the op of every look-up."""
     seen = []
 
     def chosen(op, args, device):
         seen.append(op)
-        return choices.get(op)
+        return by_op.get(op)
 
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
-    monkeypatch.setattr(_choice, "chosen", chosen)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
+    monkeypatch.setattr(choices, "chosen", chosen)
     return seen
 
 

@@ -24,7 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastnn.nn.functional  # noqa: F401  it declares the ops
 from fastnn import _library
-from fastnn.ops import _declare
+from fastnn.ops.core.op import OPS
+from fastnn.ops.core.options import PackedOptions
+from fastnn.ops.core.plan import why_unfit
 
 # For a machine that is busy with other things; what a call may take beside what is loaded already.
 SECONDS_PER_CALL = 120
@@ -47,9 +49,7 @@ LEVELS = _library.ISA_LEVELS[: _library.ISA_LEVELS.index(_library.detected_isa()
 
 
 def names(family):
-    return [
-        name for name, op in sorted(_declare.OPS.items()) if op.on_cpu and name.startswith(FAMILIES[family])
-    ]
+    return [name for name, op in sorted(OPS.items()) if op.on_cpu and name.startswith(FAMILIES[family])]
 
 
 class Wrong(Exception):
@@ -83,7 +83,7 @@ class Call:
         """Options as the overload `packed` takes them, or numbers that nobody packed."""
         arguments = packet.raw._schema.arguments[tensors:]
         optional = [str(a.type) == "Optional[int]" for a in arguments]
-        numbers = _declare._Packs(optional)[tuple(self.full[tensors:])]
+        numbers = PackedOptions(optional)[tuple(self.full[tensors:])]
         if numbers is None or self.rng.random() < self.hostile:
             count = -(-len(arguments) // 7)
             numbers = [self.rng.choice([*HOSTILE, self.rng.getrandbits(55)]) for _ in range(count)]
@@ -374,12 +374,8 @@ class Call:
 
     def reason(self):
         """Why the declaration leaves the call to torch, or None."""
-        op = _declare.OPS[self.name]
-        schema = op.packet.raw._schema.arguments
-        count = len(op.tensors)
-        own = {"locations", "indices", "packed", "mask", "statistics", "mean", "rstd"}
-        free = tuple(i for i in range(count) if schema[i].name in own)
-        return _declare._unfit(self.full[:count], free, None, True) or op.unsupported(*self.full)
+        op = OPS[self.name]
+        return why_unfit(op, self.full) or op.unsupported(*self.full)
 
     def run(self, state):
         overload = getattr(getattr(torch.ops.fastnn, self.name), self.overload)
@@ -420,7 +416,7 @@ class Call:
         try:
             # torch's other path makes NaN of a negative scale with is_causal.
             with sdpa_kernel(SDPBackend.MATH):
-                want = _declare.OPS[self.name].stock(*[exact(a) for a in self.full])
+                want = OPS[self.name].stock(*[exact(a) for a in self.full])
         except Exception as error:
             if "memory" in str(error):
                 return  # float64 takes more

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastnn
 from fastnn import _library
-from fastnn.ops import _declare
 from fastnn.ops.attention import scaled_dot_product_attention as sdpa
+from fastnn.ops.core import watch
 
 
 def inputs(*shapes, dtype=torch.float32, seed=0):
@@ -456,7 +456,7 @@ def test_strides_while_traced_are_the_same():
 
 
 def test_torchs_choice_of_backends_is_heeded(monkeypatch, native):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     q, k, v = inputs(*[(2, 2, 6, 8)] * 3)
     for allowed in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
         native.clear()

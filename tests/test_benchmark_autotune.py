@@ -9,16 +9,19 @@ import pytest
 from benchmark_runs import FAST, SMALL, run
 
 from benchmarks import __main__ as cli
-from benchmarks import autotune, choices, markdown, page, record, runner, stored, work
+from benchmarks import autotune, markdown, page, record, runner, stored, work
+from benchmarks.choices import choices as from_records
 from fastnn import _tune
-from fastnn.ops import _choice, _declare
+from fastnn.ops.core import choices, watch
+from fastnn.ops.core.op import OPS
+from fastnn.ops.core.plan import Plan, torchs
 
 OF = "float32 64x1024 128x1024 128"
 TIMES = {"torch": 2e-5, "kernel": 1.96e-5, "plain": 1e-5}
 
 
 def tuned(seconds, dropped=(), op="linear_relu"):
-    return _tune.Tuned(op, OF, dict(seconds), _choice.fastest(seconds), dict(dropped), 0)
+    return _tune.Tuned(op, OF, dict(seconds), choices.fastest(seconds), dict(dropped), 0)
 
 
 def fake_measure(case, dropped, send):
@@ -52,7 +55,7 @@ def fake_serve(connection, serve=autotune._serve):
 def tuner(monkeypatch):
     monkeypatch.setattr(autotune, "_serve", fake_serve)
     monkeypatch.setattr(autotune, "CANDIDATE_PATIENCE", 1.0)
-    monkeypatch.setattr(_choice, "measured", {})
+    monkeypatch.setattr(choices, "measured", {})
     with autotune.Autotuner() as made:
         yield made
 
@@ -71,7 +74,7 @@ def test_candidate_that_ends_the_process_is_dropped(tuner, case, reason):
     (row,) = tuner.found.values()
     assert row.seconds.keys() == {"torch", "kernel"}
     assert row.dropped == {"plain": f"{reason} ({OF})"}
-    assert _choice.measured == {("linear_relu", OF): "kernel"}
+    assert choices.measured == {("linear_relu", OF): "kernel"}
     # It is not tried in another class either: this would take as long.
     start = time.monotonic()
     tuner.measure(case)
@@ -82,7 +85,7 @@ def test_candidates_that_cannot_be_measured(tuner):
     with pytest.raises(RuntimeError, match=r"^ValueError: no such input$"):
         tuner.measure("fails")
     tuner.measure("")
-    assert _choice.measured == {("linear_relu", OF): "plain"}
+    assert choices.measured == {("linear_relu", OF): "plain"}
     process = tuner._process
     tuner.__exit__()
     assert not process.is_alive()
@@ -116,17 +119,16 @@ class OnGpu:
     is_cpu = False
 
 
-def test_row_names_the_kernels_that_served_it(monkeypatch):
+def test_row_names_the_kernels_that_served_it():
     case = next(c for c in SMALL if c.workload.op == "linear_relu" and c.direction == "forward")
-    op = _declare.OPS["linear_relu"]
-    monkeypatch.setattr(_declare, "candidate", lambda op, args: "plain")
+    op = OPS["linear_relu"]
 
     def call():
-        _declare.record(op, (OnGpu,), None)
-        _declare.record(_declare.OPS["linear"], (OnGpu,), "torch measured faster on this GPU")
+        watch.record(op, (OnGpu,), Plan("plain", None))
+        watch.record(OPS["linear"], (OnGpu,), torchs("torch measured faster on this GPU"))
 
     assert work.observe(call, case).kernels == {"linear_relu": "plain"}
-    assert work.observe(lambda: _declare.record(op, (OnGpu,), None), case).torch_reason is None
+    assert work.observe(lambda: watch.record(op, (OnGpu,), Plan("plain", None)), case).torch_reason is None
 
 
 @pytest.fixture
@@ -184,7 +186,7 @@ def test_choices(on_gpu, tmp_path, monkeypatch, capsys):
     file.write_text(
         json.dumps({"8.0": {"a": {"b": "torch"}}, "9.0": {"linear_relu": {OF: "torch", "x": "kernel"}}})
     )
-    monkeypatch.setattr(_choice, "SHIPPED_FILE", file)
+    monkeypatch.setattr(cli, "SHIPPED_FILE", file)
     on_gpu(
         [
             tuned({"torch": 1.0, "kernel": 0.98}, {"plain": "it hung"}),
@@ -200,12 +202,12 @@ def test_choices(on_gpu, tmp_path, monkeypatch, capsys):
     suite = json.loads((tmp_path / "run" / "results.json").read_text())
     whole.write_text(json.dumps({"schema": "fastnn-gpu", "suite": suite}))
     assert cli.main(["choices", str(whole), "--write"]) == 0
-    shipped = _choice.read_shipped(file.read_text())
+    shipped = choices.read_shipped(file.read_text())
     assert shipped[9, 0] == {"linear_relu": {OF: "torch", "x": "kernel"}, "linear": {OF: "kernel"}}
     assert shipped[8, 0] == {"a": {"b": "torch"}}
     # Of several results the last counts.
     on_gpu([tuned(TIMES)], "again")
-    assert choices.choices([stored.load(tmp_path / n) for n in ("run", "again")])["9.0"]["linear_relu"] == {
+    assert from_records([stored.load(tmp_path / n) for n in ("run", "again")])["9.0"]["linear_relu"] == {
         OF: "plain"
     }
 

@@ -14,7 +14,7 @@ from benchmarks import (
     samples,
 )
 from benchmarks.cases import Case
-from fastnn.ops import _declare
+from fastnn.ops.core import watch
 
 
 class Clock:
@@ -111,10 +111,10 @@ def test_unstable():
 
 
 def test_prefer_kernels(tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     _, found, _ = run(tmp_path, SMALL[:1], prefer_kernels=True)
     assert found["settings"]["prefer_kernels"] is True
-    assert _declare.prefer_kernels is True
+    assert watch.prefer_kernels is True
 
 
 def test_fresh_process():

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import sweep
-from fastnn.ops import _declare
+from fastnn.ops.core import watch
 
 
 def test_sweeps_cover_every_size():
@@ -19,7 +19,7 @@ def test_sweeps_cover_every_size():
 
 @pytest.mark.parametrize("one", sweep.sweeps(2, 2), ids=lambda s: s.name)
 def test_a_sweep_is_measured(one, tmp_path, monkeypatch):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     console = Console(record=True, width=150)
     path = tmp_path / "sizes.png"
     sweep.run(console, path, [one])
@@ -27,7 +27,7 @@ def test_a_sweep_is_measured(one, tmp_path, monkeypatch):
     assert one.name in text
     assert "1-2" in text
     assert path.stat().st_size > 1000
-    assert not _declare.prefer_kernels
+    assert not watch.prefer_kernels
 
 
 def test_a_slow_size_is_found():

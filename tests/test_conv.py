@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnn import _library
-from fastnn.ops import _declare, conv
+from fastnn.ops import conv
+from fastnn.ops.conv import routes
+from fastnn.ops.core import watch
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", LAYOUTS, ids=("nchw", "channels_last"))
@@ -272,7 +274,7 @@ def test_winograd_pooled(layout, less_precise):
 @pytest.mark.parametrize("op", [conv.conv2d, conv.conv2d_relu], ids=lambda op: op.__name__)
 def test_weight_gradient_of_a_first_layer_is_torchs(op, monkeypatch):
     """Unless a ReLU's mask comes first, which the kernel applies on its way."""
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     x, w, b = inputs((2, 3, 9, 9), (32, 3, 3, 3))
     native = f"fastnn::{op.__name__}_backward"
     for with_input in (False, True):
@@ -335,7 +337,7 @@ def test_what_the_fused_op_keeps():
 
 
 def test_where_torch_is_faster_it_runs(monkeypatch, native):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     x, w, b = inputs((2, 64, 9, 9), (8, 64, 3, 3))
     assert torch.equal(conv.conv2d(x, w, b), TF.conv2d(x, w, b))
     assert torch.equal(conv.conv2d_relu(x, w, b, 2), stock_relu(x, w, b, 2))
@@ -356,7 +358,7 @@ def test_where_torch_is_faster_it_runs(monkeypatch, native):
 @pytest.mark.parametrize("stride", [256, 65536, 2**20, 2**31 - 1])
 def test_strides_past_the_image_where_torch_is_faster(stride, monkeypatch, native):
     """One output, as with a stride of the image's size."""
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     leaves = [t.requires_grad_() for t in inputs((2, 64, 9, 9), (32, 64, 3, 3))]
     ours, stock = conv.conv2d(*leaves, stride, 1), TF.conv2d(*leaves, 11, 1)
     torch.testing.assert_close(ours, stock)
@@ -401,26 +403,25 @@ def test_routes_of_float32(image, outputs, kernel, stride, layout, wanted):
     x = torch.empty(image).contiguous(memory_format=memory_format)
     w = torch.empty(outputs, image[1], kernel, kernel)
     options = (stride, stride, kernel // 2, kernel // 2, 1, 1, 1)
-    routes = conv.routes
     found = [routes.slower(x, w, None, *options), routes.slower_relu(x, w, None, *options)]
     found.append(routes.slower(x, w.requires_grad_(), None, *options))
     assert tuple(reason is None for reason in found) == wanted
 
 
 def test_pairs_of_bf16_are_not_read_in_place(monkeypatch):
-    monkeypatch.setattr(conv.routes._library, "in_tile_registers", lambda dtype: False)
-    monkeypatch.setattr(conv.routes, "_BF16_IN_HARDWARE", True)
+    monkeypatch.setattr(routes._library, "in_tile_registers", lambda dtype: False)
+    monkeypatch.setattr(routes, "_BF16_IN_HARDWARE", True)
     for dtype, native in ((torch.float32, True), (torch.bfloat16, False)):
         x = torch.empty(1, 64, 56, 56, dtype=dtype).contiguous(memory_format=torch.channels_last)
         w = torch.empty(64, 64, 3, 3, dtype=dtype)
         options = (1, 1, 1, 1, 1, 1, 1)
-        assert (conv.routes.slower_relu(x, w, None, *options) is None) == native
-        assert conv.routes.takes_packed(x, w, True, False, *options) == native
+        assert (routes.slower_relu(x, w, None, *options) is None) == native
+        assert routes.takes_packed(x, w, True, False, *options) == native
 
 
 def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
-    monkeypatch.setattr(conv.routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
+    monkeypatch.setattr(routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
     last, first = torch.channels_last, torch.contiguous_format
     cases = [  # image, weight, layout, groups, and what is native: a convolution, one with a pooling, that with gradients
         ((2, 32, 9, 9), (32, 32, 3, 3), last, 1, (True, True, True)),
@@ -457,7 +458,7 @@ def test_which_convolutions_read_a_packed_weight(monkeypatch):
         x = torch.empty(image, dtype=dtype).contiguous(memory_format=layout)
         w = torch.empty(32, image[1], kernel, kernel, dtype=dtype)
         padding = kernel // 2
-        return conv.routes.takes_packed(x, w, relu, pooled, 1, 1, padding, padding, 1, 1, 1)
+        return routes.takes_packed(x, w, relu, pooled, 1, 1, padding, padding, 1, 1, 1)
 
     assert takes((1, 64, 28, 28), 3)
     assert not takes((1, 64, 28, 28), 3, layout=torch.contiguous_format)
@@ -471,7 +472,7 @@ def test_which_convolutions_read_a_packed_weight(monkeypatch):
     assert takes((3, 256, 14, 14), 3)
     assert takes((8, 256, 56, 56), 1)
     assert not takes((8, 256, 56, 56), 1, pooled=True)
-    monkeypatch.setattr(conv.routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    monkeypatch.setattr(routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
     bf16 = torch.bfloat16
     assert takes((1, 256, 28, 28), 3, bf16)
     assert takes((1, 256, 56, 56), 1, bf16)

@@ -1,7 +1,9 @@
 """What every declared op has in common: what it refuses, how its options travel, where its calls go."""
 
 import contextlib
+import inspect
 import threading
+import typing
 
 import pytest
 import torch
@@ -12,7 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnn
 import fastnn.nn.functional as fast
-from fastnn.ops import _conv_routes, _declare, _linear_routes
+from fastnn import _library
+from fastnn.ops.conv import routes as conv_routes
+from fastnn.ops.core import route, watch
+from fastnn.ops.core.op import OPS
+from fastnn.ops.core.options import PackedOptions
+from fastnn.ops.linear import routes as linear_routes
 
 
 def image(*shape, dtype=torch.float32):
@@ -134,13 +141,13 @@ def changed(value):
 
 
 def test_every_op_has_a_call():
-    assert set(CALLS) == {name for name, op in _declare.OPS.items() if op.on_cpu}
+    assert set(CALLS) == {name for name, op in OPS.items() if op.on_cpu}
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_ops_refuse_what_is_unsupported(name):
     """An eager call learns from the op's refusal that it is torch's: a kernel that took it would be wrong."""
-    op, call = _declare.OPS[name], CALLS[name]
+    op, call = OPS[name], CALLS[name]
     assert op.unsupported(*call) is None
     op.packet.raw(*call)
     refused = 0
@@ -156,7 +163,7 @@ def test_ops_refuse_what_is_unsupported(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_ops_refuse_other_dtypes(name):
-    op, call = _declare.OPS[name], CALLS[name]
+    op, call = OPS[name], CALLS[name]
     tensors = [i for i, value in enumerate(call) if isinstance(value, torch.Tensor)]
     alone = sum(call[i].is_floating_point() for i in tensors) == 1
     for i in tensors:
@@ -165,14 +172,12 @@ def test_ops_refuse_other_dtypes(name):
                 op.packet.raw(*call[:i], call[i].to(dtype), *call[i + 1 :])
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CALLS if "packed" in _declare.OPS[name].packet.overloads()]
-)
+@pytest.mark.parametrize("name", [name for name in CALLS if "packed" in OPS[name].packet.overloads()])
 def test_packed_options(name):
-    op, call = _declare.OPS[name], CALLS[name]
-    tensors, options = call[: len(op.tensors)], call[len(op.tensors) :]
-    arguments = op.schema.arguments[len(op.tensors) :]
-    packs = _declare._Packs([str(a.type) == "Optional[int]" for a in arguments])
+    op, call = OPS[name], CALLS[name]
+    tensors, options = call[: op.tensors], call[op.tensors :]
+    arguments = op.schema.arguments[op.tensors :]
+    packs = PackedOptions([str(a.type) == "Optional[int]" for a in arguments])
     numbers = packs[options]
     assert len(numbers) == -(-len(options) // 7)
     expected, got = op.packet.raw(*call), op.packet.packed(*tensors, *numbers)
@@ -180,7 +185,7 @@ def test_packed_options(name):
 
 
 def test_options_that_do_not_fit_a_byte():
-    packs = _declare._Packs([False, True])
+    packs = PackedOptions([False, True])
     assert packs[(255, None)] == (255,)
     assert packs[(True, 3)] == (1 + 3 * 256,)
     for options in ((256, 3), (-1, 3), (2.0, 3), (1, 0), (1, -2)):
@@ -274,10 +279,10 @@ ROUTED = {
 @pytest.fixture(params=["this processor", "Intel", "AMX"])
 def processor(request, monkeypatch):
     """The rules of several processors, whatever this one is."""
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
-    monkeypatch.setattr(_linear_routes, "_MKL_AT_ITS_BEST", request.param != "this processor")
+    monkeypatch.setattr(watch, "prefer_kernels", False)
+    monkeypatch.setattr(linear_routes, "_MKL_AT_ITS_BEST", request.param != "this processor")
     if request.param == "AMX":
-        for routes in (_linear_routes, _conv_routes):
+        for routes in (linear_routes, conv_routes):
             monkeypatch.setattr(routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
 
 
@@ -398,7 +403,7 @@ def places_of_tensors(call):
 @pytest.mark.parametrize("name", CALLS)
 def test_ops_refuse_mixed_devices(name, overload):
     """The dispatcher takes such a call to the op's fake, whose result would be memory that nothing was written to."""
-    op, call = _declare.OPS[name], CALLS[name]
+    op, call = OPS[name], CALLS[name]
     tensors = places_of_tensors(call)
     for i in tensors if len(tensors) > 1 else ():
         for one_on_meta in (True, False):
@@ -471,7 +476,7 @@ def test_functions_on_meta_alone(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_ops_on_meta_alone(name):
-    op, call = _declare.OPS[name], CALLS[name]
+    op, call = OPS[name], CALLS[name]
     made = op.packet.raw(*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in call))
     want = op.packet.raw(*call)
     for on_meta, there in zip(*((t if isinstance(t, tuple) else (t,)) for t in (made, want)), strict=True):
@@ -488,19 +493,58 @@ def test_fakes_refuse_mixed_devices():
 
 def test_settings_of_one_thread(monkeypatch):
     """What a thread has set is seen by its own calls alone."""
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     x = torch.ones(1, 4)
     seen = []
     kernels = []
 
     def call():
         fast.linear(x, x)
-        kernels.append(_declare._prefers_kernels())
+        kernels.append(watch.prefers_kernels())
 
-    with _declare.watching(lambda op, args, reason: seen.append(op.name), prefer_kernels=True):
+    with watch.watching(lambda op, args, plan: seen.append(op.name), prefer_kernels=True):
         call()
         other = threading.Thread(target=call)
         other.start()
         other.join()
     assert seen == ["linear"]
     assert kernels == [True, False]
+
+
+@pytest.mark.parametrize("name", fast.ACCELERATED)
+def test_public_functions_are_typed(name):
+    function = getattr(fast, name)
+    hints = typing.get_type_hints(function)
+    assert set(hints) == {*inspect.signature(function).parameters, "return"}
+
+
+def test_plans_are_remembered_until_the_rules_change(monkeypatch):
+    """A call of a known kind asks no rule; another level, or other gradients, is another kind."""
+    monkeypatch.setattr(watch, "prefer_kernels", False)
+    asked, op = [], OPS["linear"]
+    before = op.slower
+
+    def slower(*args):
+        asked.append(args[0].shape)
+        return "torch is faster" if args[0].shape[0] == 3 else None
+
+    object.__setattr__(op, "slower", slower)
+    try:
+        w = torch.randn(5, 4)
+        for _ in range(3):
+            for rows in (2, 3):
+                x = torch.randn(rows, 4)
+                torch.testing.assert_close(fast.linear(x, w), torch.nn.functional.linear(x, w))
+        assert asked == [(2, 4), (3, 4)]
+        fast.linear(torch.randn(2, 4), w.requires_grad_())
+        fast.linear(torch.randn(2, 4).double(), w.detach().double())
+        assert len(asked) == 4
+        _library.set_isa(_library.current_isa())
+        fast.linear(torch.randn(2, 4), w)
+        assert len(asked) == 5
+        for rows in range(5000):  # no leak: of so many kinds none is kept for good
+            fast.linear(torch.empty(rows, 4), w)
+        assert sum(map(len, route._remembered)) <= route._MOST_PLANS
+    finally:
+        object.__setattr__(op, "slower", before)
+        route.forget_plans()

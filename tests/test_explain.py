@@ -12,7 +12,8 @@ import torch
 
 import fastnn
 from fastnn import _library, _settings, nn
-from fastnn.ops import _declare
+from fastnn.ops.core import watch
+from fastnn.ops.core.op import OPS
 
 ISA = _library.current_isa()
 
@@ -101,7 +102,7 @@ def test_leaves_no_trace(training):
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
     assert all(module.training == training for module in net.modules())
     assert x.grad is None
-    assert not _declare._watched
+    assert not watch.watched
     assert not torch.nn.modules.module._has_any_global_hook()
     count = len(rows)
     net(x)
@@ -111,7 +112,7 @@ def test_leaves_no_trace(training):
 def test_leaves_no_trace_of_a_failure():
     with pytest.raises(RuntimeError):
         fastnn.explain(model(), torch.randn(3, 9))
-    assert not _declare._watched
+    assert not watch.watched
     assert not torch.nn.modules.module._has_any_global_hook()
 
 
@@ -131,7 +132,7 @@ def test_keyword_arguments():
 
 def test_what_training_runs(monkeypatch):
     """A call is told of as it is made: with the gradients that are wanted, in the mode that is set."""
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     # So many channels are torch's with gradients, and the kernels' in inference.
     layer, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 8, 8)
     reason = "torch is faster with gradients of so many channels"
@@ -339,7 +340,7 @@ def test_two_explanations_at_once():
     for _ in range(3):
         found = in_threads(*(lambda net=net: fastnn.explain(net, x) for net in nets))
         assert [[row.op for row in explanation] for explanation in found] == alone
-        assert not _declare._watched
+        assert not watch.watched
         assert not torch.nn.modules.module._has_any_global_hook()
     counts = [len(explanation) for explanation in found]
     for net in nets:
@@ -388,8 +389,8 @@ def test_explanation_within_another():
     net = torch.nn.Sequential(nn.Linear(4, 4), Explains(), nn.Linear(4, 4))
     outer = fastnn.explain(net, x)
     assert [row.op for row in inner[0]] == ["linear_relu"]
-    assert [row.op for row in outer if row.op in _declare.OPS] == ["linear", "linear"]
-    assert not _declare._watched
+    assert [row.op for row in outer if row.op in OPS] == ["linear", "linear"]
+    assert not watch.watched
 
 
 def test_a_model_is_not_kept_alive():
@@ -408,12 +409,12 @@ def test_watching_ends_with_an_error():
         raise KeyError
 
     x = torch.ones(1, 1)
-    with _declare.watching(fail):
-        with _declare.watching(None):
+    with watch.watching(fail):
+        with watch.watching(None):
             nn.functional.linear(x, x)
         with pytest.raises(KeyError):
             nn.functional.linear(x, x)
-    assert not _declare._watched
+    assert not watch.watched
     assert torch._C._is_multithreading_enabled()
 
 
@@ -425,6 +426,6 @@ def test_info():
     assert lines["level detected"].strip() == _library.detected_isa()
     assert "linear_relu" in lines["ops: linear"]
     families = {title.removeprefix("ops: ") for title in lines if title.startswith("ops: ")}
-    assert families == {"attention", "conv", "layer_norm", "linear", "packed", "pool"}
+    assert families == {"attention", "conv", "linear", "norm", "pool"}
     for name in ("FASTNN_ISA", "FASTNN_DISABLE", "FASTNN_LOG"):
         assert name in done.stdout

@@ -12,7 +12,8 @@ from torch.export import Dim
 import fastnn
 import fastnn.nn.functional as fast
 from fastnn import nn
-from fastnn.ops import _declare, _linear_routes
+from fastnn.ops.core import watch
+from fastnn.ops.linear import routes as linear_routes
 
 
 def numbers(*shape):
@@ -208,8 +209,8 @@ def fresh():
 @pytest.fixture
 def rules(monkeypatch):
     """With the rules by which torch's ops are faster, as on an Intel processor."""
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
-    monkeypatch.setattr(_linear_routes, "_MKL_AT_ITS_BEST", True)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
+    monkeypatch.setattr(linear_routes, "_MKL_AT_ITS_BEST", True)
 
 
 def agree(made, want):

@@ -10,7 +10,7 @@ from conftest import DTYPES, assert_as_good
 
 import fastnn
 from fastnn import nn
-from fastnn.ops.packed import PackedWeight
+from fastnn.ops.core.packed_weight import PackedWeight
 
 
 def net():

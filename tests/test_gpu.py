@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as TF
 from conftest import assert_as_good, look_ups
 
-from fastnn.ops import _conv_on_gpus, _declare, attention, conv, linear, pool
+from fastnn.ops import attention, conv, linear, pool
+from fastnn.ops.attention import dropout
+from fastnn.ops.attention import ops as attention_ops
+from fastnn.ops.conv import on_gpus as conv_on_gpus
+from fastnn.ops.core.op import OPS
+from fastnn.ops.core.plan import covers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,7 +108,7 @@ def test_linear_gelu(dtype, sizes, native):
     stock, exact = (TF.gelu(TF.linear(*(t.to(kind) for t in given))) for kind in (dtype, torch.float64))
     assert_as_good(linear.linear_gelu(*given), stock, exact)
     assert native == [("linear_gelu", None)]
-    for kernel in _declare.OPS["linear_gelu"].candidates.values():
+    for kernel in OPS["linear_gelu"].candidates.values():
         assert_as_good(kernel(*given), stock, exact)
     native.clear()
     leaves = [t.clone().requires_grad_() for t in given]
@@ -244,9 +249,9 @@ def test_attention_with_dropout(dtype, native):
         y = y[0] if isinstance(y, tuple) else y
         return [y.detach(), *torch.autograd.grad(y, inputs, upstream.to(kind))]
 
-    ours = results(attention._attention_dropout, dtype)
+    ours = results(dropout.attention_dropout, dtype)
     assert [reason for _, reason in native] == [None, None]
-    stock, exact = (results(attention._with_dropout, kind) for kind in (dtype, torch.float64))
+    stock, exact = (results(dropout._with_dropout, kind) for kind in (dtype, torch.float64))
     for a, b, c in zip(ours, stock, exact, strict=True):
         assert_as_good(a, b, c, roundings=8)
     torch.manual_seed(3)
@@ -271,7 +276,7 @@ def test_attention_with_dropout(dtype, native):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", list(attention._attention.op.candidates))
+@pytest.mark.parametrize("name", list(attention_ops.attention.op.candidates))
 def test_attention_candidates(name, sizes, causal, dtype):
     batch, heads, key_heads, queries, keys, width, value_width = sizes
     generator = torch.Generator("cuda").manual_seed(0)
@@ -285,8 +290,8 @@ def test_attention_candidates(name, sizes, causal, dtype):
         tokens(key_heads, keys, width),
         tokens(key_heads, keys, value_width),
     )
-    op, args = attention._attention.op, (q, k, v, None, causal, None)
-    if not _declare.covers(op, name, args):
+    op, args = attention_ops.attention.op, (q, k, v, None, causal, None)
+    if not covers(op, name, args):
         pytest.skip("not on this GPU")
     y, statistics = op.candidates[name](*args)
     again, _ = op.candidates[name](*args)
@@ -299,9 +304,9 @@ def test_attention_candidates(name, sizes, causal, dtype):
     assert statistics.isfinite().all()
 
     g = tokens(heads, queries, value_width)
-    backward = attention.attention_backward.op
+    backward = attention_ops.attention_backward.op
     args = (g, q, k, v, None, y, statistics, causal, None)
-    if queries == 4096 or not _declare.covers(backward, name, args):
+    if queries == 4096 or not covers(backward, name, args):
         return
     ours, again = (backward.candidates[name](*args) for _ in range(2))
 
@@ -327,18 +332,18 @@ def test_attention_candidates(name, sizes, causal, dtype):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", _conv_on_gpus.TILES)
+@pytest.mark.parametrize("name", conv_on_gpus.TILES)
 def test_conv_tiles(name, image, kernel, options, dtype):
     generator = torch.Generator().manual_seed(0)
     x, w = (
         torch.randn(s, generator=generator).to("cuda", dtype).contiguous(memory_format=torch.channels_last)
         for s in (image, kernel)
     )
-    if not _declare.covers(_declare.OPS["conv2d"], name, (x, w, None, *options)):
+    if not covers(OPS["conv2d"], name, (x, w, None, *options)):
         pytest.skip("not on this GPU")
-    y = _conv_on_gpus.kernel(False, tile=name)(x, w, None, *options)
+    y = conv_on_gpus.kernel(False, tile=name)(x, w, None, *options)
     g = torch.randn(y.shape, generator=generator).to(y).contiguous(memory_format=torch.channels_last)
-    backward = _conv_on_gpus.backward_candidates(lambda *args: args)[name]
+    backward = conv_on_gpus.backward_candidates(lambda *args: args)[name]
     ours = y, *backward(g, x, w, None, None, options, (), (True, True, False))[:2]
 
     def results(kind):

@@ -11,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_as_good
 
-from fastnn.ops import _conv_on_gpus, _conv_shapes, _declare, _gpu, _pool_max, attention
+from fastnn.ops.attention import ops as attention
+from fastnn.ops.conv import on_gpus as conv_on_gpus
+from fastnn.ops.conv import shapes as conv_shapes
+from fastnn.ops.core import gpu
+from fastnn.ops.core.op import OPS
+from fastnn.ops.pool import maximum as pool_max
 
 FOLDER = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
 LIBRARY = FOLDER / "libops_on_host.so"
@@ -30,7 +35,7 @@ def ops():
 
 @pytest.fixture
 def in_place_of_a_gpu(ops, monkeypatch):
-    monkeypatch.setattr(_conv_on_gpus, "_ops", ops)
+    monkeypatch.setattr(conv_on_gpus, "_ops", ops)
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     yield
@@ -42,8 +47,8 @@ def random(*shape, seed, layout=torch.contiguous_format):
     return x.contiguous(memory_format=layout) if len(shape) == 4 else x
 
 
-# Gradients of input, weight and bias, from what `fastnn.ops._conv_ops` takes apart for each op.
-backward = _conv_on_gpus.backward_candidates(lambda *args: args)["kernel"]
+# Gradients of input, weight and bias, from what `fastnn.ops.conv.ops` takes apart for each op.
+backward = conv_on_gpus.backward_candidates(lambda *args: args)["kernel"]
 
 # n, c, h, w, k, kernel, options: stride, padding, dilation, groups.
 CONVS = [
@@ -75,10 +80,10 @@ def test_conv(in_place_of_a_gpu, image, kernel, options, dtype, weight_layout, l
             y = torch.relu(y) if relu else y
             return F.max_pool2d(y, 2) if pooled else y
 
-        window = _conv_on_gpus.WINDOW if pooled else ()
-        made = _conv_on_gpus.kernel(relu, pooled)(*given, *options, *window)
+        window = conv_on_gpus.WINDOW if pooled else ()
+        made = conv_on_gpus.kernel(relu, pooled)(*given, *options, *window)
         y = made[0] if pooled else made
-        fake = (_conv_shapes.fake_pooled if pooled else _conv_shapes.fake)(*given, *options, *window)
+        fake = (conv_shapes.fake_pooled if pooled else conv_shapes.fake)(*given, *options, *window)
         like = fake[0] if pooled else fake
         assert y.stride() == like.stride()
         exact = [t.double().requires_grad_() for t in given]
@@ -95,7 +100,7 @@ def test_conv(in_place_of_a_gpu, image, kernel, options, dtype, weight_layout, l
         truth = torch.autograd.grad(truth, exact, upstream.double())
         for a, b, c in zip(ours, theirs, truth, strict=True):
             assert_as_good(a, b, c, roundings=2)
-        fakes = _declare.OPS["conv2d_backward"].fake(upstream, *given[:2], *options, True, True, True)
+        fakes = OPS["conv2d_backward"].fake(upstream, *given[:2], *options, True, True, True)
         assert [a.stride() for a in ours] == [f.stride() for f in fakes]
         some = backward(upstream, *given[:2], None, None, options, (), (False, True, False))
         assert [t.numel() for t in some] == [0, kernel[0] * kernel[1] * kernel[2] * kernel[3], 0]
@@ -107,7 +112,7 @@ def test_reduced_precision(in_place_of_a_gpu):
     exact = F.conv2d(x.double(), w.double())
 
     def error():
-        return (_conv_on_gpus.kernel(False)(x, w, None, 1, 1, 0, 0, 1, 1, 1) - exact).abs().max()
+        return (conv_on_gpus.kernel(False)(x, w, None, 1, 1, 0, 0, 1, 1, 1) - exact).abs().max()
 
     full = error()
     torch.backends.cudnn.conv.fp32_precision = "tf32"
@@ -123,14 +128,14 @@ def test_gradients_behind_relu_and_pooling(in_place_of_a_gpu, layout):
     )
     x = x.contiguous(memory_format=FORMATS[layout])
     options = (1, 1, 1, 1, 1, 1, 1)
-    for window in ((), _conv_on_gpus.WINDOW, (3, 3, 2, 2, 1, 1), (2, 3, 1, 2, 0, 1)):
+    for window in ((), conv_on_gpus.WINDOW, (3, 3, 2, 2, 1, 1), (2, 3, 1, 2, 0, 1)):
         leaves = [t.clone().requires_grad_() for t in (x, w, b)]
         y = torch.relu(F.conv2d(*leaves, padding=1))
         y = F.max_pool2d(y, window[:2], window[2:4], window[4:]) if window else y
         upstream = random(*y.shape, seed=9).mul(2).round()
         want = torch.autograd.grad(y, leaves, upstream)
         given = [t.float() for t in (x, w, b)]
-        made = _conv_on_gpus.kernel(True, bool(window))(*given, *options, *window)
+        made = conv_on_gpus.kernel(True, bool(window))(*given, *options, *window)
         out, locations = made if window else (made, None)
         assert torch.equal(out.double(), y)
         assert out.is_contiguous(memory_format=FORMATS[layout])
@@ -139,7 +144,7 @@ def test_gradients_behind_relu_and_pooling(in_place_of_a_gpu, layout):
         for mine, theirs in zip(ours, want, strict=True):
             assert torch.equal(mine.double(), theirs)
         if window:
-            behind, places = _conv_on_gpus.pass_behind_torch(True)(*given, *options, *window)
+            behind, places = conv_on_gpus.pass_behind_torch(True)(*given, *options, *window)
             assert torch.equal(behind, out)
             assert torch.equal(places, locations)
 
@@ -178,7 +183,7 @@ def test_storage_that_is_not_aligned(in_place_of_a_gpu, ops, groups, dtype):
         lambda x, w, g: (x[:, :, ::2], w, g[:, :, ::2]),
     ):
         a, b, c = make(x, w, g)
-        y, want = (_conv_on_gpus.kernel(False)(*t, None, *options) for t in ((a, b), (a.clone(), b)))
+        y, want = (conv_on_gpus.kernel(False)(*t, None, *options) for t in ((a, b), (a.clone(), b)))
         torch.testing.assert_close(y, want)
         args = (None, None, options, (), (True, True, True))
         for ours, theirs in zip(
@@ -192,7 +197,7 @@ def test_storage_that_is_not_aligned(in_place_of_a_gpu, ops, groups, dtype):
 @pytest.fixture
 def in_place_of_hopper(in_place_of_a_gpu, ops, monkeypatch):
     monkeypatch.setattr(attention, "_ops", ops)
-    monkeypatch.setattr(_gpu, "is_hopper", lambda device: True)
+    monkeypatch.setattr(gpu, "is_hopper", lambda device: True)
 
 
 @pytest.mark.parametrize("layout", FORMATS)
@@ -200,11 +205,11 @@ def in_place_of_hopper(in_place_of_a_gpu, ops, monkeypatch):
 def test_conv_by_warpgroups(in_place_of_hopper, dtype, layout):
     x, w, b = (t.to(dtype) for t in (random(2, 16, 9, 8, seed=1, layout=FORMATS[layout]), *weights(24, 16)))
     options, upstream = (1, 1, 1, 1, 1, 1, 1), random(2, 24, 9, 8, seed=4, layout=FORMATS[layout]).to(dtype)
-    kernels = [_conv_on_gpus.kernel(True, tile=tile)(x, w, b, *options) for tile in ("warpgroups", "64 x 64")]
+    kernels = [conv_on_gpus.kernel(True, tile=tile)(x, w, b, *options) for tile in ("warpgroups", "64 x 64")]
     torch.testing.assert_close(*kernels)
     assert kernels[0].stride() == kernels[1].stride()
     args = (upstream, x, w, None, None, options, (), (True, True, True))
-    candidates = _conv_on_gpus.backward_candidates(lambda *args: args)
+    candidates = conv_on_gpus.backward_candidates(lambda *args: args)
     for ours, others in zip(candidates["warpgroups"](*args), candidates["64 x 64"](*args), strict=True):
         torch.testing.assert_close(ours, others)
 
@@ -234,7 +239,7 @@ def test_by_warpgroups_attention(in_place_of_hopper, dtype, causal):
     ]
     for q, k, v in calls:
         y, statistics = attention._by_warpgroups(q, k, v, None, causal, None)
-        like, sums = attention._fake(q, k, v, None, causal, None)
+        like, sums = attention.fake(q, k, v, None, causal, None)
         assert (y.stride(), statistics.shape, statistics.dtype) == (like.stride(), sums.shape, sums.dtype)
         stock, exact = (
             F.scaled_dot_product_attention(
@@ -253,7 +258,7 @@ def test_by_warpgroups_attention(in_place_of_hopper, dtype, causal):
 
         ours = attention._by_warpgroups_backward(upstream, q, k, v, None, y, statistics, causal, None)
         for a, b, c, t in zip(ours, gradients(dtype), gradients(torch.float64), (q, k, v), strict=True):
-            assert a.stride() == attention._in_order(t, t.shape).stride()
+            assert a.stride() == attention.in_order(t, t.shape).stride()
             assert_as_good(a, b, c, roundings=8)
 
 
@@ -280,8 +285,8 @@ def test_what_the_warpgroups_do_not_take(in_place_of_hopper, ops):
 
     options = (1, 1, 1, 1, 1, 1, 1)
     x, w = torch.zeros(1, 16, 6, 6, dtype=torch.bfloat16), torch.zeros(12, 16, 3, 3, dtype=torch.bfloat16)
-    (forward,) = _conv_on_gpus.COVERS.values()
-    (of_gradients,) = _declare.OPS["conv2d_backward"].covers.values()
+    (forward,) = conv_on_gpus.COVERS.values()
+    (of_gradients,) = OPS["conv2d_backward"].covers.values()
     assert forward(x, w, None, *options)
     assert not forward(x.float(), w.float(), None, *options)
     assert not forward(x[:, :12], w[:, :12], None, *options)
@@ -322,7 +327,7 @@ def test_refused(in_place_of_a_gpu, ops):
         ((x[:, :3], w, None), "channels"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            _conv_on_gpus.kernel(False)(*args, *options)
+            conv_on_gpus.kernel(False)(*args, *options)
     with pytest.raises(RuntimeError, match="gradient of the output's shape"):
         backward(torch.zeros(1, 8, 5, 5), x, w, None, None, options, (), (True, True, True))
 
@@ -362,8 +367,8 @@ def test_pool(ops, dtype, layout):
         assert_as_good(ours, native, native.double())
     for name, options, rest in (
         ("max_pool2d_with_indices", window, window),
-        ("adaptive_max_pool2d", (4, 3), _pool_max.ADAPTIVE),
-        ("adaptive_max_pool2d", (3, 5), _pool_max.ADAPTIVE),
+        ("adaptive_max_pool2d", (4, 3), pool_max.ADAPTIVE),
+        ("adaptive_max_pool2d", (3, 5), pool_max.ADAPTIVE),
     ):
         y, indices = getattr(ops, name)(x, *options)
         g = random(*y.shape, seed=3, layout=FORMATS[layout]).to(dtype)

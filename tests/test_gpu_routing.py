@@ -10,19 +10,22 @@ from conftest import look_ups
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastnn.ops import _choice, _declare, _gpu, _linear_routes, attention, conv, linear, pool
+from fastnn.ops import attention, conv, linear, pool
+from fastnn.ops.core import choices, gpu, on_gpus, watch
+from fastnn.ops.core.op import OPS
+from fastnn.ops.linear import routes as linear_routes
 
 
 @pytest.fixture
 def fake_gpu(monkeypatch, tmp_path):
     """Tensors on a GPU of compute capability 9.0 that there need not be."""
-    monkeypatch.setattr(_gpu, "architectures", lambda: "80-real 90a-real")
-    monkeypatch.setattr(_gpu, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
-    monkeypatch.setattr(_choice, "gpu", lambda index: {"key": "a GPU", "capability": (9, 0)})
+    monkeypatch.setattr(gpu, "architectures", lambda: "80-real 90a-real")
+    monkeypatch.setattr(gpu, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(gpu, "_has_triton", lambda: True)
+    monkeypatch.setattr(choices, "gpu", lambda index: {"key": "a GPU", "capability": (9, 0)})
     # The choices of whoever runs the tests are not to count.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    caches = _choice._tables, _gpu._unusable
+    caches = choices._tables, gpu._unusable
     for cached in caches:
         cached.cache_clear()
     with FakeTensorMode():
@@ -38,22 +41,22 @@ def test_call_goes_to_the_cuda_kernel(fake_gpu, native):
 
 
 def test_kernel_that_is_not_measured_stays_with_torch(fake_gpu, native, monkeypatch):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
     assert native == [("max_pool2d", "not measured on this GPU: fastnn.tune measures")]
     native.clear()
-    monkeypatch.setattr(_choice, "SHIPPED", {(9, 0): {"max_pool2d": {"*": "kernel"}}})
-    _choice._tables.cache_clear()
+    monkeypatch.setattr(choices, "SHIPPED", {(9, 0): {"max_pool2d": {"*": "kernel"}}})
+    choices._tables.cache_clear()
     pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
     assert native == [("max_pool2d", None)]
 
 
 def test_old_gpu_and_build_without_cuda(fake_gpu, native, monkeypatch):
-    monkeypatch.setattr(_gpu, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(gpu, "_capability", lambda index: (7, 5))
     with pytest.warns(UserWarning, match=r"compute capability 8\.0, this GPU has 7\.5"):
         pool.avg_pool2d(fake_gpu(2, 3, 8, 8), 2)
-    _gpu._unusable.cache_clear()
-    monkeypatch.setattr(_gpu, "architectures", lambda: "")
+    gpu._unusable.cache_clear()
+    monkeypatch.setattr(gpu, "architectures", lambda: "")
     with pytest.warns(UserWarning, match="holds no CUDA kernels"):
         pool.avg_pool2d(fake_gpu(2, 3, 8, 8), 2)
     # Once is enough.
@@ -78,11 +81,11 @@ def test_image_that_is_too_large(fake_gpu, native):
 
 def test_triton(fake_gpu, native, monkeypatch):
     x, w = fake_gpu(2, 3), fake_gpu(4, 3)
-    monkeypatch.setattr(_gpu, "_has_triton", lambda: False)
+    monkeypatch.setattr(gpu, "_has_triton", lambda: False)
     with pytest.warns(UserWarning, match="Triton is not installed"):
         linear.linear(x, w)
-    _gpu._unusable.cache_clear()
-    monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
+    gpu._unusable.cache_clear()
+    monkeypatch.setattr(gpu, "_has_triton", lambda: True)
     assert linear.linear_relu(x, w).shape == (2, 4)
     linear.linear_relu(x.double(), w.double())
     # The reason is fastnn's, the error torch's.
@@ -121,7 +124,7 @@ class InPlaceOfKernels(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         space, name = function._schema.name.split("::")
         if space == "fastnn":
-            self.ran.append((name, _declare.candidate(_declare.OPS[name], args)))
+            self.ran.append((name, on_gpus.candidate_of(OPS[name], args)))
         return function(*args, **(kwargs or {}))
 
 
@@ -158,22 +161,22 @@ def test_chosen_kernel_takes_only_what_it_covers(fake_gpu, monkeypatch):
     attended = [
         (t, t, t, mask, False, None) for t in (q, halves[0]) for mask in (None, fake_gpu(1, 1, 64, 64))
     ]
-    op = _declare.OPS["attention"]
-    assert [_declare.candidate(op, args) for args in attended] == [
+    op = OPS["attention"]
+    assert [on_gpus.candidate_of(op, args) for args in attended] == [
         "kernel",
         "kernel",
         "warpgroups",
         "kernel",
     ]
-    op = _declare.OPS["linear"]
-    assert [_declare.candidate(op, (t, t, None)) for t in (x, halves[1])] == ["kernel", "persistent"]
-    monkeypatch.setattr(_gpu, "_capability", lambda index: (8, 0))
-    assert _declare.candidate(op, (halves[1], halves[1], None)) == "kernel"
+    op = OPS["linear"]
+    assert [on_gpus.candidate_of(op, (t, t, None)) for t in (x, halves[1])] == ["kernel", "persistent"]
+    monkeypatch.setattr(gpu, "_capability", lambda index: (8, 0))
+    assert on_gpus.candidate_of(op, (halves[1], halves[1], None)) == "kernel"
 
 
 def test_what_is_slower_on_the_cpu_is_not_asked_about_a_gpu(fake_gpu, monkeypatch):
     look_ups(monkeypatch, {"linear": "kernel", "conv2d": "kernel"})
-    monkeypatch.setattr(_linear_routes, "_MKL_AT_ITS_BEST", True)
+    monkeypatch.setattr(linear_routes, "_MKL_AT_ITS_BEST", True)
     with InPlaceOfKernels() as kernels_run:
         linear.linear(fake_gpu(300, 70), fake_gpu(50, 70))
         conv.conv2d(fake_gpu(8, 256, 56, 56), fake_gpu(256, 256, 3, 3))
@@ -212,9 +215,9 @@ def test_conv(fake_gpu, native):
 
 
 def test_registered_where_there_are_kernels():
-    for name, op in _declare.OPS.items():
+    for name, op in OPS.items():
         has = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnn::{name}", "CUDA")
-        assert has == (op.on_gpus == "triton" or (op.on_gpus == "cuda" and bool(_gpu.architectures())))
+        assert has == (op.on_gpus == "triton" or (op.on_gpus == "cuda" and bool(gpu.architectures())))
 
 
 def test_autocast_on_a_gpu(fake_gpu, native):
@@ -234,17 +237,17 @@ def test_autocast_on_a_gpu(fake_gpu, native):
 
 
 def test_tracer_takes_the_answers_as_constants(monkeypatch):
-    monkeypatch.setattr(_gpu, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(_gpu, "_has_triton", lambda: True)
-    monkeypatch.setattr(_choice, "_tables", lambda index: ({}, {"linear": {"*": "kernel"}}))
+    monkeypatch.setattr(gpu, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(gpu, "_has_triton", lambda: True)
+    monkeypatch.setattr(choices, "_tables", lambda index: ({}, {"linear": {"*": "kernel"}}))
 
     @torch.compile(fullgraph=True, backend="eager")
     def f(x):
-        usable = _gpu._unusable("triton", 0) is None
+        usable = gpu._unusable("triton", 0) is None
         if (
             usable
-            and _choice._chosen_for("linear", 0, "*") == "kernel"
-            and _choice._chosen_for("conv2d", 0, "*") is None
+            and choices._chosen_for("linear", 0, "*") == "kernel"
+            and choices._chosen_for("conv2d", 0, "*") is None
         ):
             return x + 1
         return x
@@ -256,7 +259,7 @@ def test_tracer_takes_the_answers_as_constants(monkeypatch):
 def test_tracer_asks_for_the_class_of_fixed_sizes(monkeypatch, dynamic):
     """Where sizes are symbols, what holds for the whole op counts, and another batch is not traced again."""
     tables = {"linear": {"float32 64x32 16x32 None": "class"}}, {"linear": {"*": "all"}}
-    monkeypatch.setattr(_choice, "_tables", lambda index: tables)
+    monkeypatch.setattr(choices, "_tables", lambda index: tables)
     traced, device = [], torch.device("cuda", 0)
 
     def backend(graph, inputs):
@@ -265,7 +268,7 @@ def test_tracer_asks_for_the_class_of_fixed_sizes(monkeypatch, dynamic):
 
     @torch.compile(fullgraph=True, backend=backend, dynamic=dynamic)
     def f(x, w):
-        return x.sum() * 0 + {"class": 1, "all": 2}[_choice.chosen("linear", (x, w, None), device)]
+        return x.sum() * 0 + {"class": 1, "all": 2}[choices.chosen("linear", (x, w, None), device)]
 
     w = torch.zeros(16, 32)
     assert f(torch.zeros(40, 32), w) == (2 if dynamic else 1)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import DTYPES, assert_as_good
 
 import fastnn.nn.functional as fast
-from fastnn.ops import _declare
+from fastnn.ops.core import watch
 
 
 def tensors(shape, dtype=torch.float32, parameters=True):
@@ -166,7 +166,7 @@ def test_what_is_torchs(native):
 
 
 def test_where_torch_is_faster(monkeypatch, native):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     for count, dtype, gradients in (
         (10, torch.float32, False),
         (200, torch.float32, False),

@@ -124,9 +124,9 @@ def test_level_above_the_machine_is_refused():
 
 def test_disabled_goes_to_torch():
     code = (
-        "import torch, fastnn.nn.functional as F; from fastnn.ops import _declare\n"
+        "import torch, fastnn.nn.functional as F; from fastnn.ops.core import watch\n"
         "seen = []\n"
-        "with _declare.watching(lambda op, args, reason: seen.append(reason)):\n"
+        "with watch.watching(lambda op, args, plan: seen.append(plan.reason)):\n"
         "    F.linear(torch.ones(2, 3), torch.ones(4, 3)); print(seen)"
     )
     assert run(code, FASTNN_DISABLE="1").stdout.strip() == "['FASTNN_DISABLE is set']"

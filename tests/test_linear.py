@@ -9,8 +9,9 @@ from conftest import DTYPES, assert_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastnn.ops import _declare, _linear_routes
+from fastnn.ops.core import watch
 from fastnn.ops.linear import linear, linear_gelu, linear_relu
+from fastnn.ops.linear import routes as linear_routes
 
 STOCK = {linear: F.linear, linear_relu: lambda x, w, b=None: torch.relu(F.linear(x, w, b))}
 BOTH = pytest.mark.parametrize("op", STOCK, ids=lambda op: op.__name__)
@@ -41,7 +42,7 @@ def inputs(m, n, k, dtype=torch.float32, seed=0):
 def native():
     """The reasons why calls went to torch; None for each that a kernel took."""
     seen = []
-    with _declare.watching(lambda op, args, reason: seen.append(reason)):
+    with watch.watching(lambda op, args, plan: seen.append(plan.reason)):
         yield seen
 
 
@@ -294,10 +295,10 @@ def test_the_op_itself_refuses_too():
 
 
 def test_where_torch_is_faster_it_runs(monkeypatch, native):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
     few, many = inputs(80, 50, 7), inputs(300, 50, 7)
     for mkl in (True, False):
-        monkeypatch.setattr(_linear_routes, "_MKL_AT_ITS_BEST", mkl)
+        monkeypatch.setattr(linear_routes, "_MKL_AT_ITS_BEST", mkl)
         for tensors in (few, many, [t.bfloat16() for t in many]):
             linear(*tensors)
     assert [reason is None for reason in native] == [True, False, True, True, True, True]
@@ -305,8 +306,8 @@ def test_where_torch_is_faster_it_runs(monkeypatch, native):
 
 
 def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
-    monkeypatch.setattr(_linear_routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
+    monkeypatch.setattr(linear_routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
     few, many = inputs(80, 300, 300, torch.bfloat16), inputs(300, 300, 300, torch.bfloat16)
     wide = inputs(400, 300, 1100, torch.bfloat16)
     for op, tensors in ((linear, few), (linear, many), (linear_relu, many), (linear_relu, wide)):
@@ -317,9 +318,9 @@ def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
 
 
 def test_where_gelu_is_torchs(monkeypatch, native):
-    monkeypatch.setattr(_declare, "prefer_kernels", False)
-    monkeypatch.setattr(_linear_routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
-    monkeypatch.setattr(_linear_routes, "_MKL_AT_ITS_BEST", True)
+    monkeypatch.setattr(watch, "prefer_kernels", False)
+    monkeypatch.setattr(linear_routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    monkeypatch.setattr(linear_routes, "_MKL_AT_ITS_BEST", True)
     for shape in ((300, 300, 600), (300, 300, 300), (80, 300, 600)):
         linear_gelu(*inputs(*shape, torch.bfloat16))
         linear_gelu(*inputs(*shape))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnn import _library
-from fastnn.ops import _pool_max, pool
+from fastnn.ops import pool
+from fastnn.ops.pool import maximum
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Elements of the largest window here, and windows that hold one element.
@@ -261,7 +262,7 @@ def test_opcheck():
     y, locations = ops.max_pool2d_with_locations(x, *window)
     _, indices = ops.max_pool2d_with_indices(x, *window)
     torch.library.opcheck(ops.max_pool2d_backward.default, (y, locations, 8, 9, *window))
-    torch.library.opcheck(ops.max_pool2d_indices_backward.default, (y, indices, 8, 9, *_pool_max.ADAPTIVE))
+    torch.library.opcheck(ops.max_pool2d_indices_backward.default, (y, indices, 8, 9, *maximum.ADAPTIVE))
     torch.library.opcheck(ops.avg_pool2d_backward.default, (y, 8, 9, *average, False))
     torch.library.opcheck(ops.adaptive_avg_pool2d_backward.default, (y, 8, 9, True))
 

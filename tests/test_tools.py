@@ -250,7 +250,7 @@ def test_jit_trace_of_functions(grad):
     model, x = Own().requires_grad_(grad), torch.randn(2, 24, 14, 14)
     for prefer in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fastnn.ops._declare.prefer_kernels", prefer)
+            patch.setattr("fastnn.ops.core.watch.prefer_kernels", prefer)
             traced = torch.jit.trace(model, x)
         close(traced(x), model(x))
         if grad:

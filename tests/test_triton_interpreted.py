@@ -16,8 +16,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's interpreter wants TRITON_INTERPRET=1 (make test sets it)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastnn.ops import attention as ops
-from fastnn.ops._declare import OPS
+from fastnn.ops.attention import dropout, ops
+from fastnn.ops.core.op import OPS
 from fastnn.triton import attention, linear
 
 # The interpreter's bfloat16 products are wrong.
@@ -310,15 +310,15 @@ def test_attention_with_dropout(dtype, form):
     if form == "boolean":
         mask = mask > -0.5
     seed, p = torch.tensor([(5 << 40) + 3]), 0.3
-    (output, statistics) = ops._triton(q, k, v, mask, causal, None, p, seed)
+    (output, statistics) = ops.triton(q, k, v, mask, causal, None, p, seed)
 
     def results(kind):
         leaves = [t.to(kind).clone().requires_grad_() for t in (q, k, v)]
         fitting = mask.to(kind) if form == "additive" else mask
-        y = ops._with_dropout(*leaves, fitting, seed, causal, None, p)
+        y = dropout._with_dropout(*leaves, fitting, seed, causal, None, p)
         return [y.detach(), *torch.autograd.grad(y, leaves, g.to(kind))]
 
-    got = ops._triton_backward(g, q, k, v, mask, output, statistics, causal, None, p, seed)
+    got = ops.triton_backward(g, q, k, v, mask, output, statistics, causal, None, p, seed)
     for ours, stock, exact in zip((output, *got), results(dtype), results(torch.float64), strict=True):
         assert_as_good(ours, stock, exact, roundings=4)
 
@@ -329,7 +329,7 @@ def test_dropout_drops_its_share():
     v = torch.eye(64).expand(1, 64, 64, 64)
     seen = []
     for seed in (1, 2, 1):
-        y, _ = ops._triton(q, k, v, None, False, None, 0.25, torch.tensor([seed]))
+        y, _ = ops.triton(q, k, v, None, False, None, 0.25, torch.tensor([seed]))
         passed = y[y != 0]
         torch.testing.assert_close(passed, torch.full_like(passed, 1 / 64 / 0.75))
         # Five standard deviations of so many draws.

@@ -17,7 +17,10 @@ import fastnn
 from benchmarks import autotune
 from benchmarks.cases import Case, Input, Workload
 from fastnn import _tune
-from fastnn.ops import _choice, _conv_on_gpus, _declare, attention
+from fastnn.ops.attention import dropout
+from fastnn.ops.conv import on_gpus as conv_on_gpus
+from fastnn.ops.core import choices, on_gpus, watch
+from fastnn.ops.core.op import OPS
 
 KEY = "a GPU, compute capability 9.0"
 
@@ -25,10 +28,10 @@ KEY = "a GPU, compute capability 9.0"
 @pytest.fixture(autouse=True)
 def some_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_choice, "gpu", lambda index: {"key": KEY, "capability": (9, 0)})
-    _choice._tables.cache_clear()
+    monkeypatch.setattr(choices, "gpu", lambda index: {"key": KEY, "capability": (9, 0)})
+    choices._tables.cache_clear()
     yield torch.device("cuda", 0)
-    _choice._tables.cache_clear()
+    choices._tables.cache_clear()
 
 
 def call(*shape, dtype=torch.float32, options=(3, 1)):
@@ -39,44 +42,44 @@ def test_class_of_a_call():
     last = torch.empty(7, 5, 30, 33, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     weight = torch.empty(64, 5, 3, 3, dtype=torch.bfloat16)
     assert (
-        _choice.call_class((last, weight, None, 1, True, 0.5))
+        choices.call_class((last, weight, None, 1, True, 0.5))
         == "bfloat16 channels_last 8x8x32x64 64x8x4x4 None 1 1"
     )
-    assert _choice.call_class((torch.empty(()),)) == "float32 scalar"
+    assert choices.call_class((torch.empty(()),)) == "float32 scalar"
     # The same class, and others: of sizes, dtypes, layouts, options.
-    one = _choice.call_class(call(5, 100))
-    assert one == _choice.call_class(call(8, 128))
+    one = choices.call_class(call(5, 100))
+    assert one == choices.call_class(call(8, 128))
     others = (call(9, 100), call(5, 100, dtype=torch.float16), call(5, 100, options=(3, 2)), call(5, 100, 1))
-    assert one not in {_choice.call_class(other) for other in others}
+    assert one not in {choices.call_class(other) for other in others}
 
 
 def test_choices(some_gpu, monkeypatch):
-    of = _choice.call_class(call(8, 128))
+    of = choices.call_class(call(8, 128))
     shipped = {(9, 0): {"a": {of: "torch", "*": "kernel"}, "b": {"*": "kernel"}}}
-    monkeypatch.setattr(_choice, "SHIPPED", shipped)
-    assert _choice.chosen("a", call(8, 128), some_gpu) == "torch"
-    assert _choice.chosen("a", call(9, 128), some_gpu) == "kernel"
-    assert _choice.chosen("c", call(9, 128), some_gpu) is None
+    monkeypatch.setattr(choices, "SHIPPED", shipped)
+    assert choices.chosen("a", call(8, 128), some_gpu) == "torch"
+    assert choices.chosen("a", call(9, 128), some_gpu) == "kernel"
+    assert choices.chosen("c", call(9, 128), some_gpu) is None
     # What was measured here counts first.
-    _choice.store(0, {"a": {of: "other"}})
-    assert _choice.chosen("a", call(7, 127), some_gpu) == "other"
-    assert _choice.chosen("a", call(9, 128), some_gpu) == "kernel"
-    _choice.store(0, {"b": {of: "torch"}})
-    assert _choice.chosen("a", call(8, 128), some_gpu) == "other"
-    assert json.loads(_choice.path().read_text())["gpus"][KEY]["choices"] == {
+    choices.store(0, {"a": {of: "other"}})
+    assert choices.chosen("a", call(7, 127), some_gpu) == "other"
+    assert choices.chosen("a", call(9, 128), some_gpu) == "kernel"
+    choices.store(0, {"b": {of: "torch"}})
+    assert choices.chosen("a", call(8, 128), some_gpu) == "other"
+    assert json.loads(choices.path().read_text())["gpus"][KEY]["choices"] == {
         "a": {of: "other"},
         "b": {of: "torch"},
     }
 
 
 def test_choices_of_another_version(some_gpu, monkeypatch):
-    of = _choice.call_class(call(8, 128))
-    _choice.store(0, {"a": {of: "kernel"}})
+    of = choices.call_class(call(8, 128))
+    choices.store(0, {"a": {of: "kernel"}})
     monkeypatch.setattr(fastnn, "__version__", "99")
-    _choice._tables.cache_clear()
-    assert _choice.chosen("a", call(8, 128), some_gpu) is None
-    _choice.store(0, {"b": {of: "kernel"}})
-    assert set(json.loads(_choice.path().read_text())["gpus"][KEY]["choices"]) == {"b"}
+    choices._tables.cache_clear()
+    assert choices.chosen("a", call(8, 128), some_gpu) is None
+    choices.store(0, {"b": {of: "kernel"}})
+    assert set(json.loads(choices.path().read_text())["gpus"][KEY]["choices"]) == {"b"}
 
 
 @pytest.mark.parametrize(
@@ -95,46 +98,46 @@ def test_choices_of_another_version(some_gpu, monkeypatch):
     ids=lambda text: str(text[:40]),
 )
 def test_file_that_is_none(some_gpu, text):
-    _choice.path().parent.mkdir(parents=True)
-    _choice.path().write_bytes(text if isinstance(text, bytes) else text.encode())
+    choices.path().parent.mkdir(parents=True)
+    choices.path().write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.warns(UserWarning, match=r"takes no notice of .*gpu\.json"):
-        assert _choice.chosen("a", call(8), some_gpu) is None
+        assert choices.chosen("a", call(8), some_gpu) is None
     # Said once, and mended by the next choice.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _choice.chosen("a", call(8), some_gpu) is None
+        assert choices.chosen("a", call(8), some_gpu) is None
     with pytest.warns(UserWarning, match="takes no notice"):
-        _choice.store(0, {"a": {_choice.call_class(call(8)): "kernel"}})
-    assert _choice.chosen("a", call(8), some_gpu) == "kernel"
+        choices.store(0, {"a": {choices.call_class(call(8)): "kernel"}})
+    assert choices.chosen("a", call(8), some_gpu) == "kernel"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_folder_that_cannot_be_written(tmp_path):
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(OSError, match="fastnn"):
-        _choice.store(0, {"a": {"b": "kernel"}})
+        choices.store(0, {"a": {"b": "kernel"}})
 
 
 def test_a_lock_that_leads_elsewhere(tmp_path, some_gpu):
     """A link in the lock's place neither empties nor makes the file that it names."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text("kept")
-    _choice.path().parent.mkdir(parents=True)
+    choices.path().parent.mkdir(parents=True)
     for target in (elsewhere, tmp_path / "nowhere"):
-        link = _choice.path().with_suffix(".lock")
+        link = choices.path().with_suffix(".lock")
         link.unlink(missing_ok=True)
         link.symlink_to(target)
         with pytest.raises(OSError, match=r"gpu\.lock"):
-            _choice.store(0, {"a": {"b": "kernel"}})
+            choices.store(0, {"a": {"b": "kernel"}})
     assert elsewhere.read_text() == "kept"
     assert not (tmp_path / "nowhere").exists()
 
 
 def store_some(folder, number):
     os.environ["XDG_CACHE_HOME"] = str(folder)
-    _choice.gpu = lambda index: {"key": KEY, "capability": (9, 0)}
+    choices.gpu = lambda index: {"key": KEY, "capability": (9, 0)}
     for i in range(5):
-        _choice.store(0, {f"op{number}": {f"class{i}": "kernel"}})
+        choices.store(0, {f"op{number}": {f"class{i}": "kernel"}})
 
 
 def test_two_processes_store_at_once(tmp_path):
@@ -144,9 +147,9 @@ def test_two_processes_store_at_once(tmp_path):
         process.start()
     for process in processes:
         process.join()
-    found = json.loads(_choice.path().read_text())["gpus"][KEY]["choices"]
+    found = json.loads(choices.path().read_text())["gpus"][KEY]["choices"]
     assert {op: len(of) for op, of in found.items()} == {"op0": 5, "op1": 5}
-    assert {p.name for p in _choice.path().parent.iterdir()} == {"gpu.json", "gpu.lock"}
+    assert {p.name for p in choices.path().parent.iterdir()} == {"gpu.json", "gpu.lock"}
 
 
 def call_candidate(op, name, args):
@@ -159,11 +162,11 @@ def clock(monkeypatch):
     if not LIBRARY.exists():
         pytest.skip(f"no {LIBRARY}: run `make build-tests`")
     torch.ops.load_library(str(LIBRARY))
-    monkeypatch.setattr(_conv_on_gpus, "_ops", torch.ops.fastnn_on_host)
+    monkeypatch.setattr(conv_on_gpus, "_ops", torch.ops.fastnn_on_host)
     monkeypatch.setattr(_tune, "_is_on_gpu", lambda t: isinstance(t, torch.Tensor))
     monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
     # The dispatcher would go to the CPU's kernels.
-    monkeypatch.setattr(_declare, "call_candidate", call_candidate)
+    monkeypatch.setattr(on_gpus, "call_candidate", call_candidate)
     times = {}
 
     def seconds(call):
@@ -202,19 +205,19 @@ def test_tune(clock, some_gpu):
     assert set(rows["linear"].seconds) == {"torch"}
     assert set(rows["linear"].dropped) == {"kernel", "plain"}
     assert "  dropped kernel: " in str(found)
-    assert str(_choice.path()) in str(found)
+    assert str(choices.path()) in str(found)
     assert "conv2d_relu (float32 " in str(found)
     assert all(p.grad is None for p in net.parameters())
     args = (x, net[0].weight, net[0].bias, 1, 1, 0, 0, 1, 1, 1)
-    assert _choice.chosen("conv2d_relu", args, some_gpu) == "128 x 128"
-    op = _declare.OPS["conv2d_relu"]
-    assert _declare.candidate(op, args) in op.candidates
-    assert not _declare._watched
+    assert choices.chosen("conv2d_relu", args, some_gpu) == "128 x 128"
+    op = OPS["conv2d_relu"]
+    assert on_gpus.candidate_of(op, args) in op.candidates
+    assert not watch.watched
 
 
 def test_candidate_that_is_wrong_is_none(clock, monkeypatch):
     clock["kernel"], clock["64 x 64"] = 0.1, 0.2
-    op = _declare.OPS["conv2d_relu"]
+    op = OPS["conv2d_relu"]
     right = op.candidates["kernel"]
     monkeypatch.setitem(op.candidates, "kernel", lambda *args: right(*args) + 0.5)
     with torch.no_grad():
@@ -227,7 +230,7 @@ def test_candidate_that_is_wrong_is_none(clock, monkeypatch):
 
 def test_candidate_that_raises_is_none(clock, monkeypatch):
     """It is not what the backward pass is found by either, though it be the first."""
-    op = _declare.OPS["conv2d_relu"]
+    op = OPS["conv2d_relu"]
 
     def failing(*args):
         raise RuntimeError("out of resource: shared memory\nand more")
@@ -236,19 +239,19 @@ def test_candidate_that_raises_is_none(clock, monkeypatch):
     rows = {r.op: r for r in fastnn.tune(model(), torch.randn(2, 8, 8, 8))}
     assert rows["conv2d_relu"].dropped == {"kernel": "RuntimeError: out of resource: shared memory"}
     assert "conv2d_relu_backward" in rows
-    assert not _choice.measured
+    assert not choices.measured
 
 
 def test_candidate_that_does_not_cover_a_call_has_no_part(clock, monkeypatch):
-    op = _declare.OPS["conv2d_relu"]
+    op = OPS["conv2d_relu"]
     monkeypatch.setitem(op.covers, "64 x 64", lambda input, *rest: input.shape[0] > 2)
     with torch.no_grad():
         ((row, *_), (large, *_)) = (fastnn.tune(model(), torch.randn(n, 8, 8, 8)) for n in (2, 3))
     assert "64 x 64" not in row.seconds.keys() | row.dropped.keys()
     assert "64 x 64" in large.seconds
     # Nor where it was chosen for the class.
-    monkeypatch.setattr(_choice, "chosen", lambda *args: "64 x 64")
-    assert [_declare.candidate(op, call(n, 8, 8, 8)) for n in (2, 3)] == ["kernel", "64 x 64"]
+    monkeypatch.setattr(choices, "chosen", lambda *args: "64 x 64")
+    assert [on_gpus.candidate_of(op, call(n, 8, 8, 8)) for n in (2, 3)] == ["kernel", "64 x 64"]
 
 
 @pytest.mark.parametrize(
@@ -261,34 +264,34 @@ def test_candidate_that_does_not_cover_a_call_has_no_part(clock, monkeypatch):
     ],
 )
 def test_ties_are_torchs(seconds, choice, kernel):
-    assert _choice.fastest(seconds) == choice
-    assert _choice.fastest_kernel(seconds) == kernel
+    assert choices.fastest(seconds) == choice
+    assert choices.fastest_kernel(seconds) == kernel
 
 
 def test_shipped_choices_are_of_candidates_that_there_are():
-    for ops in _choice.SHIPPED.values():
+    for ops in choices.SHIPPED.values():
         for op, classes in ops.items():
-            assert set(classes.values()) <= {"torch", *_declare.OPS[op].candidates}
+            assert set(classes.values()) <= {"torch", *OPS[op].candidates}
 
 
 @pytest.mark.parametrize("text", ["[]", '{"9": {}}', '{"9.0": []}', '{"9.0": {"op": {"of": 1}}}', "{"])
 def test_shipped_file_that_is_none(text):
     with pytest.raises(ValueError):
-        _choice.read_shipped(text)
+        choices.read_shipped(text)
 
 
 def test_what_a_process_measured_comes_first(some_gpu, monkeypatch):
-    of = _choice.call_class(call(8, 128))
-    monkeypatch.setattr(_choice, "SHIPPED", _choice.read_shipped(f'{{"9.0": {{"a": {{"{of}": "torch"}}}}}}'))
-    assert _choice.chosen("a", call(8, 128), some_gpu) == "torch"
-    monkeypatch.setitem(_choice.measured, ("a", of), "kernel")
-    assert _choice.chosen("a", call(8, 128), some_gpu) == "kernel"
-    assert _choice.chosen("a", call(9, 128), some_gpu) is None
+    of = choices.call_class(call(8, 128))
+    monkeypatch.setattr(choices, "SHIPPED", choices.read_shipped(f'{{"9.0": {{"a": {{"{of}": "torch"}}}}}}'))
+    assert choices.chosen("a", call(8, 128), some_gpu) == "torch"
+    monkeypatch.setitem(choices.measured, ("a", of), "kernel")
+    assert choices.chosen("a", call(8, 128), some_gpu) == "kernel"
+    assert choices.chosen("a", call(9, 128), some_gpu) is None
 
 
 def test_any_gradient_that_is_wrong_counts(clock, monkeypatch):
     clock["kernel"], clock["64 x 64"] = 0.1, 0.2
-    op = _declare.OPS["conv2d_relu_backward"]
+    op = OPS["conv2d_relu_backward"]
     right = op.candidates["kernel"]
     for wrong in range(3):
         monkeypatch.setitem(
@@ -303,16 +306,16 @@ def test_any_gradient_that_is_wrong_counts(clock, monkeypatch):
 def test_dropout_is_compared_with_the_weights_that_it_drops(clock, monkeypatch):
     """torch's own op drops others, which is no mistake of the kernel's."""
     clock["kernel"] = 0.1
-    op = _declare.OPS["attention_dropout"]
+    op = OPS["attention_dropout"]
     q = torch.randn(1, 2, 32, 16)
     args = (q, q, q, None, torch.tensor([5]), False, None, 0.5)
-    monkeypatch.setitem(op.candidates, "kernel", lambda *args: (attention._with_dropout(*args), None))
+    monkeypatch.setitem(op.candidates, "kernel", lambda *args: (dropout._with_dropout(*args), None))
     assert _tune._measure(op, args, lambda name: None) == ({"torch": 1.0, "kernel": 0.1}, {})
 
 
 def test_candidates_of_a_case(clock, monkeypatch):
     """What the benchmark suite's process says of a case: the candidate before each of its calls, then each class."""
-    monkeypatch.setattr(_choice, "measured", {})
+    monkeypatch.setattr(choices, "measured", {})
     load = Workload("conv", "conv2d_relu", "a test", (Input((2, 3, 9, 9)), Input((4, 3, 3, 3), "weight")))
     clock["64 x 64"] = 0.5
     clock["torch, then one pass"] = 0.1
@@ -330,7 +333,7 @@ def test_candidates_of_a_case(clock, monkeypatch):
     assert ("conv2d_relu", row.calls, "128 x 128") in tried
     assert ("conv2d_relu", row.calls, "kernel") not in tried
     # The row of the case is of a kernel alone.
-    assert _choice.measured == {(r.op, r.calls): "64 x 64" for r in rows.values()}
+    assert choices.measured == {(r.op, r.calls): "64 x 64" for r in rows.values()}
     # Known by now.
     told.clear()
     autotune.measure(Case(load, "fp32", "nchw", "forward"), {}, told.append)
@@ -355,8 +358,8 @@ def test_every_candidate_of_conv_is_right(clock):
     x = torch.randn(2, 8, 9, 8).contiguous(memory_format=torch.channels_last)
     w, b = torch.randn(16, 8, 3, 3), torch.randn(16)
     options = (1, 1, 1, 1, 1, 1, 1)
-    for name, pool in (("conv2d", ()), ("conv2d_relu", ()), ("conv2d_relu_max_pool2d", _conv_on_gpus.WINDOW)):
-        op = _declare.OPS[name]
+    for name, pool in (("conv2d", ()), ("conv2d_relu", ()), ("conv2d_relu_max_pool2d", conv_on_gpus.WINDOW)):
+        op = OPS[name]
         want = op.stock(x, w, b, *options, *pool)
         fake = op.fake(x, w, b, *options, *pool)
         for function in op.candidates.values():

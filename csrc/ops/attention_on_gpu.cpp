@@ -1,4 +1,4 @@
-// Attention on GPUs of compute capability 9.0: one of what fastnn/ops/attention.py chooses among.
+// Attention on GPUs of compute capability 9.0: one of what fastnn/ops/attention/ops.py chooses among.
 #ifdef FASTNN_CUDA
 
 #include "cuda/attention.h"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Module
 
-from fastnn.ops.packed import PackedWeight
+from fastnn.ops.core.packed_weight import PackedWeight
 
 
 class Fusion(NamedTuple):

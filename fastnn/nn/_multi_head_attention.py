@@ -17,8 +17,9 @@ from torch.nn.functional import (
 from torch.nn.functional import multi_head_attention_forward as _torchs
 
 from fastnn.ops.attention import scaled_dot_product_attention
+from fastnn.ops.core.packed_weight import PackedWeight
 from fastnn.ops.linear import linear
-from fastnn.ops.packed import PackedWeight
+from fastnn.ops.linear.packed import linear_with
 
 
 class Call(NamedTuple):
@@ -255,7 +256,7 @@ def _stock(call: Call, batch_first: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> Tensor:
-    return linear(x, weight, bias) if packed is None else packed.linear(x, weight, bias)
+    return linear(x, weight, bias) if packed is None else linear_with(packed, x, weight, bias)
 
 
 def _project(call: Call, packed: PackedWeight | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 from fastnn.nn import _stand_in
 from fastnn.nn._layer import Layer, declare_layer, is_traced, traced
 from fastnn.nn._multi_head_attention import Call, Packed, attend, masks_fit
-from fastnn.ops.packed import PackedWeight
+from fastnn.ops.core.packed_weight import PackedWeight
 
 __all__ = ["MultiheadAttention"]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from fastnn.nn import functional as F
 from fastnn.nn._layer import Fusion, Layer, declare_layer, is_traced, traced
 from fastnn.nn.pool import MaxPool2d
-from fastnn.ops import _conv_routes as routes
-from fastnn.ops import conv as ops
-from fastnn.ops.packed import PackedWeight
+from fastnn.ops.conv import functional as ops
+from fastnn.ops.conv import routes
+from fastnn.ops.core.packed_weight import PackedWeight
 
 __all__ = ["Conv1d", "Conv2d", "ConvReLU2d", "ConvReLUMaxPool2d"]
 

@@ -14,8 +14,8 @@ from fastnn.nn import _stand_in
 from fastnn.nn._multi_head_attention import multi_head_attention_forward
 from fastnn.ops.attention import scaled_dot_product_attention
 from fastnn.ops.conv import conv1d, conv2d, conv2d_relu, conv2d_relu_max_pool2d
-from fastnn.ops.layer_norm import add_layer_norm
 from fastnn.ops.linear import linear, linear_gelu, linear_relu
+from fastnn.ops.norm import add_layer_norm
 from fastnn.ops.pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,

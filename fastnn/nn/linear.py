@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastnn.nn import functional as F
 from fastnn.nn._layer import Fusion, Layer, declare_layer, is_traced, traced
-from fastnn.ops.packed import PackedWeight
+from fastnn.ops.core.packed_weight import PackedWeight
+from fastnn.ops.linear.packed import linear_with
 
 __all__ = ["Linear", "LinearGELU", "LinearReLU"]
 
@@ -18,13 +19,13 @@ _PACKS = {"_packed": lambda layer: (layer.weight, 1)}
 
 def with_relu(layer: Linear, input: Tensor, relu: torch.nn.ReLU | None = None) -> Tensor:
     if layer._packed is not None:
-        return layer._packed.linear(input, layer.weight, layer.bias, "relu")
+        return linear_with(layer._packed, input, layer.weight, layer.bias, "relu")
     return F.linear_relu(input, layer.weight, layer.bias)
 
 
 def with_gelu(layer: Linear, input: Tensor, gelu: torch.nn.GELU | None = None) -> Tensor:
     if layer._packed is not None:
-        return layer._packed.linear(input, layer.weight, layer.bias, "gelu")
+        return linear_with(layer._packed, input, layer.weight, layer.bias, "gelu")
     return F.linear_gelu(input, layer.weight, layer.bias)
 
 
@@ -46,7 +47,7 @@ class Linear(Layer, torch.nn.Linear):
         if type(input) is not Tensor and is_traced(input):
             return traced(self, input)
         if self._packed is not None:
-            return self._packed.linear(input, self.weight, self.bias)
+            return linear_with(self._packed, input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 
 

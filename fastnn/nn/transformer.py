@@ -10,7 +10,7 @@ from fastnn.nn._layer import Layer, declare_layer, is_plain, is_traced, traced
 from fastnn.nn.attention import MultiheadAttention
 from fastnn.nn.container import fusion_at, may_fuse
 from fastnn.nn.linear import Linear, with_gelu, with_relu
-from fastnn.ops.layer_norm import add_layer_norm
+from fastnn.ops.norm import add_layer_norm
 
 __all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
 

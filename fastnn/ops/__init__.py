@@ -1,5 +1,5 @@
-"""The ops of fastnn, one file per family, each op declared once."""
+"""The ops of fastnn: a package per family, each op declared once, and what all of them share in ``core``."""
 
-from fastnn.ops import attention, conv, layer_norm, linear, pool
+from fastnn.ops import attention, conv, linear, norm, pool
 
-__all__ = ["attention", "conv", "layer_norm", "linear", "pool"]
+__all__ = ["attention", "conv", "linear", "norm", "pool"]

@@ -24,7 +24,7 @@ def check_contents(wheel: Path) -> None:
     assert "-py3-none-" in wheel.name, f"{wheel.name} is tied to a Python"
     names = zipfile.ZipFile(wheel).namelist()
     assert [n for n in names if n.endswith(".so")] == ["fastnn/_C.so"], names
-    assert "fastnn/ops/gpu_choices.json" in names, names
+    assert "fastnn/choices/gpu.json" in names, names
     strangers = [n for n in names if not n.startswith("fastnn/") and ".dist-info/" not in n]
     assert not strangers, strangers
     assert not [n for n in names if n.endswith((".cpp", ".h", ".cu"))], names

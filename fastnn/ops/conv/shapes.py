@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastnn.ops._declare import Cost, tensor_bytes
-from fastnn.ops._numbers import MOST_OPTION
+from fastnn.ops.core.numbers import MOST_OPTION
+from fastnn.ops.core.op import Cost, tensor_bytes
 
 # Windows of the fused pooling hold fewer elements than this: one byte tells where the maximum stood.
 NO_LOCATION = 255

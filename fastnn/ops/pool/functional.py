@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from fastnn.ops import _pool_average as average
-from fastnn.ops import _pool_max as maximum
-from fastnn.ops import _pool_shapes as shapes
-from fastnn.ops._numbers import MOST_OPTION, is_flag, is_number
+from fastnn.ops.core.numbers import MOST_OPTION, Numbers, is_flag, is_number
+from fastnn.ops.pool import average, shapes
+from fastnn.ops.pool import maximum as maximum
 
 __all__ = [
     "adaptive_avg_pool1d",
@@ -50,7 +53,36 @@ def _max_pool(input, return_indices, *window):
     return maximum.max_pool2d(input, *window)
 
 
-def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+@overload
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Numbers,
+    stride: Numbers | None = ...,
+    padding: Numbers = ...,
+    dilation: Numbers = ...,
+    ceil_mode: bool = ...,
+    return_indices: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Numbers,
+    stride: Numbers | None = ...,
+    padding: Numbers = ...,
+    dilation: Numbers = ...,
+    ceil_mode: bool = ...,
+    *,
+    return_indices: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Numbers,
+    stride: Numbers | None = None,
+    padding: Numbers = 0,
+    dilation: Numbers = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Take the maximum of each window of an image.
 
     Takes and gives what :func:`torch.nn.functional.max_pool2d` does. For backward, one byte per output element is kept.
@@ -91,7 +123,36 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     return _max_pool(input, return_indices, *window, ceil_mode)
 
 
-def max_pool1d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+@overload
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Numbers,
+    stride: Numbers | None = ...,
+    padding: Numbers = ...,
+    dilation: Numbers = ...,
+    ceil_mode: bool = ...,
+    return_indices: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Numbers,
+    stride: Numbers | None = ...,
+    padding: Numbers = ...,
+    dilation: Numbers = ...,
+    ceil_mode: bool = ...,
+    *,
+    return_indices: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Numbers,
+    stride: Numbers | None = None,
+    padding: Numbers = 0,
+    dilation: Numbers = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Take the maximum of each window of a sequence.
 
     Takes and gives what :func:`torch.nn.functional.max_pool1d` does; parameters as :func:`max_pool2d`'s.
@@ -145,14 +206,14 @@ def _is_pooled_in_rows(input, return_indices):
 
 
 def avg_pool2d(
-    input,
-    kernel_size,
-    stride=None,
-    padding=0,
-    ceil_mode=False,
-    count_include_pad=True,
-    divisor_override=None,
-):
+    input: Tensor,
+    kernel_size: Numbers,
+    stride: Numbers | None = None,
+    padding: Numbers = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
     """Take the average of each window of an image.
 
     Takes and gives what :func:`torch.nn.functional.avg_pool2d` does. Backward keeps nothing.
@@ -191,7 +252,14 @@ def avg_pool2d(
     return op(input, *options) if input.dim() == 4 else _batched(op, input, *options)
 
 
-def avg_pool1d(input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True):
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: Numbers,
+    stride: Numbers | None = None,
+    padding: Numbers = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
     """Take the average of each window of a sequence.
 
     Takes and gives what :func:`torch.nn.functional.avg_pool1d` does; parameters as :func:`avg_pool2d`'s.
@@ -222,7 +290,7 @@ def avg_pool1d(input, kernel_size, stride=None, padding=0, ceil_mode=False, coun
     return _over_sequences(average.avg_pool2d, input, *options)
 
 
-def adaptive_avg_pool2d(input, output_size):
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
     """Average an image over as many windows as the output has elements.
 
     Takes and gives what :func:`torch.nn.functional.adaptive_avg_pool2d` does.
@@ -251,7 +319,7 @@ def adaptive_avg_pool2d(input, output_size):
     return op(input, *size) if input.dim() == 4 else _batched(op, input, *size)
 
 
-def adaptive_avg_pool1d(input, output_size):
+def adaptive_avg_pool1d(input: Tensor, output_size: Numbers) -> Tensor:
     """Average a sequence over as many windows as the output has elements.
 
     Takes and gives what :func:`torch.nn.functional.adaptive_avg_pool1d` does.
@@ -279,7 +347,17 @@ def adaptive_avg_pool1d(input, output_size):
     return _over_sequences(average.adaptive_avg_pool2d, input, *size)
 
 
-def adaptive_max_pool2d(input, output_size, return_indices=False):
+@overload
+def adaptive_max_pool2d(
+    input: Tensor, output_size: int | Sequence[int | None], return_indices: Literal[False] = ...
+) -> Tensor: ...
+@overload
+def adaptive_max_pool2d(
+    input: Tensor, output_size: int | Sequence[int | None], return_indices: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def adaptive_max_pool2d(
+    input: Tensor, output_size: int | Sequence[int | None], return_indices: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Take the maxima of an image over as many windows as the output has elements.
 
     Takes and gives what :func:`torch.nn.functional.adaptive_max_pool2d` does.
@@ -311,7 +389,17 @@ def adaptive_max_pool2d(input, output_size, return_indices=False):
     return (values, indices) if return_indices else values
 
 
-def adaptive_max_pool1d(input, output_size, return_indices=False):
+@overload
+def adaptive_max_pool1d(
+    input: Tensor, output_size: Numbers, return_indices: Literal[False] = ...
+) -> Tensor: ...
+@overload
+def adaptive_max_pool1d(
+    input: Tensor, output_size: Numbers, return_indices: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def adaptive_max_pool1d(
+    input: Tensor, output_size: Numbers, return_indices: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Take the maxima of a sequence over as many windows as the output has elements.
 
     Takes and gives what :func:`torch.nn.functional.adaptive_max_pool1d` does.

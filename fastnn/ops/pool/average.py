@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastnn.ops import _pool_shapes as shapes
-from fastnn.ops._declare import declare
+from fastnn.ops.core.declare import declare
+from fastnn.ops.pool import shapes
 
 # ---- the backward ops: the input's size, the options, and whether the input was in channels_last ----
 

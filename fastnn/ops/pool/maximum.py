@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastnn.ops import _pool_shapes as shapes
-from fastnn.ops._declare import declare
+from fastnn.ops.core.declare import declare
+from fastnn.ops.pool import shapes
 
 # One byte tells a place in windows of up to this many elements.
 MOST_LOCATIONS = 256

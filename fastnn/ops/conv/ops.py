@@ -2,25 +2,24 @@
 
 An op of gradients takes the gradient of the result back to the convolution's output, through what was fused behind it, and
 goes on as the convolution alone: so the three differ in how their arguments are taken apart, and in what they cover.
-`options` are the seven numbers of a convolution, `pool` the six of a pooling, as :mod:`fastnn.ops._conv_shapes` has them.
+`options` are the seven numbers of a convolution, `pool` the six of a pooling, as :mod:`fastnn.ops.conv.shapes` has them.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fastnn.ops import _conv_on_gpus as on_gpus
-from fastnn.ops import _conv_routes as routes
-from fastnn.ops import _conv_shapes as shapes
-from fastnn.ops import _pool_max
-from fastnn.ops._bilinear import masked, second_derivative, tied_to, with_zeros
-from fastnn.ops._declare import Cost, declare, tensor_bytes
+from fastnn.ops.conv import on_gpus, routes, shapes
+from fastnn.ops.core.bilinear import masked, second_derivative, tied_to, with_zeros
+from fastnn.ops.core.declare import declare
+from fastnn.ops.core.op import Cost, tensor_bytes
+from fastnn.ops.pool import maximum
 
 
 def _places(locations, shape, *pool):
     """Where in the convolution's output the maxima stood, and where there is one at all."""
     there = locations != shapes.NO_LOCATION
-    indices = _pool_max.indices_of(locations, *shape[2:], *pool, 1, 1, False)
+    indices = maximum.indices_of(locations, *shape[2:], *pool, 1, 1, False)
     return torch.where(there, indices, 0), there
 
 
@@ -31,7 +30,7 @@ def _to_convolution(grad, input, weight, output, locations, options, pool):
     if locations is not None:
         shape = shapes.output_shape(input, weight, *options)
         indices, there = _places(locations, shape, *pool)
-        return _pool_max.scatter(torch.where(there, grad, 0), indices, *shape[2:])
+        return maximum.scatter(torch.where(there, grad, 0), indices, *shape[2:])
     return grad
 
 
@@ -41,7 +40,7 @@ def _to_result(grad, output, locations, pool):
         return masked(grad, output)
     if locations is not None:
         indices, there = _places(locations, grad.shape, *pool)
-        return torch.where(there, _pool_max.gather(grad, indices), 0)
+        return torch.where(there, maximum.gather(grad, indices), 0)
     return grad
 
 
@@ -225,6 +224,7 @@ conv2d = declare(
     candidates=on_gpus.candidates(relu=False),
     covers=on_gpus.COVERS,
     slower=routes.slower,
+    by_layout=True,
     fake=shapes.fake,
     cost=shapes.cost,
     keep=_keep,
@@ -241,6 +241,7 @@ conv2d_relu = declare(
     candidates=on_gpus.candidates(relu=True),
     covers=on_gpus.COVERS,
     slower=routes.slower_relu,
+    by_layout=True,
     fake=shapes.fake_relu,
     cost=shapes.cost,
     keep=_keep_relu,
@@ -257,6 +258,7 @@ conv2d_relu_max_pool2d = declare(
     candidates=on_gpus.candidates(relu=True, pooled=True),
     covers=on_gpus.COVERS,
     slower=routes.slower_pooled,
+    by_layout=True,
     fake=shapes.fake_pooled,
     cost=shapes.cost_pooled,
     keep=_keep_pooled,

@@ -1,4 +1,4 @@
-"""Layers whose weights were packed beforehand, for inference: what those call that :func:`fastnn.freeze` made.
+"""Weights that were packed beforehand, for inference: what layers hold that :func:`fastnn.freeze` made.
 
 Packed is the order in which the kernels of the running instruction-set level read a weight. A kernel that finds another
 level's order reads the weight itself, which every call has beside it.
@@ -9,12 +9,8 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 
-from fastnn.ops import _conv_shapes as shapes
-from fastnn.ops import _linear_ops as _fully_connected
-from fastnn.ops import linear as _linear
-from fastnn.ops._declare import FLOATS, declare
+from fastnn.ops.core.op import FLOATS
 
 __all__ = ["PackedWeight"]
 
@@ -115,69 +111,16 @@ class PackedWeight:
             and not _any_autocast()
         )
 
-    def data_for(self, input, weight):
-        """The packed weight for a call outside of autograd, None where `weight` has changed or the call is another kind."""
-        if not self._fits(input, weight):
+    def data_for(self, input, weight, worthwhile=True):
+        """The packed weight for a call outside of autograd; None where `weight` has changed or the call is another kind."""
+        if not self._fits(input, weight) or not worthwhile:
             return None
         self.used = True
         return self._data
 
-    def linear(self, input, weight, bias, activation="none"):
-        """:func:`fastnn.ops.linear.linear`, "relu", "gelu" or "none" after it, on `weight` or its packed form."""
-        if not self._fits(input, weight) or input.numel() <= _ROWS_IN_PLACE * weight.shape[1]:
-            return _UNPACKED[activation](input, weight, bias)
-        self.used = True
-        return linear_packed(input, weight, bias, self._data, _NUMBERS[activation])
 
-
-# Rows up to which a weight is read where it lies.
-_ROWS_IN_PLACE = 4
-
-
-def _unfit(packed):
+def unfit(packed):
+    """Why a tensor is no packed weight, or None."""
     return (
         None if packed.dim() == 1 and packed.dtype is torch.uint8 and packed.is_contiguous() else "not packed"
     )
-
-
-# What the library knows activations as.
-_UNPACKED = {"none": _linear.linear, "relu": _linear.linear_relu, "gelu": _linear.linear_gelu}
-_NUMBERS = {name: number for number, name in enumerate(_UNPACKED)}
-_STOCK = (F.linear, _fully_connected.stock_relu, _fully_connected.stock_gelu)
-
-
-linear_packed = declare(
-    "linear_packed",
-    stock=lambda input, weight, bias, packed, activation: _STOCK[activation](input, weight, bias),
-    unsupported=lambda input, weight, bias, packed, activation: (
-        _unfit(packed)
-        or (None if 0 <= activation < len(_STOCK) else "no such activation")
-        or _fully_connected.unsupported(input, weight, bias)
-    ),
-    fake=lambda input, weight, bias, packed, activation: _fully_connected.fake(input, weight, bias),
-    cost=lambda input, weight, bias, packed, activation: _fully_connected.cost(input, weight, bias),
-    own_dtype=("packed",),
-)
-
-
-conv2d_packed = declare(
-    "conv2d_packed",
-    stock=lambda input, weight, bias, packed, *rest: shapes.stock_with_relu(input, weight, bias, *rest),
-    unsupported=lambda input, weight, bias, packed, *rest: (
-        _unfit(packed) or shapes.unsupported(input, weight, bias, *rest[:7])
-    ),
-    fake=lambda input, weight, bias, packed, *rest: shapes.fake_with_relu(input, weight, bias, *rest),
-    cost=lambda input, weight, bias, packed, *rest: shapes.cost(input, weight, bias, *rest[:7]),
-    own_dtype=("packed",),
-)
-
-conv2d_relu_max_pool2d_packed = declare(
-    "conv2d_relu_max_pool2d_packed",
-    stock=lambda input, weight, bias, packed, *rest: shapes.stock_pooled(input, weight, bias, *rest)[0],
-    unsupported=lambda input, weight, bias, packed, *rest: (
-        _unfit(packed) or shapes.unsupported_pooled(input, weight, bias, *rest)
-    ),
-    fake=lambda input, weight, bias, packed, *rest: shapes.fake_pooled(input, weight, bias, *rest)[0],
-    cost=lambda input, weight, bias, packed, *rest: shapes.cost_pooled(input, weight, bias, *rest),
-    own_dtype=("packed",),
-)

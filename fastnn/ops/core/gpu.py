@@ -8,8 +8,6 @@ from functools import cache
 
 import torch
 
-from fastnn.ops import _choice
-
 #: The candidates in CUDA C++ that only GPUs of compute capability 9.0 run.
 WARPGROUPS = "warpgroups"
 #: The least compute capability that the kernels are built for.
@@ -75,10 +73,3 @@ def why_not(tensor: torch.Tensor, kind: str | None) -> str | None:
     if kind == "triton" and tensor.dtype is torch.float64:
         return "no Triton kernel for torch.float64"
     return _unusable(kind, tensor.device.index)
-
-
-def slower(chosen: str | None) -> str | None:
-    """Why a call that a kernel could take on a GPU stays with torch, or None, by what was chosen for its class."""
-    if chosen is None:
-        return "not measured on this GPU: fastnn.tune measures"
-    return "torch measured faster on this GPU" if chosen == _choice.TORCH else None

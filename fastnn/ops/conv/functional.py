@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from fastnn.ops import _conv_ops as ops
-from fastnn.ops import _conv_routes as routes
-from fastnn.ops import _conv_winograd as winograd
-from fastnn.ops import packed as _packed
-from fastnn.ops._declare import FLOATS
-from fastnn.ops._numbers import is_number, pair, single
-from fastnn.ops.pool import max_pool2d
+from fastnn.ops.conv import ops, routes, winograd
+from fastnn.ops.conv import packed as by_packed
+from fastnn.ops.core.numbers import Numbers, is_number, pair, single
+from fastnn.ops.core.op import FLOATS
+from fastnn.ops.pool.functional import max_pool2d
 
 __all__ = ["conv1d", "conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"]
 
@@ -41,7 +40,7 @@ def _within(step, padding, sizes):
 def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, pool=(), packed=None):
     """Routes a call whose arguments torch takes in many forms to the op, or to `stock` where they make no sense.
 
-    `packed` is the :class:`fastnn.ops.packed.PackedWeight` of the weight, where there is one.
+    `packed` is the :class:`fastnn.ops.core.packed_weight.PackedWeight` of the weight, where there is one.
     """
     step, reach = pair(stride), pair(dilation)
     dims = input.dim() if isinstance(input, torch.Tensor) else 0
@@ -80,7 +79,7 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
             else:
                 out = None
                 if packed is not None:
-                    out = _by_packed(op, packed, images, weight, bias, *step, *pad, *reach, groups, *pool)
+                    out = _with_packed(op, packed, images, weight, bias, *step, *pad, *reach, groups, *pool)
                 if out is None:
                     out = op(images, weight, bias, *step, *pad, *reach, groups, *pool)
                     if pool:
@@ -92,7 +91,7 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
     return stock(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
 
 
-def _by_packed(op, packed, images, weight, bias, *rest):
+def _with_packed(op, packed, images, weight, bias, *rest):
     """The call by the packed weight; None where another way is faster."""
     pooled = len(rest) > 7
     if not routes.takes_packed(images, weight, op is not ops.conv2d, pooled, *rest[:7]):
@@ -101,15 +100,23 @@ def _by_packed(op, packed, images, weight, bias, *rest):
     if data is None:
         return None
     if pooled:
-        return _packed.conv2d_relu_max_pool2d_packed(images, weight, bias, data, *rest)
-    return _packed.conv2d_packed(images, weight, bias, data, *rest, op is ops.conv2d_relu)
+        return by_packed.conv2d_relu_max_pool2d_packed(images, weight, bias, data, *rest)
+    return by_packed.conv2d_packed(images, weight, bias, data, *rest, op is ops.conv2d_relu)
 
 
 def _unchanged(output):
     return output
 
 
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers | str = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
+) -> Tensor:
     """Convolve images with a kernel: a cross-correlation, as in torch.
 
     Takes and gives what :func:`torch.nn.functional.conv2d` does.
@@ -150,7 +157,15 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     return _call(ops.conv2d, _unchanged, input, weight, bias, stride, padding, dilation, groups)
 
 
-def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers | str = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
+) -> Tensor:
     """``relu(conv2d(...))`` with the bias and the ReLU applied before the only store.
 
     Parameters
@@ -172,18 +187,18 @@ def conv2d_relu(input, weight, bias=None, stride=1, padding=0, dilation=1, group
 
 
 def conv2d_relu_max_pool2d(
-    input,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers | str = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
     *,
-    kernel_size=2,
-    pool_stride=None,
-    pool_padding=0,
-):
+    kernel_size: Numbers = 2,
+    pool_stride: Numbers | None = None,
+    pool_padding: Numbers = 0,
+) -> Tensor:
     """``max_pool2d(relu(conv2d(...)))``, pooled while the convolution's rows are in the cache.
 
     What stands between is never stored: for backward, one byte per pooled element is kept beside input and weight.
@@ -228,7 +243,7 @@ def _pooled(packed, *args):
 
 
 def conv2d_with(packed, *args):
-    """:func:`conv2d` of a weight that has a :class:`fastnn.ops.packed.PackedWeight`; arguments as there."""
+    """:func:`conv2d` of a weight that has a :class:`fastnn.ops.core.packed_weight.PackedWeight`; arguments as there."""
     return _call(ops.conv2d, _unchanged, *args, packed=packed)
 
 
@@ -242,7 +257,15 @@ def conv2d_relu_max_pool2d_with(packed, *args):
     return _pooled(packed, *args)
 
 
-def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers | str = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
+) -> Tensor:
     """Convolve sequences with a kernel, as images of one row.
 
     Takes and gives what :func:`torch.nn.functional.conv1d` does.

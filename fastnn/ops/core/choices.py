@@ -1,7 +1,7 @@
 """Which candidate takes a call on a GPU: torch's own op, or one of the kernels. Measured, shipped or on the user's machine.
 
 A choice holds for a class of calls: one op, one dtype and layout, sizes up to the next power of two, the same options. Choices
-that :func:`fastnn.tune` made on this machine come before those that are shipped (``gpu_choices.json``); a call that neither knows
+that :func:`fastnn.tune` made on this machine come before those that are shipped (``fastnn/choices/gpu.json``); a call that neither knows
 is torch's.
 """
 
@@ -144,11 +144,11 @@ def versions() -> dict[str, str]:
 
 # ---- what is shipped ----
 
-SHIPPED_FILE = Path(__file__).with_name("gpu_choices.json")
+SHIPPED_FILE = Path(__file__).parents[2] / "choices" / "gpu.json"
 
 
 def read_shipped(text: str) -> dict[tuple[int, int], dict[str, dict[str, str]]]:
-    """The choices of a file such as ``gpu_choices.json``, by compute capability, op and class."""
+    """The choices of a file such as ``fastnn/choices/gpu.json``, by compute capability, op and class."""
     found = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError("expected choices by compute capability")

@@ -6,7 +6,12 @@ one element) is torch's to take or to refuse: it goes to torch's function as it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+#: As the public functions take them.
+Numbers = int | Sequence[int]
 
 #: Options of windows are numbers of 31 bits, as in torch's poolings: the ops refuse others, and torch judges the call.
 MOST_OPTION = 2**31 - 1

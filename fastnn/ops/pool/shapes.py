@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from fastnn.ops._declare import FLOATS, Cost, tensor_bytes
-from fastnn.ops._numbers import MOST_OPTION, is_number, pair, single
+from fastnn.ops.core.numbers import MOST_OPTION, is_number, pair, single
+from fastnn.ops.core.op import FLOATS, Cost, tensor_bytes
 
 # ---- what users pass ----
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from fastnn.ops._linear_ops import linear as _linear
-from fastnn.ops._linear_ops import linear_gelu as _linear_gelu
-from fastnn.ops._linear_ops import linear_relu as _linear_relu
+from fastnn.ops.linear import ops
+
+__all__ = ["linear", "linear_gelu", "linear_relu"]
 
 
-def linear(input, weight, bias=None):
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply a linear map to the last dimension: ``y = x W^T + b``.
 
     Takes and gives what :func:`torch.nn.functional.linear` does.
@@ -37,10 +38,10 @@ def linear(input, weight, bias=None):
     if input is None or weight is None:
         # torch's to refuse: the op takes None for what a call does without.
         return F.linear(input, weight, bias)
-    return _linear(input, weight, bias)
+    return ops.linear(input, weight, bias)
 
 
-def linear_relu(input, weight, bias=None):
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``relu(linear(input, weight, bias))`` with the bias and the ReLU applied before the only store.
 
     Backward masks the gradient and adds up the bias gradient in one pass; it keeps what the two torch ops keep.
@@ -66,10 +67,10 @@ def linear_relu(input, weight, bias=None):
     """
     if input is None or weight is None:
         return torch.relu(F.linear(input, weight, bias))
-    return _linear_relu(input, weight, bias)
+    return ops.linear_relu(input, weight, bias)
 
 
-def linear_gelu(input, weight, bias=None):
+def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``gelu(linear(input, weight, bias))``, in inference with the bias and the activation applied before the only store.
 
     The activation is :func:`torch.nn.functional.gelu`, not its approximation by tanh. Its gradient needs the sums before
@@ -102,4 +103,4 @@ def linear_gelu(input, weight, bias=None):
         return F.gelu(linear(input, weight, bias))
     if input is None or weight is None:
         return F.gelu(F.linear(input, weight, bias))
-    return _linear_gelu(input, weight, bias)
+    return ops.linear_gelu(input, weight, bias)

@@ -11,10 +11,11 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastnn.ops import _gpu
-from fastnn.ops import _linear_routes as routes
-from fastnn.ops._bilinear import masked, second_derivative, tied_to, with_zeros
-from fastnn.ops._declare import Cost, declare, tensor_bytes
+from fastnn.ops.core import gpu
+from fastnn.ops.core.bilinear import masked, second_derivative, tied_to, with_zeros
+from fastnn.ops.core.declare import declare
+from fastnn.ops.core.op import Cost, tensor_bytes
+from fastnn.ops.linear import routes
 
 
 def cost(input, weight, bias=None):
@@ -54,7 +55,7 @@ _DESIGNS = ("kernel", "plain", "persistent")
 
 
 def _covers_persistent(input, *rest):
-    return input.element_size() == 2 and input.is_cuda and _gpu.has_descriptors(input.device)
+    return input.element_size() == 2 and input.is_cuda and gpu.has_descriptors(input.device)
 
 
 _COVERS = {"persistent": _covers_persistent}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastnn.ops import _conv_ops as ops
-from fastnn.ops import _conv_shapes as shapes
-from fastnn.ops._bilinear import masked
-from fastnn.ops._declare import declare
+from fastnn.ops.conv import ops, shapes
+from fastnn.ops.core.bilinear import masked
+from fastnn.ops.core.declare import declare
 
 # Channels in and out, and tiles of 4 x 4 outputs, from which this was ahead of torch: 16 tiles 1.0 to 1.3, 4 tiles 0.9.
 _CHANNELS, _TILES = 64, 16

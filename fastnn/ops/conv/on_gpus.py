@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastnn.ops import _gpu
-from fastnn.ops._conv_shapes import NO_LOCATION, memory_format_of, output_shape, relu_format, stock_conv2d
+from fastnn.ops.conv.shapes import NO_LOCATION, memory_format_of, output_shape, relu_format, stock_conv2d
+from fastnn.ops.core import gpu
 
 _ops = torch.ops.fastnn
 
@@ -43,16 +43,16 @@ def allows_tf32():
 
 
 # The tiles of the products, in elements; "kernel" has them chosen by the shape.
-TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2, _gpu.WARPGROUPS: 3}
+TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2, gpu.WARPGROUPS: 3}
 
 
 def _covers_warpgroups(input, weight, bias, *rest):
     # Channels are fetched 16 bytes at a time.
-    return input.element_size() == 2 and weight.shape[1] % 8 == 0 and _gpu.is_hopper(input.device)
+    return input.element_size() == 2 and weight.shape[1] % 8 == 0 and gpu.is_hopper(input.device)
 
 
 #: By forward candidate; and by backward candidate, where the output's channels count as well.
-COVERS = {_gpu.WARPGROUPS: _covers_warpgroups}
+COVERS = {gpu.WARPGROUPS: _covers_warpgroups}
 
 
 def backward_covers(split):
@@ -60,7 +60,7 @@ def backward_covers(split):
         _, input, weight, _, _, options, _, _ = split(*args)
         return weight.shape[0] // options[6] % 8 == 0 and _covers_warpgroups(input, weight, None)
 
-    return {_gpu.WARPGROUPS: covers}
+    return {gpu.WARPGROUPS: covers}
 
 
 def kernel(relu, pooled=False, tile="kernel"):

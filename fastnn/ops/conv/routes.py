@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastnn import _library
-from fastnn.ops import _conv_shapes as shapes
+from fastnn.ops.conv import shapes
 
 # Products per output up to which the kernels, which read the image where it lies, were ahead; and on channels_last also
 # output channels, which there lie across the vectors of the output.

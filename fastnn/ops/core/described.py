@@ -1,0 +1,71 @@
+"""Calls whose sizes are symbols, described by numbers where a rule asks for them: a tracer would tie the graph to the answer."""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+import torch
+from torch.fx.experimental.symbolic_shapes import has_static_value
+
+# What stands for a size that is a symbol.
+_TYPICAL_SIZE = 32
+
+
+def _typical(n, of_dynamo):
+    """What stands for a size or stride: itself, if it is known."""
+    if has_static_value(n):
+        return n
+    if torch.compiler.is_dynamo_compiling():
+        return of_dynamo
+    # With the symbols that it is made of as typical sizes, so that shapes which follow from others still do.
+    expression = n.node.expr
+    return int(
+        expression.xreplace({symbol: sympy.Integer(_TYPICAL_SIZE) for symbol in expression.free_symbols})
+    )
+
+
+class Described:
+    """Stands in for a tensor with sizes that are symbols, where only a tensor's description is asked for."""
+
+    def __init__(self, tensor):
+        self.dtype, self.device, self.layout = tensor.dtype, tensor.device, tensor.layout
+        self.is_cpu, self.is_cuda = tensor.is_cpu, tensor.is_cuda
+        # What is exported is to be served.
+        self.requires_grad = tensor.requires_grad and not torch.compiler.is_exporting()
+        self.shape = tuple([_typical(n, _TYPICAL_SIZE) for n in tensor.shape])
+        # A stride that is a symbol is the product of some sizes.
+        self._strides = tuple([_typical(n, _TYPICAL_SIZE**2) for n in tensor.stride()])
+        self._element_size = tensor.element_size()
+
+    def dim(self):
+        return len(self.shape)
+
+    def numel(self):
+        return math.prod(self.shape)
+
+    def stride(self, dim):
+        return self._strides[dim]
+
+    def element_size(self):
+        return self._element_size
+
+
+def _is_static(tensor) -> bool:
+    return all([has_static_value(n) for n in tensor.shape])
+
+
+def described(args: tuple) -> tuple:
+    """An op's arguments as they are where their sizes are known, else with descriptions in place of the tensors.
+
+    A decision about a traced call follows from what is static: so it adds no guard, and holds for every size.
+    """
+    if not torch.compiler.is_exporting() and all(
+        [_is_static(a) for a in args if isinstance(a, torch.Tensor)]
+    ):
+        return args
+    return tuple([Described(a) if isinstance(a, torch.Tensor) else _number(a) for a in args])
+
+
+def _number(value):
+    return _typical(value, _TYPICAL_SIZE) if isinstance(value, torch.SymInt) else value
