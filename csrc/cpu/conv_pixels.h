@@ -61,6 +61,7 @@ struct Windows {
   // windows.
   template <class Out>
   void gather(int64_t i, int64_t number, int64_t e0, int64_t count, Out* out, int64_t row) const {
+    if (count == 0) return;  // a phase without taps has no runs
     int64_t tops[kAtATime], lefts[kAtATime];
     const T* corners[kAtATime];
     int64_t u = i % columns, v = i / columns % rows, n = i / (columns * rows);
