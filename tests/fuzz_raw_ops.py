@@ -40,6 +40,7 @@ FAMILIES = {
     "norm": ("add_layer_norm",),
 }
 IN_OP, IN_TORCH = 0, 1
+WINOGRAD = torch.ops.fastnn._conv2d_algorithms().split(",").index("winograd")
 
 HOSTILE = [0, -1, -2, 255, 256, 257, 1000, 2**31 - 1, 2**31, 2**31 + 1, 2**62, 2**63 - 1, -(2**63)]
 HOSTILE += [-(2**31), 2**30, 2**24 + 1, 2**16, 2**32, 2**40]
@@ -57,7 +58,7 @@ class Wrong(Exception):
 
 
 class Call:
-    """One call: `args` as the overload takes them, and `full` as the schema of ``raw`` has them."""
+    """One call: `args` as the overload takes them, and `full` as the schema has them, without algorithms."""
 
     def __init__(self, family, seed, number):
         self.rng = random.Random(f"{family} {seed} {number}")
@@ -70,23 +71,39 @@ class Call:
         self.dtype = self.rng.choice(FLOATS)
         self.name = self.rng.choice(names(family))
         self.full = getattr(self, family)()
-        self.overload, self.args = "raw", self.full
+        self.overload, self.args, self.algorithms = "raw", self.full, []
         packet = getattr(torch.ops.fastnn, self.name)
         tensors = sum("Tensor" in str(a.type) for a in packet.raw._schema.arguments)
         kind = self.rng.random()
         if kind < 0.2:
             self.overload = "default"
-        elif kind < 0.4 and "packed" in packet.overloads():
+            return
+        if kind < 0.4 and "packed" in packet.overloads():
             self.pack(packet, tensors)
+        count = len(packet.raw._schema.arguments) - len(packet.default._schema.arguments)
+        if count and self.rng.random() < 0.3:
+            self.force([self.rng.choice((*range(8), *HOSTILE)) for _ in range(count)])
+
+    def force(self, algorithms):
+        """By number, as often as not of algorithms that do not cover the call, or of none."""
+        if self.overload == "raw":
+            self.args = [*self.args, *algorithms]
+        else:
+            algorithms = [a & 7 for a in algorithms]
+            first = len(self.args) - self.words
+            self.args[first] += sum(a << 56 + 4 * i for i, a in enumerate(algorithms))
+        self.algorithms = algorithms
 
     def pack(self, packet, tensors):
         """Options as the overload `packed` takes them, or numbers that nobody packed."""
-        arguments = packet.raw._schema.arguments[tensors:]
+        arguments = packet.default._schema.arguments[tensors:]
         optional = [str(a.type) == "Optional[int]" for a in arguments]
         numbers = PackedOptions(optional)[tuple(self.full[tensors:])]
         if numbers is None or self.rng.random() < self.hostile:
             count = -(-len(arguments) // 7)
-            numbers = [self.rng.choice([*HOSTILE, self.rng.getrandbits(55)]) for _ in range(count)]
+            numbers = [
+                self.rng.choice([*HOSTILE, self.rng.getrandbits(55)]) & 2**56 - 1 for _ in range(count)
+            ]
             # Places are those of other windows.
             self.comparable &= not self.name.startswith("max_pool2d") or "backward" not in self.name
         options = [numbers[i // 7] >> i % 7 * 8 & 255 for i in range(len(arguments))]
@@ -95,7 +112,7 @@ class Call:
                 options[i] = bool(options[i])
             elif optional[i]:
                 options[i] = options[i] or None
-        self.overload = "packed"
+        self.overload, self.words = "packed", len(numbers)
         self.args = [*self.full[:tensors], *numbers]
         self.full = [*self.full[:tensors], *options]
 
@@ -386,6 +403,8 @@ class Call:
             text = str(error)
             if "memory" in text or "more than" in text or "overflow" in text.lower():
                 return False
+            if "algorithm" in text and any(self.algorithms):
+                return False
             if self.name.endswith("backward"):
                 return False  # nothing but a forward op leads there, with shapes that it made
             try:
@@ -450,7 +469,7 @@ class Call:
         eps = torch.finfo(dtype).eps
         if self.name.startswith(("attention", "add_layer_norm")) or "gelu" in self.name:
             return 64 * eps if dtype.itemsize >= 4 else 16 * eps
-        if "winograd" in self.name:
+        if "winograd" in self.name or (self.name.startswith("conv2d") and WINOGRAD in self.algorithms):
             return 256 * eps
         return 8 * eps if dtype.itemsize >= 4 else 2 * eps
 

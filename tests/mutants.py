@@ -209,8 +209,8 @@ MUTANTS = (
     ),
     Mutant(
         "csrc/cpu/attention_backward.cpp",
-        "    few = s.queries <= kFewQueries;",
-        "    few = false;",
+        "  const bool few = algorithm == AttentionAlgorithm::few_queries;",
+        "  const bool few = false;",
         "tests/test_attention.py -k 'logits or weights_of_the_forward'",
     ),
     # What stands between torch and the kernels.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_module import DTYPES, EPS, kernels
+from kernel_module import DTYPES, EPS, kernels, refused
 
 # batch, heads of queries and of keys, queries, keys, width, value width: tails of blocks and tiles, shared heads, a few queries,
 # several blocks of keys.
@@ -46,6 +46,46 @@ def exact(q, k, v, mask, causal, scale, g):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", kernels.levels())
 def test_attention(level, dtype, shape, masked):
+    attention(level, dtype, shape, masked, "automatic")
+
+
+@pytest.mark.parametrize("level", kernels.levels())
+def test_every_algorithm(level):
+    made = set()
+    for i, shape in enumerate(SHAPES):
+        turn = i + kernels.levels().index(level)
+        dtype = "bfloat16" if level == "amx" else list(DTYPES)[turn % 4]
+        masked = ("none", "causal", "boolean", "added")[(turn + i) % 4]
+        covering, automatic = kernels.attention_algorithms(level, dtype, shape)
+        results = {}
+        for algorithm in kernels.ATTENTION_ALGORITHMS[1:]:
+            if algorithm in covering:
+                results[algorithm] = attention(level, dtype, shape, masked, algorithm)
+                continue
+            with pytest.raises(RuntimeError, match=r"^it"):
+                attention(level, dtype, shape, masked, algorithm)
+        found = attention(level, dtype, shape, masked, "automatic")
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(found, results[automatic], strict=True))
+        made |= results.keys()
+    assert made == {"few_queries", "blocks", *(["registers"] if level == "amx" else [])}
+
+
+def test_scores_of_a_head_are_held_only_as_far_as_memory_allows():
+    def covering(queries, keys):
+        return kernels.attention_algorithms("portable", "float32", (1, 1, 1, queries, keys, 8, 8))[0]
+
+    assert covering(2**12, 2**12) == ["few_queries", "blocks"]
+    assert covering(2**12 + 1, 2**12) == ["blocks"]
+    q, k = (np.zeros((1, 1, rows, 1), np.float32) for rows in (2**12 + 1, 2**12))
+    y, statistics = np.zeros_like(q), np.zeros((1, 1, 2**12 + 1, 2), np.float32)
+    with refused(y, statistics):
+        kernels.attention_forward(
+            "portable", 1, q, k, k, None, False, 1.0, y, statistics, algorithm="few_queries"
+        )
+
+
+def attention(level, dtype, shape, masked, algorithm):
+    """Output and gradients by one and by three threads, held to the definition."""
     batch, heads, key_heads, queries, keys, width, value_width = shape
     rng = np.random.default_rng(sum(shape))
     kind = DTYPES[dtype]
@@ -74,9 +114,9 @@ def test_attention(level, dtype, shape, masked):
         y = np.empty((batch, queries, heads, value_width), kind).swapaxes(1, 2)
         statistics = np.empty((batch, heads, queries, 2), np.float64 if dtype == "float64" else np.float32)
         options = (mask, masked == "causal", scale)
-        kernels.attention_forward(level, threads, q, k, v, *options, y, statistics)
+        kernels.attention_forward(level, threads, q, k, v, *options, y, statistics, algorithm)
         grads = [np.empty(a.shape, kind) for a in (q, k, v)]
-        kernels.attention_backward(level, threads, g, q, k, v, y, statistics, *options, *grads)
+        kernels.attention_backward(level, threads, g, q, k, v, y, statistics, *options, *grads, algorithm)
         for ours, true in zip((y, *grads), want, strict=True):
             # Weights are rounded to the dtype where they are multiplied in it; sums of as many terms as there are keys.
             allowed = (
@@ -87,3 +127,4 @@ def test_attention(level, dtype, shape, masked):
             assert np.all(np.abs(ours.astype(np.float64) - true) <= allowed)
         results.append((y, *grads))
     assert all(a.tobytes() == b.tobytes() for a, b in zip(*results, strict=True))
+    return results[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
-from kernel_module import DTYPES, bound, kernels
+from kernel_module import DTYPES, bound, kernels, refused
 
 # n, c, h, w, k, kh, kw, stride, padding, dilation (rows, columns), groups: strides, dilation, depthwise, one pixel, tails.
 CASES = [
@@ -243,6 +245,12 @@ def by_winograd(case, x, w):
     return y.swapaxes(3, 4).reshape(n, k, 4 * down, 4 * across)[:, :, :oh, :ow]
 
 
+def most_by_winograd(case, x64, w64, b64, exact):
+    """At most twice the error of the algorithm itself, step by step in float32, beside a rounding of the largest sum."""
+    own = by_winograd(case, x64.astype(np.float32), w64.astype(np.float32)) - conv(case, x64, w64)
+    return 2 * np.abs(own).max() + 2**-24 * (np.abs(exact).max() + np.abs(b64).max())
+
+
 @pytest.mark.parametrize("case", WINOGRAD, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("level", kernels.levels())
@@ -257,11 +265,7 @@ def test_winograd(level, channels_last, case):
     x = laid_out(x64, channels_last).astype(np.float32)
     exact = conv(case, x64, w64) + b64[:, None, None]
     assert np.abs(by_winograd(case, x64, w64) - conv(case, x64, w64)).max() < 1e-10
-    # At most twice the error of the algorithm itself, step by step in float32, beside a rounding of the largest sum.
-    own_error = np.abs(
-        by_winograd(case, x64.astype(np.float32), w64.astype(np.float32)) - conv(case, x64, w64)
-    )
-    most = 2 * own_error.max() + 2**-24 * (np.abs(exact).max() + np.abs(b64).max())
+    most = most_by_winograd(case, x64, w64, b64, exact)
     for weight_last in (False, True):
         weight = laid_out(w64, weight_last).astype(np.float32)
         for bias, relu in ((b64.astype(np.float32), True), (None, False)):
@@ -283,7 +287,7 @@ def test_winograd(level, channels_last, case):
                     y,
                     [],
                     None,
-                    winograd=True,
+                    algorithm="winograd",
                 )
                 error = np.abs(back(y, channels_last) - want).max()
                 assert error <= most
@@ -357,3 +361,256 @@ def test_conv_relu_max_pool(level, dtype, channels_last, pool):
             )
             results.append((p, places))
         assert all(a.tobytes() == b.tobytes() for a, b in zip(*results, strict=True))
+
+
+# ---- each algorithm on all that it covers ----
+
+# 1 x 1 windows that are one product, and few windows of many channels.
+FORCED = [
+    *CASES,
+    (2, 18, 5, 7, 17, 1, 1, 1, 1, 0, 0, 1, 1, 1),
+    (1, 40, 9, 6, 70, 1, 1, 1, 1, 0, 0, 1, 1, 1),
+    (1, 300, 5, 6, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+    *WINOGRAD[:3],
+]
+
+
+@functools.cache
+def problem(case, dtype):
+    """Numbers of a call in float64, and the bounds of its output and of both gradients."""
+    rng = np.random.default_rng(sum(case))
+    n, c, h, w, k, kh, kw = case[:7]
+    output, _ = sizes_of(case)
+    sizes = ((n, c, h, w), (k, c // case[-1], kh, kw), (k,), output)
+    x, weight, b, g = (rng.standard_normal(s).astype(DTYPES[dtype]).astype(np.float64) for s in sizes)
+    exact = conv(case, x, weight) + b[:, None, None]
+    scale = conv(case, np.abs(x), np.abs(weight)) + np.abs(b)[:, None, None]
+    most = bound(dtype, c * kh * kw, scale)
+    gradient_scales = gradients(case, *map(np.abs, (x, weight, g)))
+    terms = (k * kh * kw, n * output[2] * output[3])
+    gradient_most = [bound(dtype, t, s) for t, s in zip(terms, gradient_scales, strict=True)]
+    return (x, weight, b, g), exact, most, gradients(case, x, weight, g), gradient_most
+
+
+def pairs(cases, level, channels_last):
+    """Every case with one dtype, another for the next level and layout."""
+    turn = 2 * kernels.levels().index(level) + channels_last
+    for i, case in enumerate(cases):
+        yield i, case, list(DTYPES)[(i + turn) % len(DTYPES)]
+
+
+def by_every_algorithm(level, channels_last, i, case, dtype):
+    (x64, w64, b64, _), exact, most, *_ = problem(case, dtype)
+    _, shape = sizes_of(case)
+    weight_last = bool(i % 3)
+    kind = DTYPES[dtype]
+    x, weight = laid_out(x64, channels_last).astype(kind), laid_out(w64, weight_last).astype(kind)
+    bias, relu = (b64.astype(kind), False) if i % 2 else (None, True)
+    want = exact if bias is not None else np.maximum(exact - b64[:, None, None], 0)
+    (covering, automatic), *_ = kernels.conv_algorithms(level, dtype, shape, channels_last, weight_last, [])
+
+    def run(algorithm, threads, y):
+        kernels.conv_forward(
+            level,
+            threads,
+            shape,
+            channels_last,
+            weight_last,
+            x,
+            weight,
+            bias,
+            relu,
+            y,
+            [],
+            None,
+            algorithm=algorithm,
+        )
+        return y.tobytes()
+
+    results = {}
+    for algorithm in kernels.CONV_ALGORITHMS[1:]:
+        y = np.full(laid_out(exact, channels_last).shape, np.nan, kind)
+        if algorithm not in covering:
+            with refused(y):
+                run(algorithm, 1, y)
+            continue
+        results[algorithm] = run(algorithm, 1, y)
+        error = np.abs(back(y, channels_last) - want)
+        if algorithm == "winograd":
+            assert error.max() <= most_by_winograd(case, x64, w64, b64, exact)
+        else:
+            assert np.all(error <= most), algorithm
+        assert run(algorithm, 3, np.full_like(y, np.nan)) == results[algorithm]
+    assert run("automatic", 1, np.full_like(y, np.nan)) == results[automatic]
+    return results.keys()
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("level", kernels.levels())
+def test_every_algorithm_of_the_convolution(level, channels_last):
+    made = set()
+    for call in pairs(FORCED, level, channels_last):
+        made |= by_every_algorithm(level, channels_last, *call)
+    layout = {"rows", "pixels", "linear"} if channels_last else {"transposed"}
+    assert made == {"planes", "winograd", *layout}
+
+
+def gradients_by_every_algorithm(level, channels_last, i, case, dtype):
+    (x64, w64, _, g64), _, _, exact, most = problem(case, dtype)
+    _, shape = sizes_of(case)
+    weight_last = bool(i % 3)
+    kind = DTYPES[dtype]
+    x, g = (laid_out(a, channels_last).astype(kind) for a in (x64, g64))
+    weight = laid_out(w64, weight_last).astype(kind)
+    _, of_input, of_weight = kernels.conv_algorithms(level, dtype, shape, channels_last, weight_last, [])
+    assert of_input[0] == of_weight[0]
+
+    def run(algorithms, threads, *grads):
+        options = dict(zip(("input_algorithm", "weight_algorithm"), algorithms, strict=True))
+        kernels.conv_backward(
+            level,
+            threads,
+            shape,
+            channels_last,
+            weight_last,
+            g,
+            None,
+            [],
+            None,
+            x,
+            weight,
+            *grads,
+            None,
+            **options,
+        )
+        return [a.tobytes() for a in grads]
+
+    results = ({}, {})
+    for j, algorithm in enumerate(of_input[0]):
+        # Each beside another one of the other gradient.
+        both = algorithm, of_weight[0][(i + j) % len(of_weight[0])]
+        grads = [np.full_like(a, np.nan) for a in (x, weight)]
+        for kept, a, found in zip(results, both, run(both, 1, *grads), strict=True):
+            kept[a] = found
+        for ours, last, want, limit in zip(grads, (channels_last, weight_last), exact, most, strict=True):
+            assert np.all(np.abs(back(ours, last) - want) <= limit), both
+        assert run(both, 3, *[np.full_like(a, np.nan) for a in grads]) == [
+            kept[a] for kept, a in zip(results, both, strict=True)
+        ]
+    automatic = of_input[1], of_weight[1]
+    assert run(("automatic",) * 2, 1, *grads) == [kept[a] for kept, a in zip(results, automatic, strict=True)]
+    for algorithm in set(kernels.CONV_ALGORITHMS[1:]) - set(of_input[0]):
+        for both in ((algorithm, "automatic"), ("automatic", algorithm)):
+            with refused(*grads):
+                run(both, 1, *grads)
+    return results[0].keys()
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("level", kernels.levels())
+def test_every_algorithm_of_the_gradients(level, channels_last):
+    made = set()
+    for call in pairs(FORCED, level, channels_last):
+        made |= gradients_by_every_algorithm(level, channels_last, *call)
+    assert made == {"planes", *({"pixels", "linear"} if channels_last else {"transposed"})}
+
+
+def pooled_by_every_algorithm(level, channels_last, i, case, dtype):
+    (x64, w64, _, _), *_ = problem(case, dtype)
+    output, shape = sizes_of(case)
+    pool = POOLS[i % len(POOLS)]
+    window = (*pool, *max_pool(np.zeros(output), pool)[0].shape[2:])
+    kind = DTYPES[dtype]
+    x, weight = (laid_out(a, channels_last).astype(kind) for a in (x64, w64))
+    at = (shape, channels_last, channels_last)
+    (covering, automatic), *backward = kernels.conv_algorithms(level, dtype, *at, window)
+    results = {}
+    for algorithm in kernels.CONV_ALGORITHMS[1:]:
+        y = np.full(laid_out(np.zeros(output), channels_last).shape, np.nan, kind)
+        pooled = laid_out(np.zeros((*output[:2], *window[6:])), channels_last).astype(kind)
+        places = np.zeros(pooled.shape, np.uint8)
+
+        def run(to, *rest, threads=1, algorithm=algorithm):
+            kernels.conv_forward(level, threads, *at, x, weight, None, True, to, *rest, algorithm=algorithm)
+
+        if algorithm not in covering:
+            with refused(pooled, places):
+                run(pooled, window, places)
+            continue
+        run(y, [], None)
+        best, where = max_pool(back(y, channels_last), pool)
+        where[best == 0] = 255
+        for threads in (1, 3):
+            run(pooled, window, places, threads=threads)
+            assert pooled.tobytes() == laid_out(best, channels_last).astype(kind).tobytes()
+            assert np.array_equal(back(places, channels_last), where)
+        results[algorithm] = pooled.tobytes(), places.tobytes()
+    run(pooled, window, places, algorithm="automatic")
+    assert (pooled.tobytes(), places.tobytes()) == results[automatic]
+
+    # The gradients, by either one and by both.
+    rng = np.random.default_rng(i)
+    g64 = rng.standard_normal(best.shape).astype(kind).astype(np.float64)
+    g = laid_out(g64, channels_last).astype(kind)
+    spread, size = (unpool(a, where, pool, output) for a in (g64, np.abs(g64)))
+    kept = 2 * np.abs(spread).max() * (0 if dtype in ("float32", "float64") else 2**-8)
+    exact = gradients(case, x64, w64, spread)
+    most = [2 * bound(dtype, 999, a) for a in gradients(case, *map(np.abs, (x64, w64, size + kept)))]
+    for j, algorithm in enumerate(backward[0][0]):
+        for other in {algorithm, backward[1][0][j - 1]}:
+            gx, gw, gb = np.full_like(x, np.nan), np.full_like(weight, np.nan), np.empty(case[4], kind)
+            kernels.conv_backward(
+                level,
+                1 + 2 * (j % 2),
+                *at,
+                g,
+                None,
+                window,
+                laid_out(where, channels_last).astype(np.uint8),
+                x,
+                weight,
+                gx,
+                gw,
+                gb,
+                algorithm,
+                other,
+            )
+            for ours, want, limit in zip((gx, gw), exact, most, strict=True):
+                assert np.all(np.abs(back(ours, channels_last) - want) <= limit)
+            limit = bound(dtype, 999, size.sum((0, 2, 3)))
+            assert np.all(np.abs(gb.astype(np.float64) - spread.sum((0, 2, 3))) <= limit)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("level", kernels.levels())
+def test_every_algorithm_with_a_pooling(level, channels_last):
+    cases = [*POOLED, (2, 18, 7, 6, 17, 1, 1, 1, 1, 0, 0, 1, 1, 1)]
+    for call in pairs(cases, level, channels_last):
+        pooled_by_every_algorithm(level, channels_last, *call)
+
+
+@pytest.mark.parametrize("level", kernels.levels())
+def test_planes_are_in_proportion_and_their_offsets_in_32_bits(level):
+    def covering(case, channels_last=False, pool=()):
+        _, shape = sizes_of(case)
+        forward, gradient, _ = kernels.conv_algorithms(
+            level, "float32", shape, channels_last, channels_last, list(pool)
+        )
+        return set(forward[0]), set(gradient[0])
+
+    near = (1, 3, 9, 9, 4, 3, 3, 1, 1, 4, 4, 4, 4, 1)
+    assert all("planes" in names for names in covering(near))
+    assert "rows" in covering(near, True)[0]
+    far = (1, 3, 9, 9, 4, 3, 3, 1, 1, 2**20, 2**20, 2**20, 2**20, 1)
+    assert covering(far) == ({"transposed"},) * 2
+    assert covering(far, True) == ({"pixels"},) * 2
+    # Channels enough that one row of planes, or a band that a pooling needs, has too many elements; a sequence is cut.
+    wide = (1, 2**18, 3, 2**12, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+    assert "planes" not in covering(wide)[0]
+    assert "planes" in covering((1, 2**10, *wide[2:]))[0]
+    tall = (1, 2**12, 400, 2**12, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+    assert "planes" in covering(tall)[0]
+    assert "planes" not in covering(tall, pool=(250, 1, 1, 1, 0, 0, 151, 2**12))[0]
+    assert "planes" in covering((1, 2**10, 1, 2**24, 4, 1, 3, 1, 1, 0, 1, 1, 1, 1))[0]
+    outputs_wide = (1, 4, 3, 2**12, 2**18, 3, 3, 1, 1, 1, 1, 1, 1, 1)
+    assert "planes" not in covering(outputs_wide)[1]

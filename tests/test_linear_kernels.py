@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from kernel_module import DTYPES, bound, kernels
+from kernel_module import DTYPES, bound, kernels, refused
 
 # Rows, output features, input features: tails of every tile, several depths, more rows than the skinny kernels take, than
 # have sums of their own, than are packed at a time; for tile registers more columns than leave rows in place, and depths of
@@ -168,3 +168,71 @@ def test_a_packed_weight_that_does_not_fit_is_not_read(level):
     for other in others:
         kernels.linear_forward(level, 2, x, w, None, "none", y, other)
         assert y.tobytes() == plain.tobytes()
+
+
+# ---- each algorithm on all that it covers ----
+
+# One feature on either side, a few, and a weight's gradient of many rows.
+FEW = [(7, 1, 1), (30, 1, 9), (9, 5, 1), (1100, 9, 4), (2000, 20, 12), (5, 12, 200), (20, 100, 6)]
+
+
+def by_every_algorithm(level, threads, i, shape, made):
+    m, n, k = shape
+    dtype = list(DTYPES)[(i + threads + kernels.levels().index(level)) % 4] if level != "amx" else "bfloat16"
+    rng = np.random.default_rng(m * 1000 + n * 100 + k)
+    kind = DTYPES[dtype]
+    x, w, b, g = (rng.standard_normal(s).astype(kind) for s in ((m, k), (n, k), (n,), (m, n)))
+    x64, w64, b64, g64 = (a.astype(np.float64) for a in (x, w, b, g))
+    packed = kernels.pack_weight(level, 1, w[:, :, None], 1, False) if i % 2 else None
+    activation = "relu" if i % 3 else "none"
+    exact = x64 @ w64.T + b64
+    sides = (
+        (
+            np.maximum(exact, 0) if i % 3 else exact,
+            bound(dtype, k, np.abs(x64) @ np.abs(w64.T) + np.abs(b64)),
+        ),
+        (g64 @ w64, bound(dtype, n, np.abs(g64) @ np.abs(w64))),
+        (g64.T @ x64, bound(dtype, m, np.abs(g64.T) @ np.abs(x64))),
+    )
+
+    def run(which, algorithm, to, packed=packed):
+        if which == 0:
+            kernels.linear_forward(level, threads, x, w, b, activation, to, packed, algorithm)
+        else:
+            both = ["automatic", "automatic"]
+            both[which - 1] = algorithm
+            grads = (to, None) if which == 1 else (None, to)
+            kernels.linear_backward(level, threads, g, None, x, w, *grads, None, *both)
+        return to.tobytes()
+
+    for which, (covering, automatic) in enumerate(kernels.linear_algorithms(level, dtype, *shape)):
+        exact, most = sides[which]
+        results = {}
+        for algorithm in kernels.LINEAR_ALGORITHMS[1:]:
+            to = np.full(exact.shape, np.nan, kind)
+            if algorithm not in covering:
+                with refused(to):
+                    run(which, algorithm, to)
+                continue
+            run(which, algorithm, to)
+            assert np.all(np.abs(to.astype(np.float64) - exact) <= most), (which, algorithm)
+            results[algorithm] = run(which, algorithm, np.full_like(to, np.nan), None)
+            # A packed weight holds the same numbers in the same order of sums.
+            assert results[algorithm] == to.tobytes()
+        assert run(which, "automatic", np.full_like(to, np.nan), None) == results[automatic]
+        made[which].update(results)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("level", kernels.levels())
+def test_every_algorithm_of_linear(level, threads):
+    made = (set(), set(), set())
+    for i, shape in enumerate([*FEW, *PACKED[threads // 2 :: 2]]):
+        by_every_algorithm(level, threads, i, shape, made)
+    registers = {"registers"} if level == "amx" else set()
+    transposed = {"registers_transposed"} if level == "amx" else set()
+    assert made[0] == {"dot", "blocked", *registers, *transposed}
+    assert made[1] == {"dot", "few_rows", "blocked", *registers}
+    assert made[2] == {
+        "dot", "few_rows", "blocked", "few_rows_transposed", "blocked_transposed", *registers, *transposed
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 #include "cpu/attention.h"
 
 #include "cpu/attention_block.h"
+#include "cpu/attention_choice.h"
 #include "cpu/attention_few.h"
 
 namespace fastnn::FASTNN_ISA_NS {
@@ -153,8 +154,6 @@ struct Forward {
   }
 
   void operator()(const Context& context) const {
-    if (s.batch == 0 || s.heads == 0 || s.queries == 0) return;
-    if (s.queries <= kFewQueries) return FewQueries<T>{args}(context);
     const int64_t share = s.heads / s.key_heads, heads = s.batch * s.key_heads,
                   blocks = ceil_div(s.queries, query_block);
     const double work = 2.0 * s.batch * s.heads * s.queries * s.keys * (s.width + s.value_width + 8);
@@ -199,7 +198,14 @@ struct Forward {
 }  // namespace
 
 void attention_forward(const AttentionArgs& args, const Context& context) {
-  dispatch(args.dtype, [&]<class T>() { Forward<T>{args, in_registers<T>(context)}(context); });
+  const AttentionShape& s = args.shape;
+  if (s.batch == 0 || s.heads == 0 || s.queries == 0) return;
+  const AttentionAlgorithm algorithm = chosen({args.dtype, s, level_of(context)}, args.algorithm);
+  dispatch(args.dtype, [&]<class T>() {
+    if (algorithm == AttentionAlgorithm::few_queries) return FewQueries<T>{args}(context);
+    const bool registers = algorithm == AttentionAlgorithm::registers;
+    Forward<T>{args, registers}(registers ? context : without_registers(context));
+  });
 }
 
 }  // namespace fastnn::FASTNN_ISA_NS

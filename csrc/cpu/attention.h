@@ -24,6 +24,17 @@ struct AttentionMask {
   int64_t batch = 0, head = 0, row = 0, column = 0;  // strides in elements; column is 0 or 1
 };
 
+// How the products of attention are made: attention_algorithms.h says what each covers. Backward makes the
+// scores anew and has to be told what made them: summed in another order, scores of 1e6 would make other
+// weights. Ops pass the numbers on.
+enum class AttentionAlgorithm : int {
+  automatic,    // what attention_choice.h says
+  few_queries,  // keys and values read once, where they lie
+  blocks,       // blocks of scores from packed keys and values, as FlashAttention
+  registers,    // `blocks` in tile registers
+};
+constexpr const char* kAttentionAlgorithms[] = {"automatic", "few_queries", "blocks", "registers"};
+
 struct AttentionArgs {
   DType dtype;
   AttentionShape shape;
@@ -39,6 +50,7 @@ struct AttentionArgs {
   // part. The logarithm of the sum of exponentials, one number, could not hold both: beside scores of -1e9
   // the logarithm of a sum is nothing.
   void* statistics;
+  AttentionAlgorithm algorithm = AttentionAlgorithm::automatic;  // covers the call
 };
 
 struct AttentionBackwardArgs {
@@ -52,6 +64,7 @@ struct AttentionBackwardArgs {
   double scale;
   void *grad_query, *grad_key, *grad_value;
   HeadStrides grad_query_strides, grad_key_strides, grad_value_strides;
+  AttentionAlgorithm algorithm = AttentionAlgorithm::automatic;  // the forward pass's
 };
 
 FASTNN_KERNEL(attention_forward, AttentionArgs)

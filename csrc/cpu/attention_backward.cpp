@@ -3,6 +3,7 @@
 // of 1e6 would make other weights.
 #include "cpu/attention.h"
 #include "cpu/attention_block.h"
+#include "cpu/attention_choice.h"
 #include "cpu/attention_few.h"
 
 namespace fastnn::FASTNN_ISA_NS {
@@ -32,7 +33,7 @@ struct Backward {
   int64_t score_elems, score_query_row, score_query_rows;    // queries that are only kept for the scores
   int64_t chunks, blocks_per_chunk;
 
-  explicit Backward(const AttentionBackwardArgs& a) : args(a), s(a.shape) {
+  Backward(const AttentionBackwardArgs& a, bool few_queries) : args(a), s(a.shape), few(few_queries) {
     query_block = min_of(kQueryBlock, s.queries);
     query_rows = round_up(query_block, kMR);
     key_block = min_of(kKeyBlock, round_up(s.keys, kWide));
@@ -50,7 +51,6 @@ struct Backward {
     dy_row = kNarrow ? round_up(value_elems, 16) + 16 : value_row;
     narrow_row = kNarrow ? round_up(key_elems, 16) + 16 : 0;
     turned_row = kNarrow ? round_up(query_elems, 16) + 16 : 0;
-    few = s.queries <= kFewQueries;
     score_elems = few ? 0 : packed_k<T>(s.width);
     score_query_row = few ? width_row : round_up(score_elems, 16) + 16;
     score_query_rows = (few ? kNarrow : kPairs) ? query_rows : 0;
@@ -355,11 +355,15 @@ struct Backward {
 }  // namespace
 
 void attention_backward(const AttentionBackwardArgs& args, const Context& context) {
+  const AttentionAlgorithm algorithm = chosen({args.dtype, args.shape, level_of(context)}, args.algorithm);
+  const bool few = algorithm == AttentionAlgorithm::few_queries;
   dispatch(args.dtype, [&]<class T>() {
     if constexpr (kByRegisters<T>) {
-      if (in_registers<T>(context)) return Backward<T, T>{args}(context);
+      // A few queries differ in their scores alone.
+      if (in_registers<T>(context) && algorithm != AttentionAlgorithm::blocks)
+        return Backward<T, T>{args, few}(context);
     }
-    Backward<T, acc_t<T>>{args}(context);
+    Backward<T, acc_t<T>>{args, few}(without_registers(context));
   });
 }
 

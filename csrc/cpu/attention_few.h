@@ -6,9 +6,6 @@
 
 namespace fastnn::FASTNN_ISA_NS {
 
-// Queries of a head up to which that was faster.
-inline constexpr int64_t kFewQueries = 4;
-
 // Rows multiplied at a time, or vectors of one; and keys that stay in the first-level cache for all queries.
 inline constexpr int64_t kRowsAtATime = 4, kKeysOfFew = 64;
 

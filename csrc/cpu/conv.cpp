@@ -1,17 +1,15 @@
 #include "cpu/conv.h"
 
+#include "cpu/conv_choice.h"
 #include "cpu/conv_pixels.h"
 #include "cpu/conv_pool.h"
 #include "cpu/conv_product.h"
 #include "cpu/conv_rows.h"
+#include "cpu/conv_winograd.h"
 #include "cpu/linear.h"
 
 namespace fastnn::FASTNN_ISA_NS {
 namespace {
-
-// Planes and sums of a band stay in a second-level cache of 1 MiB.
-constexpr int64_t kPlaneBytes = int64_t{384} << 10;
-constexpr int64_t kSumBytes = int64_t{128} << 10;
 
 // The weight as rows of A, in the order of the offset table, and how they lie.
 template <class T>
@@ -55,14 +53,6 @@ WeightRows<T> weight_rows(const ConvArgs& args, int64_t taps, int64_t channels, 
   return {packed, row};
 }
 
-// Whether the input's own planes serve: float, one after another, no padding, no stride.
-template <class T>
-bool planes_in_place(const ConvArgs& args) {
-  const ConvShape& s = args.shape;
-  return kPlanesInPlace<T> && (!args.channels_last || s.c == 1) && s.sh == 1 && s.sw == 1 && s.ph == 0 &&
-         s.pw == 0 && s.c * s.h * s.w < (int64_t{1} << 31);
-}
-
 // How the work is cut: bands of rows (of the pooling's, where there is one), and parts of the output
 // channels.
 struct Cut {
@@ -92,36 +82,21 @@ Cut cut(const ConvArgs& args, int64_t plane_row_bytes, int64_t sum_row_bytes, in
   return {units, conv_rows(units), bands, parts};
 }
 
+ConvCall call_of(const ConvArgs& args, const Context& context) {
+  return {args.dtype, args.shape,       args.channels_last, args.weight_channels_last,
+          args.pool,  level_of(context)};
+}
+
 template <class T>
-void forward(const ConvArgs& args, const Context& context) {
+void planes_forward(const ConvArgs& args, const Context& context) {
   using A = acc_t<T>;
   using Elem = typename Gemm<T>::Elem;
   constexpr int kPer = Gemm<T>::kPerElem, kLanes = Vec<A>::size;
   const ConvShape& s = args.shape;
   const ConvPool* pool = args.pool;
-  if (s.n == 0 || s.k == 0 || s.oh == 0 || s.ow == 0) return;
   const int64_t channels = s.c / s.groups, outputs = s.k / s.groups, taps = s.kh * s.kw;
-  if (args.channels_last && taps == 1 && s.groups == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0 &&
-      pool == nullptr) {
-    // A fully connected layer over the pixels.
-    return FASTNN_ISA_NS::linear_forward(
-        {args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight, args.bias,
-         args.relu ? Activation::relu : Activation::none, args.output, args.packed},
-        context);
-  }
-  if constexpr (kPer == 1) {
-    if (args.channels_last && by_rows<T>(s)) return rows_forward<T>(args, context);
-  }
-  const auto by_gathering = [&] {
-    return args.channels_last ? pixels_forward<T>(args, context) : turned_forward<T>(args, context);
-  };
-  if ((args.channels_last && by_pixels(s)) || !mostly_image(s)) return by_gathering();
-  if (in_registers<T>(context) && by_pixels(s)) return turned_forward<T>(args, context);
-  if (pool != nullptr && by_turned_pixels(s) && s.oh * s.ow <= kTurnedImage &&
-      s.n * s.oh * s.ow >= kTurnedPixels)
-    return turned_forward<T>(args, context);
   const int64_t workers = workers_for(2.0 * s.n * s.k * s.oh * s.ow * (channels * taps + 4), context);
-  const bool in_place = planes_in_place<T>(args);
+  const bool in_place = planes_in_place(call_of(args, context));
   const Axis rows{s.kh, s.sh, s.dh, s.ph, s.oh, s.h}, columns{s.kw, s.sw, s.dw, s.pw, s.ow, s.w};
   const Planes one(rows, columns, 1);
   const int64_t plane_count = ceil_div(channels, kPer);
@@ -142,7 +117,6 @@ void forward(const ConvArgs& args, const Context& context) {
   Axis span_columns = columns;
   span_columns.outputs = span;
   const Planes planes(rows, span_columns, by.conv_rows);
-  if (!in_place && plane_count * planes.channel >= kMostOffset) return by_gathering();
 
   const WeightRows<T> weights = weight_rows<T>(args, taps, channels, s.n * s.oh * s.ow, context);
   const int64_t depth = taps * plane_count;
@@ -254,6 +228,33 @@ void forward(const ConvArgs& args, const Context& context) {
       }
     }
   });
+}
+
+template <class T>
+void forward(const ConvArgs& args, const Context& context) {
+  const ConvShape& s = args.shape;
+  if (s.n == 0 || s.k == 0 || s.oh == 0 || s.ow == 0) return;
+  const ConvAlgorithm algorithm =
+      args.algorithm != ConvAlgorithm::automatic ? args.algorithm : automatic(call_of(args, context));
+  switch (algorithm) {
+    case ConvAlgorithm::automatic:
+    case ConvAlgorithm::planes:
+      return planes_forward<T>(args, context);
+    case ConvAlgorithm::rows:
+      if constexpr (Gemm<T>::kPerElem == 1) rows_forward<T>(args, context);
+      return;
+    case ConvAlgorithm::pixels:
+      return pixels_forward<T>(args, context);
+    case ConvAlgorithm::transposed:
+      return transposed_forward<T>(args, context);
+    case ConvAlgorithm::linear:
+      return FASTNN_ISA_NS::linear_forward(
+          {args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight, args.bias,
+           args.relu ? Activation::relu : Activation::none, args.output, args.packed},
+          context);
+    case ConvAlgorithm::winograd:
+      return winograd_forward(args, context);
+  }
 }
 
 }  // namespace

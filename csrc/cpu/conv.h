@@ -26,6 +26,20 @@ struct ConvPool {
 // In `locations`: no gradient passes, the ReLU gave 0 there.
 inline constexpr uint8_t kNoLocation = 255;
 
+// How a convolution, or a gradient of it, is made. Not every one makes all of them, nor takes every call:
+// conv_algorithms.h. Ops pass the numbers on.
+enum class ConvAlgorithm : int {
+  automatic,   // what conv_choice.h says
+  planes,      // direct: each tap an offset in planes of channels with their padding
+  rows,        // direct: windows of NHWC images, read in rows of the image or in padded copies of them
+  pixels,      // implicit GEMM of NHWC images, a tile of im2col at a time
+  transposed,  // NCHW images as NHWC, then `pixels`
+  linear,      // 1 x 1 windows of NHWC images: one matrix product
+  winograd,    // F(4 x 4, 3 x 3): a quarter of the products, less exactly
+};
+constexpr const char* kConvAlgorithms[] = {"automatic",  "planes", "rows",    "pixels",
+                                           "transposed", "linear", "winograd"};
+
 struct ConvArgs {
   DType dtype;
   ConvShape shape;
@@ -38,7 +52,8 @@ struct ConvArgs {
   void* output;          // of the convolution, or of the pooling where there is one
   const ConvPool* pool;  // or null
   uint8_t* locations;  // like the output: where in its window each maximum stood (row * kw + column); or null
-  PackedWeight packed = {};  // the weight once more, or nothing
+  PackedWeight packed = {};                            // the weight once more, or nothing
+  ConvAlgorithm algorithm = ConvAlgorithm::automatic;  // covers the call
 };
 
 struct ConvBackwardArgs {
@@ -56,12 +71,11 @@ struct ConvBackwardArgs {
   void* grad_input;          // or null
   void* grad_weight;         // or null
   void* grad_bias;           // [k] or null
+  // Each covers the call.
+  ConvAlgorithm input_algorithm = ConvAlgorithm::automatic, weight_algorithm = ConvAlgorithm::automatic;
 };
 
 FASTNN_KERNEL(conv_forward, ConvArgs)
-// The same of float32 windows of 3 x 3 elements with strides, dilations and groups of 1 and no pooling, by a
-// quarter of the products and less exactly.
-FASTNN_KERNEL(conv_winograd, ConvArgs)
 FASTNN_KERNEL(conv_backward, ConvBackwardArgs)
 
 }  // namespace fastnn

@@ -1,5 +1,6 @@
 #include "cpu/conv.h"
 
+#include "cpu/conv_choice.h"
 #include "cpu/conv_output_gradient.h"
 #include "cpu/conv_pixels.h"
 #include "cpu/conv_product.h"
@@ -26,17 +27,6 @@ struct Span {
     }
   }
 };
-
-// Whether offsets in the planes of both gradients are numbers of 32 bits: those of one row of the output's
-// gradient, over all channels, and those of a band of 768 pixels of the input, over 4.
-bool offsets_fit(const ConvShape& s) {
-  const auto number = [](int64_t n) { return static_cast<double>(n); };
-  const double height = number(s.kh - 1) * number(s.dh) / number(s.sh) + 3,
-               width = number(max_of(s.ow, s.w)) + number(s.kw - 1) * number(s.dw) / number(s.sw) + 2;
-  const double phases = number(min_of(s.kh, s.sh)) * number(min_of(s.kw, s.sw));
-  return number(s.k / s.groups) * height * width < number(kMostOffset) &&
-         4 * phases * (768 + height * width) < number(kMostOffset);
-}
 
 // The weight of one phase as rows of input channels: a[c, (k, taps of the phase)], and the matching offsets.
 template <class T>
@@ -207,32 +197,45 @@ void backward(const ConvBackwardArgs& args, const Context& context) {
     if (args.grad_bias != nullptr && empty) clear_plane(static_cast<T*>(args.grad_bias), s.k);
     if (empty || args.grad_bias == nullptr) return;
   }
-  if (args.channels_last && s.kh == 1 && s.kw == 1 && s.groups == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 &&
-      s.pw == 0 && args.pool == nullptr && s.c > 0) {
-    // A fully connected layer over the pixels.
-    return FASTNN_ISA_NS::linear_backward(
-        {args.dtype, s.n * s.h * s.w, s.k, s.c, args.grad, args.output, args.input, args.weight,
-         args.grad_input, args.grad_weight, args.grad_bias},
+  const bool with_input = args.grad_input != nullptr && s.c * s.h * s.w > 0,
+             with_weight = args.grad_weight != nullptr && s.c > 0;
+  ConvAlgorithm for_input = args.input_algorithm, for_weight = args.weight_algorithm;
+  const ConvCall call{args.dtype,       s, args.channels_last, args.weight_channels_last, args.pool,
+                      level_of(context)};
+  if (with_input && for_input == ConvAlgorithm::automatic) for_input = automatic_input_gradient(call);
+  if (with_weight && for_weight == ConvAlgorithm::automatic) for_weight = automatic_weight_gradient(call);
+  const auto either = [&](ConvAlgorithm algorithm) {
+    return (with_input && for_input == algorithm) || (with_weight && for_weight == algorithm);
+  };
+  const bool transposed = either(ConvAlgorithm::transposed),
+             only_transposed = transposed && (!with_input || for_input == ConvAlgorithm::transposed) &&
+                               (!with_weight || for_weight == ConvAlgorithm::transposed);
+  const T* grad = nullptr;  // in the images' layout
+  const T* nhwc = nullptr;
+  T* image = nullptr;
+  if (only_transposed && args.pool != nullptr) {
+    nhwc = transposed_output_gradient<T>(args, context);
+  } else {
+    grad = output_gradient<T>(args, context);
+    if (transposed) nhwc = as_nhwc(grad, s.n, s.k, s.oh * s.ow, context);
+  }
+  if (transposed) image = context.scratch<T>(s.n * s.c * s.h * s.w);
+  if (either(ConvAlgorithm::linear)) {
+    FASTNN_ISA_NS::linear_backward(
+        {args.dtype, s.n * s.h * s.w, s.k, s.c, grad, nullptr, args.input, args.weight,
+         with_input && for_input == ConvAlgorithm::linear ? args.grad_input : nullptr,
+         with_weight && for_weight == ConvAlgorithm::linear ? args.grad_weight : nullptr, nullptr},
         context);
   }
-  const bool planes = mostly_image(s) && offsets_fit(s);
-  if (!args.channels_last && (by_turned_pixels(s) || (in_registers<T>(context) && by_pixels(s)) || !planes))
-    return turned_gradients<T>(args, context);
-  const T* grad = output_gradient<T>(args, context);
-  if (s.c == 0) return;
-  if (args.grad_input != nullptr && s.h > 0 && s.w > 0) {
-    if (args.channels_last && (by_pixels(s) || !planes)) {
-      pixels_input_gradient<T>(args, grad, context);
-    } else {
-      input_gradient<T>(args, grad, context);
-    }
+  if (with_weight) {
+    if (for_weight == ConvAlgorithm::transposed) transposed_weight_gradient<T>(args, nhwc, image, context);
+    if (for_weight == ConvAlgorithm::pixels) pixels_weight_gradient<T>(args, grad, context);
+    if (for_weight == ConvAlgorithm::planes) weight_gradient<T>(args, grad, context);
   }
-  if (args.grad_weight != nullptr) {
-    if (args.channels_last && (s.k / s.groups >= 8 || !planes)) {
-      pixels_weight_gradient<T>(args, grad, context);
-    } else {
-      weight_gradient<T>(args, grad, context);
-    }
+  if (with_input) {
+    if (for_input == ConvAlgorithm::transposed) transposed_input_gradient<T>(args, nhwc, image, context);
+    if (for_input == ConvAlgorithm::pixels) pixels_input_gradient<T>(args, grad, context);
+    if (for_input == ConvAlgorithm::planes) input_gradient<T>(args, grad, context);
   }
 }
 

@@ -165,23 +165,6 @@ inline void windows_product(const Windows<T>& windows, int64_t m, int64_t n, int
       pack, workers, space, context);
 }
 
-// Whether pixels as rows are worth it: with few channels the gathering, with few outputs the rows cost too
-// much.
-inline bool by_pixels(const ConvShape& s) {
-  constexpr int64_t kFew = 24;
-  return s.c / s.groups >= kFew && s.k / s.groups >= kFew;
-}
-
-// Whether that is so of the gradients of images in torch's default layout too, which are transposed for it.
-inline bool by_turned_pixels(const ConvShape& s) {
-  return by_pixels(s) && s.c / s.groups * s.kh * s.kw >= 288;
-}
-
-// And of their pooled forward pass: images of up to so many outputs, of which planes would fill few vectors,
-// and as many in all as pay for the weight's transposition. 16 images of 8 x 8 and of 4 x 4 outputs: 1.25
-// and 1.7 times as fast.
-inline constexpr int64_t kTurnedImage = 1024, kTurnedPixels = 256;
-
 // A convolution, prepared once for any part of the batch.
 template <class T>
 class PixelsForward {
@@ -308,21 +291,21 @@ inline void pixels_forward(const ConvArgs& args, const Context& context) {
 
 // The same of images in torch's default layout, by way of channels_last copies.
 template <class T>
-inline void turned_forward(const ConvArgs& args, const Context& context) {
+inline void transposed_forward(const ConvArgs& args, const Context& context) {
   const ConvShape& s = args.shape;
   const int64_t pixels = args.pool != nullptr ? args.pool->oh * args.pool->ow : s.oh * s.ow;
   T* image = context.scratch<T>(s.n * s.c * s.h * s.w);
   transpose_all(static_cast<const T*>(args.input), s.n, s.c, s.h * s.w, image, context);
-  ConvArgs turned = args;
-  turned.channels_last = true;
-  turned.input = image;
+  ConvArgs nhwc = args;
+  nhwc.channels_last = true;
+  nhwc.input = image;
   T* output = context.scratch<T>(s.n * s.k * pixels);
-  turned.output = output;
-  if (args.locations != nullptr) turned.locations = context.scratch<uint8_t>(s.n * s.k * pixels);
-  pixels_forward<T>(turned, context);
+  nhwc.output = output;
+  if (args.locations != nullptr) nhwc.locations = context.scratch<uint8_t>(s.n * s.k * pixels);
+  pixels_forward<T>(nhwc, context);
   transpose_all(static_cast<const T*>(output), s.n, pixels, s.k, static_cast<T*>(args.output), context);
   if (args.locations != nullptr)
-    transpose_all(static_cast<const uint8_t*>(turned.locations), s.n, pixels, s.k, args.locations, context);
+    transpose_all(static_cast<const uint8_t*>(nhwc.locations), s.n, pixels, s.k, args.locations, context);
 }
 
 // The input positions of one phase (see PhaseTaps) are windows of the output's gradient.
@@ -469,40 +452,50 @@ inline void pixels_weight_gradient(const ConvBackwardArgs& args, const T* grad, 
   });
 }
 
-// The gradients of images in torch's default layout, by way of channels_last copies.
+// Images of torch's default layout as channels_last ones.
 template <class T>
-inline void turned_gradients(const ConvBackwardArgs& args, const Context& context) {
+inline const T* as_nhwc(const T* images, int64_t n, int64_t channels, int64_t pixels,
+                        const Context& context) {
+  T* to = context.scratch<T>(n * channels * pixels);
+  transpose_all(images, n, channels, pixels, to, context);
+  return to;
+}
+
+// The channels_last gradient of the output of a pooled convolution of images in torch's default layout, and
+// the bias gradient on the way. The pooling's gradient and locations are transposed: they are smaller.
+template <class T>
+inline const T* transposed_output_gradient(const ConvBackwardArgs& args, const Context& context) {
   const ConvShape& s = args.shape;
-  ConvBackwardArgs turned = args;
-  turned.channels_last = true;
-  const auto turn = [&](const auto* from, int64_t channels, int64_t pixels) {
-    auto* to =
-        context.scratch<std::remove_cv_t<std::remove_pointer_t<decltype(from)>>>(s.n * channels * pixels);
-    transpose_all(from, s.n, channels, pixels, to, context);
-    return to;
-  };
-  const T* grad;
-  if (args.pool != nullptr) {
-    // Before it is spread: the pooling's gradient and locations are smaller.
-    const int64_t pooled = args.pool->oh * args.pool->ow;
-    turned.grad = turn(static_cast<const T*>(args.grad), s.k, pooled);
-    turned.locations = turn(args.locations, s.k, pooled);
-    grad = output_gradient<T>(turned, context);
-  } else {
-    grad = turn(output_gradient<T>(args, context), s.k, s.oh * s.ow);
-  }
-  T* image = context.scratch<T>(s.n * s.c * s.h * s.w);
-  if (args.grad_weight != nullptr) {
-    transpose_all(static_cast<const T*>(args.input), s.n, s.c, s.h * s.w, image, context);
-    turned.input = image;
-    pixels_weight_gradient<T>(turned, grad, context);
-  }
-  if (args.grad_input != nullptr) {
-    turned.grad_input = image;
-    pixels_input_gradient<T>(turned, grad, context);
-    transpose_all(static_cast<const T*>(image), s.n, s.h * s.w, s.c, static_cast<T*>(args.grad_input),
-                  context);
-  }
+  const int64_t pooled = args.pool->oh * args.pool->ow;
+  ConvBackwardArgs nhwc = args;
+  nhwc.channels_last = true;
+  nhwc.grad = as_nhwc(static_cast<const T*>(args.grad), s.n, s.k, pooled, context);
+  nhwc.locations = as_nhwc(args.locations, s.n, s.k, pooled, context);
+  return output_gradient<T>(nhwc, context);
+}
+
+// The gradients of images in torch's default layout, by way of channels_last copies: `image` holds one, and
+// `grad` is channels_last.
+template <class T>
+inline void transposed_weight_gradient(const ConvBackwardArgs& args, const T* grad, T* image,
+                                       const Context& context) {
+  const ConvShape& s = args.shape;
+  ConvBackwardArgs nhwc = args;
+  nhwc.channels_last = true;
+  nhwc.input = image;
+  transpose_all(static_cast<const T*>(args.input), s.n, s.c, s.h * s.w, image, context);
+  pixels_weight_gradient<T>(nhwc, grad, context);
+}
+
+template <class T>
+inline void transposed_input_gradient(const ConvBackwardArgs& args, const T* grad, T* image,
+                                      const Context& context) {
+  const ConvShape& s = args.shape;
+  ConvBackwardArgs nhwc = args;
+  nhwc.channels_last = true;
+  nhwc.grad_input = image;
+  pixels_input_gradient<T>(nhwc, grad, context);
+  transpose_all(static_cast<const T*>(image), s.n, s.h * s.w, s.c, static_cast<T*>(args.grad_input), context);
 }
 
 }  // namespace fastnn::FASTNN_ISA_NS

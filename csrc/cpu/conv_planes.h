@@ -12,7 +12,7 @@
 #pragma once
 
 #include "cpu/context.h"
-#include "cpu/conv.h"
+#include "cpu/conv_algorithms.h"
 #include "cpu/gemm_tile.h"
 
 namespace fastnn::FASTNN_ISA_NS {
@@ -94,22 +94,6 @@ struct Planes {
     return (phase * height + rows.shift(row_tap)) * width + columns.shift(column_tap);
   }
 };
-
-// Offsets in planes are numbers of 32 bits.
-inline constexpr int64_t kMostOffset = int64_t{1} << 31;
-
-// Whether a row of planes is not many times what image and output hold: where a window reaches far beyond
-// them, by its dilation, nearly all of it is padding.
-inline bool mostly_image(const ConvShape& s) {
-  constexpr double kFew = 0x1p16, kTimes = 64;
-  const auto number = [](int64_t n) { return static_cast<double>(n); };
-  const auto length = [&](int64_t taps, int64_t stride, int64_t dilation, int64_t outputs) {
-    return number(min_of(taps, stride)) *
-           (number(outputs) + number(taps - 1) * number(dilation) / number(stride));
-  };
-  return length(s.kh, s.sh, s.dh, 1) * length(s.kw, s.sw, s.dw, s.ow) <=
-         kFew + kTimes * (number(s.h) * number(s.w) + number(s.oh) * number(s.ow));
-}
 
 // A tile may read this many elements past the last that counts. What it makes of them is dropped, but they
 // are set to zero: products of whatever stood there before can be a hundred times as slow, where it reads as

@@ -1,4 +1,4 @@
-// Convolutions of channels_last images of up to 256 channels.
+// Convolutions of channels_last images by rows of windows.
 //
 // A row of a window is contiguous in a row of the image, taps and channels side by side, and the windows of
 // neighbouring outputs lie at a fixed distance. So a register tile of pixels by output channels reads the
@@ -8,25 +8,6 @@
 #include "cpu/conv_pixels.h"
 
 namespace fastnn::FASTNN_ISA_NS {
-
-// Fewer rows of outputs at a time do not make up for those of the image that two bands share.
-inline constexpr int64_t kLeastRows = 4;
-
-// Whether it is worth it: a deeper weight passes by in blocks of the depth in the products over pixels, fewer
-// outputs leave most of a vector idle, pairs of bf16 would straddle the taps, strides may leave pixels out,
-// which are copied all the same, and rows, which are what workers share out, may be too few or too long.
-template <class T>
-inline bool by_rows(const ConvShape& s) {
-  constexpr int64_t kMostChannels = 256, kLeastOutputs = 8;
-  constexpr double kMostBytes = 0x1p22;
-  const auto reach = [](int64_t outputs, int64_t stride, int64_t taps, int64_t dilation) {
-    return static_cast<double>((outputs - 1) * stride + (taps - 1) * dilation + 1);
-  };
-  const double line = reach(s.ow, s.sw, s.kw, s.dw) * static_cast<double>(s.c + 16),
-               lines = reach(kLeastRows, s.sh, s.kh, s.dh);
-  return Gemm<T>::kPerElem == 1 && s.groups == 1 && s.c <= kMostChannels && s.k >= kLeastOutputs &&
-         s.kh >= s.sh && s.kw >= s.sw && s.oh > 1 && line * lines * sizeof(acc_t<T>) <= kMostBytes;
-}
 
 // Up to kMR neighbouring outputs of a row by the channels of one panel.
 template <class T>

@@ -5,7 +5,8 @@
 // polynomials at 6 x 6 points, where the convolution is a product; each point's products of all tiles and
 // channels make one matrix product.
 
-#include "cpu/conv.h"
+#include "cpu/conv_winograd.h"
+
 #include "cpu/conv_planes.h"
 #include "cpu/gemm.h"
 #include "cpu/transpose.h"
@@ -224,9 +225,8 @@ FASTNN_INLINE void for_each_tile(int64_t images, int64_t y0, int64_t y1, int64_t
 
 }  // namespace
 
-void conv_winograd(const ConvArgs& args, const Context& context) {
+void winograd_forward(const ConvArgs& args, const Context& context) {
   const ConvShape& s = args.shape;
-  if (s.n == 0 || s.k == 0 || s.oh == 0 || s.ow == 0) return;
   const int64_t k_blocks = ceil_div(s.k, kOutputs), c_blocks = ceil_div(s.c, kChannels);
   const bool one_weight = k_blocks == 1 && c_blocks == 1;
   // Rows of A, and of the sums.

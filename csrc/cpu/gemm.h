@@ -374,8 +374,6 @@ inline void gemm_packed(const GemmArgs<T>& g, const Context& context) {
 
 // ---- few rows ----
 
-// Up to this many rows or columns, packing would cost more than it gives.
-inline constexpr int64_t kDotMost = 24, kDotMostColumns = 12;
 // Rows of B that are packed at a time where it is used once: 64 x 32 floats are 8 KiB.
 inline constexpr int64_t kStretch = 64;
 
@@ -562,34 +560,6 @@ inline void gemm_few_rows(const GemmArgs<T>& g, const Context& context) {
                 packed + worker * kStretch * kWidth, bias != nullptr ? bias + j0 : nullptr, j0,
                 static_cast<int>(min_of(kWidth, g.n - j0)));
   });
-}
-
-// In tile registers, where rows are as many as pay for it. Of two operands whose rows are dense the smaller
-// is packed, and the other read where it lies.
-template <class T>
-inline bool gemm_registers(const GemmArgs<T>& g, const Context& context) {
-  constexpr int64_t kFew = 4;
-  if (g.k == 0 || g.m <= kFew || g.n <= kFew) return false;
-  if (g.a_k == 1 && g.b_k == 1 && g.m < g.n) {
-    gemm_packed(
-        GemmArgs<T>{g.n, g.m, g.k, g.b, g.b_n, 1, g.a, 1, g.a_m, g.c, g.c_m, g.bias, g.activation, true},
-        context);
-  } else {
-    gemm_packed(g, context);
-  }
-  return true;
-}
-
-template <class T>
-inline void gemm(const GemmArgs<T>& g, const Context& context) {
-  if (g.m == 0 || g.n == 0) return;
-  if constexpr (kByRegisters<T>) {
-    if (in_registers<T>(context) && gemm_registers(g, context)) return;
-  }
-  if (g.b_k == 1 && g.a_k == 1 && g.k > 0 && (g.m <= kDotMost || g.n <= kDotMostColumns))
-    return gemm_dot(g, context);
-  if (g.b_n == 1 && g.m <= kMR) return gemm_few_rows(g, context);
-  gemm_packed(g, context);
 }
 
 }  // namespace fastnn::FASTNN_ISA_NS

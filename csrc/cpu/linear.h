@@ -8,6 +8,24 @@
 
 namespace fastnn {
 
+// How one of the three products of a linear layer is made: its output, or the gradient of its input or of its
+// weight. Not every one makes all of them, nor takes every call: linear_algorithms.h. Ops pass the numbers
+// on.
+enum class LinearAlgorithm : int {
+  automatic,            // what linear_choice.h says
+  dot,                  // dot products, both operands read where they lie
+  few_rows,             // a tile of rows, the other operand read once where it lies
+  blocked,              // panels packed block by block, after Goto and van de Geijn
+  registers,            // `blocked` in tile registers
+  few_rows_transposed,  // the same of the transposed product
+  blocked_transposed,
+  registers_transposed,
+};
+constexpr const char* kLinearAlgorithms[] = {"automatic",          "dot",
+                                             "few_rows",           "blocked",
+                                             "registers",          "few_rows_transposed",
+                                             "blocked_transposed", "registers_transposed"};
+
 struct LinearArgs {
   DType dtype;
   int64_t m, n, k;     // rows, output features, input features
@@ -15,8 +33,9 @@ struct LinearArgs {
   const void* weight;  // [n, k], dense rows
   const void* bias;    // [n] or null
   Activation activation;
-  void* output;              // [m, n]
-  PackedWeight packed = {};  // the weight once more, or nothing
+  void* output;                                            // [m, n]
+  PackedWeight packed = {};                                // the weight once more, or nothing
+  LinearAlgorithm algorithm = LinearAlgorithm::automatic;  // covers the call
 };
 
 struct LinearBackwardArgs {
@@ -29,6 +48,8 @@ struct LinearBackwardArgs {
   void* grad_input;    // [m, k] or null
   void* grad_weight;   // [n, k] or null
   void* grad_bias;     // [n] or null
+  // Each covers the call.
+  LinearAlgorithm input_algorithm = LinearAlgorithm::automatic, weight_algorithm = LinearAlgorithm::automatic;
 };
 
 FASTNN_KERNEL(linear_forward, LinearArgs)

@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "cpu/attention_choice.h"
+
 namespace fastnn::ops {
 
 AttentionShape check_attention(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -155,9 +157,16 @@ Tensor empty_output(const AttentionShape& s, const Tensor& query, const Tensor& 
   return empty_like(query, {s.batch, s.heads, s.queries, s.value_width});
 }
 
+AttentionAlgorithm attention_algorithm(const Tensor& query, const AttentionShape& s, int64_t number) {
+  const AttentionCall call{dtype_of(query, "query"), s, current_isa()};
+  return algorithm_of<AttentionAlgorithm>(number, kAttentionAlgorithms, "attention",
+                                          [&](AttentionAlgorithm a) { return uncovered(call, a); });
+}
+
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
-                                     bool is_causal, std::optional<double> scale) {
+                                     bool is_causal, std::optional<double> scale, int64_t number) {
   const AttentionShape s = check_attention(query, key, value, mask, is_causal);
+  const AttentionAlgorithm algorithm = attention_algorithm(query, s, number);
   Tensor output = empty_output(s, query, key, value, mask);
   Tensor statistics =
       empty(query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
@@ -167,7 +176,7 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std
   TorchContext context;
   attention_forward({dtype_of(query, "query"), s, q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(),
                      strides_of(q), strides_of(k), strides_of(v), mask_of(m), is_causal, scale_of(scale, s),
-                     output.mutable_data_ptr(), strides_of(output), statistics.mutable_data_ptr()},
+                     output.mutable_data_ptr(), strides_of(output), statistics.mutable_data_ptr(), algorithm},
                     context);
   return {output, statistics};
 }
@@ -175,8 +184,9 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value,
                                                       std::optional<Tensor> mask, Tensor output,
                                                       Tensor statistics, bool is_causal,
-                                                      std::optional<double> scale) {
+                                                      std::optional<double> scale, int64_t number) {
   const AttentionShape s = check_attention(query, key, value, mask, is_causal);
+  const AttentionAlgorithm algorithm = attention_algorithm(query, s, number);
   check_backward(s, query, grad, output, statistics,
                  query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   Tensor grad_query = empty_in_order(query, sizes_of(query)), grad_key = empty_in_order(key, sizes_of(key)),
@@ -206,18 +216,21 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query,
                       grad_value.mutable_data_ptr(),
                       strides_of(grad_query),
                       strides_of(grad_key),
-                      strides_of(grad_value)},
+                      strides_of(grad_value),
+                      algorithm},
                      context);
   return {grad_query, grad_key, grad_value};
 }
 
 FASTNN_OP(attention,
           "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale) -> (Tensor "
-          "output, Tensor statistics)")
+          "output, Tensor statistics)",
+          "algorithm")
 FASTNN_OP(attention_backward,
           "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, Tensor "
           "statistics, bool is_causal,"
-          " float? scale) -> (Tensor, Tensor, Tensor)")
+          " float? scale) -> (Tensor, Tensor, Tensor)",
+          "algorithm")
 
 // With dropout there are kernels for GPUs alone. `seed` is one int64, from which each weight's own random
 // number comes.
@@ -229,6 +242,41 @@ FASTNN_SCHEMA(
     attention_dropout_backward,
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor output, Tensor statistics, "
     "Tensor seed, bool is_causal, float? scale, float dropout_p) -> (Tensor, Tensor, Tensor)")
+
+// ---- algorithms of a call that is told in numbers, for both passes ----
+
+// `shape` is AttentionShape.
+AttentionShape told(const Sizes& s) {
+  FASTNN_CHECK(s.size() == 7, "attention is told in 7 numbers, got ", s.size());
+  check_sizes(s, 0, "attention's sizes");
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
+}
+
+std::string attention_algorithms() { return joined(kAttentionAlgorithms); }
+
+int64_t attention_covering(int64_t dtype, Sizes shape) {
+  const AttentionShape s = told(shape);
+  const AttentionCall call{dtype_of(dtype), s, current_isa()};
+  return covering<AttentionAlgorithm>(kAttentionAlgorithms,
+                                      [&](AttentionAlgorithm a) { return uncovered(call, a); });
+}
+
+int64_t attention_automatic(int64_t dtype, Sizes shape) {
+  const AttentionShape s = told(shape);
+  return static_cast<int64_t>(automatic(AttentionCall{dtype_of(dtype), s, current_isa()}));
+}
+
+FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {
+  m.def("_attention_algorithms() -> str");
+  m.def("_attention_covering(int dtype, int[] shape) -> int");
+  m.def("_attention_automatic(int dtype, int[] shape) -> int");
+}
+
+FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, CompositeExplicitAutograd, m) {
+  m.impl("_attention_algorithms", TORCH_BOX(&attention_algorithms));
+  m.impl("_attention_covering", TORCH_BOX(&attention_covering));
+  m.impl("_attention_automatic", TORCH_BOX(&attention_automatic));
+}
 
 }  // namespace
 }  // namespace fastnn::ops

@@ -257,6 +257,27 @@ std::string packed_schema(const std::string& name, const std::string& signature,
   return out + signature.substr(signature.find(')'));
 }
 
+std::string raw_schema(const std::string& name, const std::string& signature,
+                       std::initializer_list<const char*> algorithms) {
+  const size_t end = signature.find(')');
+  std::string out = name + ".raw" + signature.substr(0, end);
+  for (const char* algorithm : algorithms) out += std::string(", int ") + algorithm + "=0";
+  return out + signature.substr(end);
+}
+
+DType dtype_of(int64_t number) {
+  FASTNN_CHECK(number >= 0 && number <= static_cast<int64_t>(DType::f64),
+               "dtypes are 0 (float32), 1 (bfloat16), 2 (float16) and 3 (float64), got ", number);
+  return static_cast<DType>(number);
+}
+
+void check_sizes(const Sizes& sizes, int64_t least, const char* what) {
+  for (const int64_t size : sizes) {
+    FASTNN_CHECK(size >= least && size <= kMostElements, what, " must be numbers from ", least, " to ",
+                 kMostElements, ", got ", size);
+  }
+}
+
 namespace {
 
 // Each thread that calls kernels keeps this much scratch: a tensor of torch's costs a microsecond, and its

@@ -27,6 +27,7 @@ namespace fastnn::ops {
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstddef>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -175,13 +176,50 @@ inline bool is_for_cpu(const Tensor&) { return true; }
 // A packed weight beside the weight itself, which it need not fit: the kernel looks.
 PackedWeight packed_of(const Tensor& packed, const Tensor& input);
 
+// The algorithm that a number stands for: refuses one that stands for none, and one that does not cover the
+// call: `uncovered` says why not, or null.
+template <class Algorithm, size_t kCount, class Uncovered>
+Algorithm algorithm_of(int64_t number, const char* const (&names)[kCount], const char* what,
+                       const Uncovered& uncovered) {
+  FASTNN_CHECK(number >= 0 && number < static_cast<int64_t>(kCount), what, " has algorithms from 0 to ",
+               kCount - 1, ", got ", number);
+  const auto algorithm = static_cast<Algorithm>(number);
+  const char* reason = uncovered(algorithm);
+  FASTNN_CHECK(reason == nullptr, "the algorithm ", names[number], " does not cover this call of ", what,
+               ": ", reason);
+  return algorithm;
+}
+
+// The algorithms that cover a call, one bit each; bit 0 is `automatic`.
+template <class Algorithm, size_t kCount, class Uncovered>
+int64_t covering(const char* const (&)[kCount], const Uncovered& uncovered) {
+  int64_t bits = 0;
+  for (size_t i = 0; i < kCount; ++i)
+    bits |= static_cast<int64_t>(uncovered(static_cast<Algorithm>(i)) == nullptr) << i;
+  return bits;
+}
+
+// "automatic,planes,rows"
+template <size_t kCount>
+std::string joined(const char* const (&names)[kCount]) {
+  std::string out = names[0];
+  for (size_t i = 1; i < kCount; ++i) out += std::string(",") + names[i];
+  return out;
+}
+
+// Of a call that is told in numbers.
+DType dtype_of(int64_t number);
+// Refuses sizes below the least or beyond what a tensor can have.
+void check_sizes(const Sizes& sizes, int64_t least, const char* what);
+
 inline const void* data_or_null(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
 // The dispatcher takes the better part of a microsecond for each argument, as long as a small kernel runs.
 // Options that are small numbers therefore also travel packed, seven bytes to a number, in an overload of
-// their own.
+// their own. The eighth byte of the first number holds the algorithms: four bits for the first, three for a
+// second.
 constexpr size_t kOptionsPerWord = 7;
 
 template <class T>
@@ -201,11 +239,17 @@ T unpacked(const int64_t* words, size_t i) {
   }
 }
 
-template <auto kFunction, class Result, class Arguments, class Tensors, class Options, class Words>
+constexpr size_t kMostAlgorithms = 2;
+inline int64_t packed_algorithm(const int64_t* words, size_t i) {
+  return words[0] >> (kOptionsPerWord * 8 + 4 * i) & (i == 0 ? 15 : 7);
+}
+
+template <auto kFunction, class Result, class Arguments, class Tensors, class Options, class Words,
+          class Algorithms>
 struct PackedCall;
-template <auto kFunction, class Result, class... A, size_t... T, size_t... O, size_t... W>
+template <auto kFunction, class Result, class... A, size_t... T, size_t... O, size_t... W, size_t... G>
 struct PackedCall<kFunction, Result, std::tuple<A...>, std::index_sequence<T...>, std::index_sequence<O...>,
-                  std::index_sequence<W...>> {
+                  std::index_sequence<W...>, std::index_sequence<G...>> {
   template <size_t>
   using Word = int64_t;
   template <size_t i>
@@ -213,36 +257,65 @@ struct PackedCall<kFunction, Result, std::tuple<A...>, std::index_sequence<T...>
 
   static Result call(Argument<T>... tensors, Word<W>... words) {
     const int64_t packed[] = {words...};
-    return kFunction(std::move(tensors)..., unpacked<Argument<sizeof...(T) + O>>(packed, O)...);
+    return kFunction(std::move(tensors)..., unpacked<Argument<sizeof...(T) + O>>(packed, O)...,
+                     packed_algorithm(packed, G)...);
   }
 };
 
-// The packed form of an op whose tensors come first.
-template <auto kFunction, class Type = decltype(kFunction)>
+// The packed form of an op whose tensors come first, and the numbers of its algorithms last.
+template <auto kFunction, size_t kAlgorithms = 0, class Type = decltype(kFunction)>
 struct Packed;
-template <auto kFunction, class Result, class... A>
-struct Packed<kFunction, Result (*)(A...)> {
-  static constexpr size_t kTensors = (size_t{is_tensor<A>} + ...), kOptions = sizeof...(A) - kTensors,
+template <auto kFunction, size_t kAlgorithms, class Result, class... A>
+struct Packed<kFunction, kAlgorithms, Result (*)(A...)> {
+  static_assert(kAlgorithms <= kMostAlgorithms);
+  static constexpr size_t kTensors = (size_t{is_tensor<A>} + ...),
+                          kOptions = sizeof...(A) - kTensors - kAlgorithms,
                           kWords = (kOptions + kOptionsPerWord - 1) / kOptionsPerWord;
   // One option gains nothing.
   static constexpr bool kUseful = ((is_tensor<A> || is_packable<A>) && ...) && kOptions > 1;
   using Call = PackedCall<kFunction, Result, std::tuple<A...>, std::make_index_sequence<kTensors>,
-                          std::make_index_sequence<kOptions>, std::make_index_sequence<kWords>>;
+                          std::make_index_sequence<kOptions>, std::make_index_sequence<kWords>,
+                          std::make_index_sequence<kAlgorithms>>;
+};
+
+constexpr size_t count_of_names(std::initializer_list<const char*> names) { return names.size(); }
+
+// An op without its last arguments, the numbers of its algorithms: each is automatic.
+template <auto kFunction, class Result, class Arguments, class Kept, class Algorithms>
+struct AutomaticCall;
+template <auto kFunction, class Result, class... A, size_t... K, size_t... G>
+struct AutomaticCall<kFunction, Result, std::tuple<A...>, std::index_sequence<K...>,
+                     std::index_sequence<G...>> {
+  static Result call(std::tuple_element_t<K, std::tuple<A...>>... kept) {
+    return kFunction(std::move(kept)..., (static_cast<void>(G), int64_t{0})...);
+  }
+};
+template <auto kFunction, size_t kAlgorithms, class Type = decltype(kFunction)>
+struct Automatic;
+template <auto kFunction, size_t kAlgorithms, class Result, class... A>
+struct Automatic<kFunction, kAlgorithms, Result (*)(A...)> {
+  using Call =
+      AutomaticCall<kFunction, Result, std::tuple<A...>, std::make_index_sequence<sizeof...(A) - kAlgorithms>,
+                    std::make_index_sequence<kAlgorithms>>;
 };
 
 // "name(Tensor x, int a, bool b) -> Tensor" with the first `tensors` arguments, then `words` numbers.
 std::string packed_schema(const std::string& name, const std::string& signature, size_t tensors,
                           size_t words);
 
-template <auto kFunction, class Library>
+// The same with a number for each algorithm: "name(Tensor x, int a, int algorithm=0) -> Tensor".
+std::string raw_schema(const std::string& name, const std::string& signature,
+                       std::initializer_list<const char*> algorithms);
+
+template <auto kFunction, size_t kAlgorithms, class Library>
 void define_packed(Library& m, const char* name, const char* signature) {
-  using P = Packed<kFunction>;
+  using P = Packed<kFunction, kAlgorithms>;
   if constexpr (P::kUseful) m.def(packed_schema(name, signature, P::kTensors, P::kWords).c_str());
 }
 
-template <auto kFunction, class Library>
+template <auto kFunction, size_t kAlgorithms = 0, class Library>
 void implement_packed(Library& m, const char* name) {
-  using P = Packed<kFunction>;
+  using P = Packed<kFunction, kAlgorithms>;
   if constexpr (P::kUseful) {
     m.impl((std::string(name) + ".packed").c_str(), TORCH_BOX(&P::Call::call));
   }
@@ -267,20 +340,22 @@ void implement_packed(Library& m, const char* name) {
 
 // Defines `fastnn::<name>` from one schema text "name(args) -> result": the overload without a name, to which
 // Python adds gradients, `.raw`, the kernel alone, and `.packed`, the same with its options packed. `name` is
-// the C++ function too. Arguments have no defaults: the dispatcher would drop a trailing default, and the
-// gradients' list would come out short. `.raw` comes last: torch's registry tells overloads of equal
-// arguments apart only until the first of them goes at exit, and would trip over the other when it looks for
-// one behind it.
-#define FASTNN_OP(name, signature)                    \
-  FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {  \
-    m.def(#name signature);                           \
-    define_packed<&name>(m, #name, signature);        \
-    m.def(#name ".raw" signature);                    \
-  }                                                   \
-  FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, CPU, m) { \
-    m.impl(#name, TORCH_BOX(&name));                  \
-    m.impl(#name ".raw", TORCH_BOX(&name));           \
-    implement_packed<&name>(m, #name);                \
+// the C++ function too; what follows are the names of its last arguments, which are the numbers of
+// algorithms. `.raw` and `.packed` take them, and have 0 by default. The overload without a name has no
+// defaults: the dispatcher would drop a trailing one, and the gradients' list would come out short. `.raw`
+// comes last: torch's registry tells overloads of equal arguments apart only until the first of them goes at
+// exit, and would trip over the other when it looks for one behind it.
+#define FASTNN_OP(name, signature, ...)                                       \
+  FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {                          \
+    m.def(#name signature);                                                   \
+    define_packed<&name, count_of_names({__VA_ARGS__})>(m, #name, signature); \
+    m.def(raw_schema(#name, signature, {__VA_ARGS__}).c_str());               \
+  }                                                                           \
+  FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, CPU, m) {                         \
+    using Plain = Automatic<&name, count_of_names({__VA_ARGS__})>::Call;      \
+    m.impl(#name, TORCH_BOX(&Plain::call));                                   \
+    m.impl(#name ".raw", TORCH_BOX(&name));                                   \
+    implement_packed<&name, count_of_names({__VA_ARGS__})>(m, #name);         \
   }
 
 // An op that has no kernel here: those for GPUs are Python's.

@@ -1,5 +1,7 @@
 #include "ops/conv.h"
 
+#include "cpu/conv_choice.h"
+
 namespace fastnn::ops {
 namespace {
 
@@ -97,11 +99,12 @@ bool last(MemoryFormat format) { return format == MemoryFormat::ChannelsLast; }
 // Where each maximum stood comes with the output, unless the weight is packed too: that is for inference.
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
                                    const std::optional<Tensor>& bias, const ConvShape& s, bool relu,
-                                   const ConvPool* pool,
-                                   void (*kernel)(const ConvArgs&, const Context&) = conv_forward,
-                                   PackedWeight packed = {}) {
+                                   const ConvPool* pool, int64_t number, PackedWeight packed = {}) {
   const bool locate = pool != nullptr && packed.data == nullptr;
   const MemoryFormat format = conv_format(input, weight), weights = weight_format(weight);
+  const ConvCall call{dtype_of(input, "input"), s, last(format), last(weights), pool, current_isa()};
+  const auto algorithm = algorithm_of<ConvAlgorithm>(number, kConvAlgorithms, "conv2d",
+                                                     [&](ConvAlgorithm a) { return uncovered(call, a); });
   const Sizes sizes = pool != nullptr ? Sizes{s.n, s.k, pool->oh, pool->ow} : Sizes{s.n, s.k, s.oh, s.ow};
   const MemoryFormat result = relu ? relu_format(format, s) : format;
   // The kernel writes in `format`, which differs from the result's where padding pools one pixel into
@@ -114,10 +117,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   std::optional<Tensor> b;
   if (bias.has_value()) b = dense(*bias);
   TorchContext context;
-  kernel({dtype_of(input, "input"), s, last(format), last(weights), x.const_data_ptr(), w.const_data_ptr(),
-          data_or_null(b), relu, output.mutable_data_ptr(), pool,
-          locate ? static_cast<uint8_t*>(locations.mutable_data_ptr()) : nullptr, packed},
-         context);
+  conv_forward({call.dtype, s, call.channels_last, call.weight_channels_last, x.const_data_ptr(),
+                w.const_data_ptr(), data_or_null(b), relu, output.mutable_data_ptr(), pool,
+                locate ? static_cast<uint8_t*>(locations.mutable_data_ptr()) : nullptr, packed, algorithm},
+               context);
   return {result == format ? output : dense(output, result), locations};
 }
 
@@ -130,7 +133,8 @@ Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, 
                "a weight ",
                shape(weight), ", stride (", s.sh, ", ", s.sw, "), dilation (", s.dh, ", ", s.dw, "), groups ",
                s.groups);
-  return std::get<0>(forward(input, weight, bias, s, relu, nullptr, conv_winograd));
+  return std::get<0>(
+      forward(input, weight, bias, s, relu, nullptr, static_cast<int64_t>(ConvAlgorithm::winograd)));
 }
 
 #define FASTNN_POOL_ARGS                                                                                    \
@@ -141,41 +145,42 @@ Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, 
     {kernel_h, kernel_w}, {pool_stride_h, pool_stride_w}, { pool_padding_h, pool_padding_w } \
   }
 
-Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS) {
+Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
-  return std::get<0>(forward(input, weight, bias, s, false, nullptr));
+  return std::get<0>(forward(input, weight, bias, s, false, nullptr, algorithm));
 }
 
-Tensor conv2d_relu(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS) {
+Tensor conv2d_relu(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS,
+                   int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
-  return std::get<0>(forward(input, weight, bias, s, true, nullptr));
+  return std::get<0>(forward(input, weight, bias, s, true, nullptr, algorithm));
 }
 
 std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, std::optional<Tensor> bias,
-                                                  FASTNN_CONV_ARGS, FASTNN_POOL_ARGS) {
+                                                  FASTNN_CONV_ARGS, FASTNN_POOL_ARGS, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
   const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
-  return forward(input, weight, bias, s, true, &pool);
+  return forward(input, weight, bias, s, true, &pool, algorithm);
 }
 
 Tensor conv2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed, FASTNN_CONV_ARGS,
-                     bool relu) {
+                     bool relu, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
-  return std::get<0>(forward(input, weight, bias, s, relu, nullptr, conv_forward, packed_of(packed, input)));
+  return std::get<0>(forward(input, weight, bias, s, relu, nullptr, algorithm, packed_of(packed, input)));
 }
 
 Tensor conv2d_relu_max_pool2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed,
-                                     FASTNN_CONV_ARGS, FASTNN_POOL_ARGS) {
+                                     FASTNN_CONV_ARGS, FASTNN_POOL_ARGS, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
   const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
-  return std::get<0>(forward(input, weight, bias, s, true, &pool, conv_forward, packed_of(packed, input)));
+  return std::get<0>(forward(input, weight, bias, s, true, &pool, algorithm, packed_of(packed, input)));
 }
 
 // Gradients that are not asked for come back as empty tensors.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                             const Tensor* output, const Tensor* locations, const ConvShape& s,
                                             const ConvPool* pool, bool input_grad, bool weight_grad,
-                                            bool bias_grad) {
+                                            bool bias_grad, int64_t for_input, int64_t for_weight) {
   check_like(input, grad, "grad");
   const Sizes sizes = pool != nullptr ? Sizes{s.n, s.k, pool->oh, pool->ow} : Sizes{s.n, s.k, s.oh, s.ow};
   FASTNN_CHECK(sizes_of(grad) == sizes, "conv2d's backward expects a gradient of the output's shape, got ",
@@ -193,6 +198,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
         ", got ", shape(*locations));
   }
   const MemoryFormat format = conv_format(input, weight), weights = weight_format(weight);
+  const ConvCall call{dtype_of(input, "input"), s, last(format), last(weights), pool, current_isa()};
+  const auto uncovered = [&](ConvAlgorithm a) { return uncovered_gradient(call, a); };
+  const auto input_algorithm = algorithm_of<ConvAlgorithm>(for_input, kConvAlgorithms,
+                                                           "the gradient of conv2d's input", uncovered),
+             weight_algorithm = algorithm_of<ConvAlgorithm>(for_weight, kConvAlgorithms,
+                                                            "the gradient of conv2d's weight", uncovered);
   Tensor grad_input = empty_like(input, input_grad ? sizes_of(input) : Sizes{0},
                                  input_grad ? format : MemoryFormat::Contiguous);
   Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : Sizes{0},
@@ -203,58 +214,138 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
   if (output != nullptr) y = dense(*output, format);
   if (locations != nullptr) l = dense(*locations, format);
   TorchContext context;
-  conv_backward({dtype_of(input, "input"), s, last(format), last(weights), dy.const_data_ptr(),
+  conv_backward({call.dtype, s, call.channels_last, call.weight_channels_last, dy.const_data_ptr(),
                  data_or_null(y), pool, static_cast<const uint8_t*>(data_or_null(l)), x.const_data_ptr(),
                  w.const_data_ptr(), input_grad ? grad_input.mutable_data_ptr() : nullptr,
                  weight_grad ? grad_weight.mutable_data_ptr() : nullptr,
-                 bias_grad ? grad_bias.mutable_data_ptr() : nullptr},
+                 bias_grad ? grad_bias.mutable_data_ptr() : nullptr, input_algorithm, weight_algorithm},
                 context);
   return {grad_input, grad_weight, grad_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad, Tensor input, Tensor weight, FASTNN_CONV_ARGS,
-                                                   bool input_grad, bool weight_grad, bool bias_grad) {
+                                                   bool input_grad, bool weight_grad, bool bias_grad,
+                                                   int64_t input_algorithm, int64_t weight_algorithm) {
   const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
-  return backward(grad, input, weight, nullptr, nullptr, s, nullptr, input_grad, weight_grad, bias_grad);
+  return backward(grad, input, weight, nullptr, nullptr, s, nullptr, input_grad, weight_grad, bias_grad,
+                  input_algorithm, weight_algorithm);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_relu_backward(Tensor grad, Tensor input, Tensor weight,
                                                         Tensor output, FASTNN_CONV_ARGS, bool input_grad,
-                                                        bool weight_grad, bool bias_grad) {
+                                                        bool weight_grad, bool bias_grad,
+                                                        int64_t input_algorithm, int64_t weight_algorithm) {
   const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
-  return backward(grad, input, weight, &output, nullptr, s, nullptr, input_grad, weight_grad, bias_grad);
+  return backward(grad, input, weight, &output, nullptr, s, nullptr, input_grad, weight_grad, bias_grad,
+                  input_algorithm, weight_algorithm);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(Tensor grad, Tensor input, Tensor weight,
-                                                                   Tensor locations, FASTNN_CONV_ARGS,
-                                                                   FASTNN_POOL_ARGS, bool input_grad,
-                                                                   bool weight_grad, bool bias_grad) {
+std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(
+    Tensor grad, Tensor input, Tensor weight, Tensor locations, FASTNN_CONV_ARGS, FASTNN_POOL_ARGS,
+    bool input_grad, bool weight_grad, bool bias_grad, int64_t input_algorithm, int64_t weight_algorithm) {
   const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
   const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
-  return backward(grad, input, weight, nullptr, &locations, s, &pool, input_grad, weight_grad, bias_grad);
+  return backward(grad, input, weight, nullptr, &locations, s, &pool, input_grad, weight_grad, bias_grad,
+                  input_algorithm, weight_algorithm);
 }
 
 #define FASTNN_POOL \
   "int kernel_h, int kernel_w, int pool_stride_h, int pool_stride_w, int pool_padding_h, int pool_padding_w"
 
-FASTNN_OP(conv2d, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor")
-FASTNN_OP(conv2d_relu, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor")
+FASTNN_OP(conv2d, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor", "algorithm")
+FASTNN_OP(conv2d_relu, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor", "algorithm")
 FASTNN_OP(conv2d_winograd,
           "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", bool relu) -> Tensor")
 FASTNN_OP(conv2d_relu_max_pool2d,
-          "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", " FASTNN_POOL ") -> (Tensor, Tensor)")
+          "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", " FASTNN_POOL ") -> (Tensor, Tensor)",
+          "algorithm")
 FASTNN_OP(conv2d_packed,
-          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, " FASTNN_CONV ", bool relu) -> Tensor")
+          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, " FASTNN_CONV ", bool relu) -> Tensor",
+          "algorithm")
 FASTNN_OP(conv2d_relu_max_pool2d_packed,
           "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, " FASTNN_CONV ", " FASTNN_POOL
-          ") -> Tensor")
-FASTNN_OP(conv2d_backward, "(Tensor grad, Tensor input, Tensor weight, " FASTNN_CONV ", " FASTNN_WANTED
-                           ") -> (Tensor, Tensor, Tensor)")
-FASTNN_OP(conv2d_relu_backward, "(Tensor grad, Tensor input, Tensor weight, Tensor output, " FASTNN_CONV
-                                ", " FASTNN_WANTED ") -> (Tensor, Tensor, Tensor)")
+          ") -> Tensor",
+          "algorithm")
+FASTNN_OP(conv2d_backward,
+          "(Tensor grad, Tensor input, Tensor weight, " FASTNN_CONV ", " FASTNN_WANTED
+          ") -> (Tensor, Tensor, Tensor)",
+          "input_algorithm", "weight_algorithm")
+FASTNN_OP(conv2d_relu_backward,
+          "(Tensor grad, Tensor input, Tensor weight, Tensor output, " FASTNN_CONV ", " FASTNN_WANTED
+          ") -> (Tensor, Tensor, Tensor)",
+          "input_algorithm", "weight_algorithm")
 FASTNN_OP(conv2d_relu_max_pool2d_backward,
           "(Tensor grad, Tensor input, Tensor weight, Tensor locations, " FASTNN_CONV ", " FASTNN_POOL
-          ", " FASTNN_WANTED ") -> (Tensor, Tensor, Tensor)")
+          ", " FASTNN_WANTED ") -> (Tensor, Tensor, Tensor)",
+          "input_algorithm", "weight_algorithm")
+
+// ---- algorithms of a call that is told in numbers ----
+
+// `shape` is ConvShape, `pool` is ConvPool or nothing.
+struct ToldCall {
+  ConvShape shape;
+  ConvPool window;
+  ConvCall call;
+
+  ToldCall(int64_t dtype, bool channels_last, bool weight_channels_last, const Sizes& s, const Sizes& p)
+      : shape{},
+        window{},
+        call{dtype_of(dtype), shape, channels_last, weight_channels_last, p.empty() ? nullptr : &window,
+             current_isa()} {
+    FASTNN_CHECK(s.size() == 16, "a convolution is told in 16 numbers, got ", s.size());
+    FASTNN_CHECK(p.empty() || p.size() == 8, "a pooling is told in 8 numbers or none, got ", p.size());
+    check_sizes(s, 0, "a convolution's sizes");
+    check_sizes(p, 0, "a pooling's sizes");
+    shape = {s[0], s[1], s[2],  s[3],  s[4],  s[5],  s[6],  s[7],
+             s[8], s[9], s[10], s[11], s[12], s[13], s[14], s[15]};
+    if (!p.empty()) window = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+    FASTNN_CHECK(shape.sh > 0 && shape.sw > 0 && shape.dh > 0 && shape.dw > 0 && shape.groups > 0,
+                 "a convolution's strides, dilations and groups must be at least 1");
+  }
+};
+
+#define FASTNN_TOLD_ARGS int64_t dtype, bool channels_last, bool weight_channels_last, Sizes shape, Sizes pool
+#define FASTNN_TOLD "int dtype, bool channels_last, bool weight_channels_last, int[] shape, int[] pool"
+
+std::string conv2d_algorithms() { return joined(kConvAlgorithms); }
+
+int64_t conv2d_covering(FASTNN_TOLD_ARGS) {
+  const ToldCall told(dtype, channels_last, weight_channels_last, shape, pool);
+  return covering<ConvAlgorithm>(kConvAlgorithms, [&](ConvAlgorithm a) { return uncovered(told.call, a); });
+}
+
+int64_t conv2d_automatic(FASTNN_TOLD_ARGS) {
+  const ToldCall told(dtype, channels_last, weight_channels_last, shape, pool);
+  return static_cast<int64_t>(automatic(told.call));
+}
+
+int64_t conv2d_backward_covering(FASTNN_TOLD_ARGS) {
+  const ToldCall told(dtype, channels_last, weight_channels_last, shape, pool);
+  return covering<ConvAlgorithm>(kConvAlgorithms,
+                                 [&](ConvAlgorithm a) { return uncovered_gradient(told.call, a); });
+}
+
+std::tuple<int64_t, int64_t> conv2d_backward_automatic(FASTNN_TOLD_ARGS) {
+  const ToldCall told(dtype, channels_last, weight_channels_last, shape, pool);
+  return {static_cast<int64_t>(automatic_input_gradient(told.call)),
+          static_cast<int64_t>(automatic_weight_gradient(told.call))};
+}
+
+FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {
+  m.def("_conv2d_algorithms() -> str");
+  m.def("_conv2d_covering(" FASTNN_TOLD ") -> int");
+  m.def("_conv2d_automatic(" FASTNN_TOLD ") -> int");
+  m.def("_conv2d_backward_covering(" FASTNN_TOLD ") -> int");
+  m.def("_conv2d_backward_automatic(" FASTNN_TOLD ") -> (int, int)");
+}
+
+FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, CompositeExplicitAutograd, m) {
+  m.impl("_conv2d_algorithms", TORCH_BOX(&conv2d_algorithms));
+  m.impl("_conv2d_covering", TORCH_BOX(&conv2d_covering));
+  m.impl("_conv2d_automatic", TORCH_BOX(&conv2d_automatic));
+  m.impl("_conv2d_backward_covering", TORCH_BOX(&conv2d_backward_covering));
+  m.impl("_conv2d_backward_automatic", TORCH_BOX(&conv2d_backward_automatic));
+}
 
 }  // namespace
 }  // namespace fastnn::ops

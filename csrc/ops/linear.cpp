@@ -1,5 +1,6 @@
 #include "cpu/linear.h"
 
+#include "cpu/linear_choice.h"
 #include "ops/common.h"
 
 namespace fastnn::ops {
@@ -33,8 +34,11 @@ Shape check(const Tensor& input, const Tensor& weight, const std::optional<Tenso
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-               Activation activation, PackedWeight packed = {}) {
+               Activation activation, int64_t number, PackedWeight packed = {}) {
   const auto [m, n, k] = check(input, weight, bias);
+  const LinearCall call{dtype_of(input, "input"), m, n, k, current_isa()};
+  const auto algorithm = algorithm_of<LinearAlgorithm>(number, kLinearAlgorithms, "linear",
+                                                       [&](LinearAlgorithm a) { return uncovered(call, a); });
   Sizes sizes = sizes_of(input);
   sizes.back() = n;
   Tensor output = empty_like(input, sizes);
@@ -42,35 +46,36 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   std::optional<Tensor> b;
   if (bias.has_value()) b = dense(*bias);
   TorchContext context;
-  linear_forward({dtype_of(input, "input"), m, n, k, x.const_data_ptr(), w.const_data_ptr(), data_or_null(b),
-                  activation, output.mutable_data_ptr(), packed},
+  linear_forward({call.dtype, m, n, k, x.const_data_ptr(), w.const_data_ptr(), data_or_null(b), activation,
+                  output.mutable_data_ptr(), packed, algorithm},
                  context);
   return output;
 }
 
-Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias) {
-  return forward(input, weight, bias, Activation::none);
+Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t algorithm) {
+  return forward(input, weight, bias, Activation::none, algorithm);
 }
 
-Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
-  return forward(input, weight, bias, Activation::relu);
+Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t algorithm) {
+  return forward(input, weight, bias, Activation::relu, algorithm);
 }
 
-Tensor linear_gelu(Tensor input, Tensor weight, std::optional<Tensor> bias) {
-  return forward(input, weight, bias, Activation::gelu);
+Tensor linear_gelu(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t algorithm) {
+  return forward(input, weight, bias, Activation::gelu, algorithm);
 }
 
 Tensor linear_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed,
-                     int64_t activation) {
+                     int64_t activation, int64_t algorithm) {
   FASTNN_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu),
                "linear_packed expects 0 (no activation), 1 (ReLU) or 2 (GELU), got ", activation);
-  return forward(input, weight, bias, static_cast<Activation>(activation), packed_of(packed, input));
+  return forward(input, weight, bias, static_cast<Activation>(activation), algorithm,
+                 packed_of(packed, input));
 }
 
 // Gradients that are not asked for come back as empty tensors.
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                             const Tensor* output, bool input_grad, bool weight_grad,
-                                            bool bias_grad) {
+                                            bool bias_grad, int64_t for_input, int64_t for_weight) {
   const auto [m, n, k] = check(input, weight, std::nullopt);
   check_like(input, grad, "grad");
   Sizes sizes = sizes_of(input);
@@ -83,6 +88,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
                  "linear_relu's backward expects an output of the gradient's shape ", shape(grad), ", got ",
                  shape(*output));
   }
+  const LinearCall call{dtype_of(input, "input"), m, n, k, current_isa()};
+  const auto input_algorithm =
+      algorithm_of<LinearAlgorithm>(for_input, kLinearAlgorithms, "the gradient of linear's input",
+                                    [&](LinearAlgorithm a) { return uncovered_input_gradient(call, a); });
+  const auto weight_algorithm =
+      algorithm_of<LinearAlgorithm>(for_weight, kLinearAlgorithms, "the gradient of linear's weight",
+                                    [&](LinearAlgorithm a) { return uncovered_weight_gradient(call, a); });
   Tensor grad_input = empty_like(input, input_grad ? sizes_of(input) : Sizes{0});
   Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : Sizes{0});
   Tensor grad_bias = empty_like(weight, bias_grad ? Sizes{n} : Sizes{0});
@@ -90,37 +102,92 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
   std::optional<Tensor> y;
   if (output != nullptr) y = dense(*output);
   TorchContext context;
-  linear_backward(
-      {dtype_of(input, "input"), m, n, k, dy.const_data_ptr(), data_or_null(y), x.const_data_ptr(),
-       w.const_data_ptr(), input_grad ? grad_input.mutable_data_ptr() : nullptr,
-       weight_grad ? grad_weight.mutable_data_ptr() : nullptr,
-       bias_grad ? grad_bias.mutable_data_ptr() : nullptr},
-      context);
+  linear_backward({call.dtype, m, n, k, dy.const_data_ptr(), data_or_null(y), x.const_data_ptr(),
+                   w.const_data_ptr(), input_grad ? grad_input.mutable_data_ptr() : nullptr,
+                   weight_grad ? grad_weight.mutable_data_ptr() : nullptr,
+                   bias_grad ? grad_bias.mutable_data_ptr() : nullptr, input_algorithm, weight_algorithm},
+                  context);
   return {grad_input, grad_weight, grad_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad, Tensor input, Tensor weight, bool input_grad,
-                                                   bool weight_grad, bool bias_grad) {
-  return backward(grad, input, weight, nullptr, input_grad, weight_grad, bias_grad);
+                                                   bool weight_grad, bool bias_grad, int64_t input_algorithm,
+                                                   int64_t weight_algorithm) {
+  return backward(grad, input, weight, nullptr, input_grad, weight_grad, bias_grad, input_algorithm,
+                  weight_algorithm);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(Tensor grad, Tensor input, Tensor weight,
                                                         Tensor output, bool input_grad, bool weight_grad,
-                                                        bool bias_grad) {
-  return backward(grad, input, weight, &output, input_grad, weight_grad, bias_grad);
+                                                        bool bias_grad, int64_t input_algorithm,
+                                                        int64_t weight_algorithm) {
+  return backward(grad, input, weight, &output, input_grad, weight_grad, bias_grad, input_algorithm,
+                  weight_algorithm);
 }
 
-FASTNN_OP(linear, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-FASTNN_OP(linear_relu, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-FASTNN_OP(linear_gelu, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+FASTNN_OP(linear, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor", "algorithm")
+FASTNN_OP(linear_relu, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor", "algorithm")
+FASTNN_OP(linear_gelu, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor", "algorithm")
 FASTNN_OP(linear_packed,
-          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, int activation) -> Tensor")
+          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, int activation) -> Tensor", "algorithm")
 FASTNN_OP(linear_backward,
           "(Tensor grad, Tensor input, Tensor weight, bool input_grad, bool weight_grad, bool bias_grad)"
-          " -> (Tensor, Tensor, Tensor)")
+          " -> (Tensor, Tensor, Tensor)",
+          "input_algorithm", "weight_algorithm")
 FASTNN_OP(linear_relu_backward,
           "(Tensor grad, Tensor input, Tensor weight, Tensor output, bool input_grad, bool weight_grad,"
-          " bool bias_grad) -> (Tensor, Tensor, Tensor)")
+          " bool bias_grad) -> (Tensor, Tensor, Tensor)",
+          "input_algorithm", "weight_algorithm")
+
+// ---- algorithms of a call that is told in numbers ----
+
+LinearCall told(int64_t dtype, int64_t m, int64_t n, int64_t k, bool packed = false) {
+  check_sizes({m, n, k}, 0, "a linear layer's sizes");
+  return {dtype_of(dtype), m, n, k, current_isa(), packed};
+}
+
+std::string linear_algorithms() { return joined(kLinearAlgorithms); }
+
+int64_t linear_covering(int64_t dtype, int64_t m, int64_t n, int64_t k) {
+  const LinearCall call = told(dtype, m, n, k);
+  return covering<LinearAlgorithm>(kLinearAlgorithms, [&](LinearAlgorithm a) { return uncovered(call, a); });
+}
+
+int64_t linear_automatic(int64_t dtype, int64_t m, int64_t n, int64_t k, bool packed) {
+  return static_cast<int64_t>(automatic(told(dtype, m, n, k, packed)));
+}
+
+std::tuple<int64_t, int64_t> linear_backward_covering(int64_t dtype, int64_t m, int64_t n, int64_t k) {
+  const LinearCall call = told(dtype, m, n, k);
+  return {covering<LinearAlgorithm>(kLinearAlgorithms,
+                                    [&](LinearAlgorithm a) { return uncovered_input_gradient(call, a); }),
+          covering<LinearAlgorithm>(kLinearAlgorithms,
+                                    [&](LinearAlgorithm a) { return uncovered_weight_gradient(call, a); })};
+}
+
+std::tuple<int64_t, int64_t> linear_backward_automatic(int64_t dtype, int64_t m, int64_t n, int64_t k) {
+  const LinearCall call = told(dtype, m, n, k);
+  return {static_cast<int64_t>(automatic_input_gradient(call)),
+          static_cast<int64_t>(automatic_weight_gradient(call))};
+}
+
+#define FASTNN_TOLD "int dtype, int rows, int out_features, int in_features"
+
+FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {
+  m.def("_linear_algorithms() -> str");
+  m.def("_linear_covering(" FASTNN_TOLD ") -> int");
+  m.def("_linear_automatic(" FASTNN_TOLD ", bool packed) -> int");
+  m.def("_linear_backward_covering(" FASTNN_TOLD ") -> (int, int)");
+  m.def("_linear_backward_automatic(" FASTNN_TOLD ") -> (int, int)");
+}
+
+FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, CompositeExplicitAutograd, m) {
+  m.impl("_linear_algorithms", TORCH_BOX(&linear_algorithms));
+  m.impl("_linear_covering", TORCH_BOX(&linear_covering));
+  m.impl("_linear_automatic", TORCH_BOX(&linear_automatic));
+  m.impl("_linear_backward_covering", TORCH_BOX(&linear_backward_covering));
+  m.impl("_linear_backward_automatic", TORCH_BOX(&linear_backward_automatic));
+}
 
 }  // namespace
 }  // namespace fastnn::ops

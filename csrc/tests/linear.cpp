@@ -1,20 +1,31 @@
 #include "cpu/linear.h"
 
+#include "cpu/linear_choice.h"
+
 #include "tests/module.h"
 
 namespace fastnn::tests {
 namespace {
 
+LinearCall call_of(const std::string& level, DType dtype, int64_t m, int64_t n, int64_t k) {
+  return {dtype, m, n, k, static_cast<Isa>(level_of(level))};
+}
+
 void forward(const std::string& level, int threads, const py::array& x, const py::array& w,
-             const py::object& bias, const std::string& activation, py::array y, const py::object& packed) {
+             const py::object& bias, const std::string& activation, py::array y, const py::object& packed,
+             const std::string& algorithm) {
   constexpr void (*kernels[])(const LinearArgs&, const Context&) = {FASTNN_LEVELS(linear_forward)};
   const Activation applied = activation == "gelu"   ? Activation::gelu
                              : activation == "relu" ? Activation::relu
                                                     : Activation::none;
+  const LinearCall call = call_of(level, dtype_of(x), x.shape(0), w.shape(0), x.shape(1));
   TestContext context(level, threads);
-  kernels[level_of(level)]({dtype_of(x), x.shape(0), w.shape(0), x.shape(1), x.data(), w.data(), in(bias),
-                            applied, y.mutable_data(), packed_of(packed)},
-                           context);
+  kernels[level_of(level)](
+      {call.dtype, call.m, call.n, call.k, x.data(), w.data(), in(bias), applied, y.mutable_data(),
+       packed_of(packed),
+       covering_algorithm<LinearAlgorithm>(algorithm, kLinearAlgorithms,
+                                           [&](LinearAlgorithm a) { return uncovered(call, a); })},
+      context);
 }
 
 // The weight [outputs, taps, channels] or [outputs, channels, taps], packed.
@@ -34,24 +45,51 @@ py::array pack(const std::string& level, int threads, const py::array& w, int64_
 
 void backward(const std::string& level, int threads, const py::array& grad, const py::object& output,
               const py::array& x, const py::array& w, const py::object& grad_x, const py::object& grad_w,
-              const py::object& grad_b) {
+              const py::object& grad_b, const std::string& input_algorithm,
+              const std::string& weight_algorithm) {
   constexpr void (*kernels[])(const LinearBackwardArgs&, const Context&) = {FASTNN_LEVELS(linear_backward)};
+  const LinearCall call = call_of(level, dtype_of(x), x.shape(0), w.shape(0), x.shape(1));
   TestContext context(level, threads);
-  kernels[level_of(level)]({dtype_of(x), x.shape(0), w.shape(0), x.shape(1), grad.data(), in(output),
-                            x.data(), w.data(), out(grad_x), out(grad_w), out(grad_b)},
+  kernels[level_of(level)]({call.dtype, call.m, call.n, call.k, grad.data(), in(output), x.data(), w.data(),
+                            out(grad_x), out(grad_w), out(grad_b),
+                            covering_algorithm<LinearAlgorithm>(
+                                input_algorithm, kLinearAlgorithms,
+                                [&](LinearAlgorithm a) { return uncovered_input_gradient(call, a); }),
+                            covering_algorithm<LinearAlgorithm>(
+                                weight_algorithm, kLinearAlgorithms,
+                                [&](LinearAlgorithm a) { return uncovered_weight_gradient(call, a); })},
                            context);
+}
+
+// Those that cover a call, and the automatic one: of the output, and of the gradients of input and weight.
+py::tuple algorithms(const std::string& level, const std::string& dtype, int64_t m, int64_t n, int64_t k) {
+  const LinearCall call = call_of(level, dtype_named(dtype), m, n, k);
+  const auto name = [](LinearAlgorithm a) { return kLinearAlgorithms[static_cast<int>(a)]; };
+  const auto covered = [](const auto& uncovered) {
+    return covering<LinearAlgorithm>(kLinearAlgorithms, uncovered);
+  };
+  return py::make_tuple(
+      py::make_tuple(covered([&](LinearAlgorithm a) { return uncovered(call, a); }), name(automatic(call))),
+      py::make_tuple(covered([&](LinearAlgorithm a) { return uncovered_input_gradient(call, a); }),
+                     name(automatic_input_gradient(call))),
+      py::make_tuple(covered([&](LinearAlgorithm a) { return uncovered_weight_gradient(call, a); }),
+                     name(automatic_weight_gradient(call))));
 }
 
 }  // namespace
 
 void bind_linear(py::module_& m) {
   m.def("linear_forward", &forward, py::arg("level"), py::arg("threads"), py::arg("x"), py::arg("w"),
-        py::arg("bias"), py::arg("activation"), py::arg("y"), py::arg("packed") = py::none());
+        py::arg("bias"), py::arg("activation"), py::arg("y"), py::arg("packed") = py::none(),
+        py::arg("algorithm") = "automatic");
   m.def("pack_weight", &pack, py::arg("level"), py::arg("threads"), py::arg("w"), py::arg("groups"),
         py::arg("channels_last"));
   m.def("linear_backward", &backward, py::arg("level"), py::arg("threads"), py::arg("grad"),
         py::arg("output"), py::arg("x"), py::arg("w"), py::arg("grad_x"), py::arg("grad_w"),
-        py::arg("grad_b"));
+        py::arg("grad_b"), py::arg("input_algorithm") = "automatic",
+        py::arg("weight_algorithm") = "automatic");
+  m.def("linear_algorithms", &algorithms);
+  m.attr("LINEAR_ALGORITHMS") = all_of(kLinearAlgorithms);
 }
 
 }  // namespace fastnn::tests

@@ -43,16 +43,17 @@ void bind_layer_norm(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_pool(py::module_& m);
 
-// bfloat16 arrays come as ml_dtypes.bfloat16, whose numpy kind pybind11 does not know: the dtype is told by
-// its name.
-inline DType dtype_of(const py::array& a) {
-  const std::string name = py::str(a.dtype());
+inline DType dtype_named(const std::string& name) {
   if (name == "float32") return DType::f32;
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
   if (name == "float64") return DType::f64;
   throw py::type_error("expected float32, bfloat16, float16 or float64, got " + name);
 }
+
+// bfloat16 arrays come as ml_dtypes.bfloat16, whose numpy kind pybind11 does not know: the dtype is told by
+// its name.
+inline DType dtype_of(const py::array& a) { return dtype_named(py::str(a.dtype())); }
 
 inline int level_of(const std::string& name) {
   for (int level = 0; level < kIsaLevels; ++level) {
@@ -76,6 +77,39 @@ inline const void* in(const py::object& array) {
 }
 inline void* out(const py::object& array) {
   return array.is_none() ? nullptr : py::cast<py::array>(array).mutable_data();
+}
+
+// Algorithms by their names.
+template <class Algorithm, size_t kCount>
+Algorithm algorithm_of(const std::string& name, const char* const (&names)[kCount]) {
+  for (size_t i = 0; i < kCount; ++i) {
+    if (name == names[i]) return static_cast<Algorithm>(i);
+  }
+  throw py::value_error("unknown algorithm " + name);
+}
+
+// The same, refused where it does not cover a call.
+template <class Algorithm, size_t kCount, class Uncovered>
+Algorithm covering_algorithm(const std::string& name, const char* const (&names)[kCount],
+                             const Uncovered& uncovered) {
+  const auto algorithm = algorithm_of<Algorithm>(name, names);
+  if (const char* reason = uncovered(algorithm)) throw std::runtime_error(reason);
+  return algorithm;
+}
+
+// The names of those that cover a call, without `automatic`.
+template <class Algorithm, size_t kCount, class Uncovered>
+std::vector<std::string> covering(const char* const (&names)[kCount], const Uncovered& uncovered) {
+  std::vector<std::string> out;
+  for (size_t i = 1; i < kCount; ++i) {
+    if (uncovered(static_cast<Algorithm>(i)) == nullptr) out.emplace_back(names[i]);
+  }
+  return out;
+}
+
+template <size_t kCount>
+std::vector<std::string> all_of(const char* const (&names)[kCount]) {
+  return {names, names + kCount};
 }
 
 inline PackedWeight packed_of(const py::object& array) {

@@ -128,7 +128,7 @@ def declare(
     if candidates and (on_gpus == "triton" or gpu.architectures()):
         _on_gpus.register(op)
     torch.utils.flop_counter.register_flop_formula(packet, get_raw=True)(
-        lambda *args, out_val=None, **kwargs: int(cost(*args).flops)
+        lambda *args, out_val=None, **kwargs: int(cost(*args[: len(arguments)]).flops)
     )
     return route_of(op)
 
@@ -142,7 +142,7 @@ def _register_fake(op: Op) -> None:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, {found}!"
             )
-        return op.fake(*args)
+        return op.fake(*args[: len(op.schema.arguments)])  # without algorithms, which `raw` takes
 
     for overload in ("", ".raw"):
         torch.library.register_fake(f"fastnn::{op.name}{overload}", fake_on_one_device)
