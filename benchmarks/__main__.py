@@ -16,6 +16,7 @@ from benchmarks import (
     cases,
     choices,
     compare,
+    cpu_choices,
     goals,
     limits,
     memory,
@@ -125,18 +126,33 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("goals", help=text, description=text)
     command.add_argument("result", type=Path, help="a results.json, or the folder of one")
     command.add_argument("--markdown", action="store_true", help="as a table for a document")
-    text = "what each candidate took on a GPU, and which is chosen for such calls"
+    text = (
+        "who is fastest: from what each candidate took on a GPU, or by measuring each algorithm on this CPU"
+    )
     command = commands.add_parser("choices", help=text, description=text)
     command.add_argument(
         "result",
         type=Path,
-        nargs="+",
-        help="a gpu.json, a results.json, or the folder of one; the last counts",
+        nargs="*",
+        help="a gpu.json, a results.json, or the folder of one; the last counts. With --device cpu: samples to fit anew",
+    )
+    command.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda",
+        help="cpu: measure every algorithm for the layers of some networks, and fit rules to that",
+    )
+    command.add_argument("--minutes", type=_positive, default=30, help="with --device cpu (default: 30)")
+    command.add_argument(
+        "--threads", type=_positive, action="append", help="with --device cpu (default: 1 and 2)"
+    )
+    command.add_argument(
+        "--dtype", action="append", default=[], help="with --device cpu, only these: float32, ..."
     )
     command.add_argument(
         "--write",
         action="store_true",
-        help=f"put the choices into {SHIPPED_FILE.name}, which is shipped",
+        help=f"put the choices into {SHIPPED_FILE.name}, or the processor's file, which are shipped",
     )
     text = "every size from 1 on, in turns with the next multiple of 16; exits with 1 if one is under half as fast"
     command = commands.add_parser("sweep", help=text, description=text)
@@ -163,6 +179,17 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "goals":
             return _goals(args, console)
         if args.command == "choices":
+            if args.device == "cpu":
+                return cpu_choices.run(
+                    console,
+                    stored=args.result[-1] if args.result else None,
+                    minutes=args.minutes,
+                    threads=tuple(args.threads or (1, 2)),
+                    dtypes=tuple(args.dtype),
+                    write=args.write,
+                )
+            if not args.result:
+                parser.error("choices: name a result of `make gpu`, or give --device cpu")
             return choices.run(args.result, console, SHIPPED_FILE if args.write else None)
         if args.command == "sweep":
             if args.threads:

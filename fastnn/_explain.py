@@ -32,6 +32,9 @@ class Row(NamedTuple):
     dtype: str
     where: str  # "fastnn <isa>", on a GPU "fastnn cuda" or "fastnn triton", "torch", or "fused"
     reason: str  # why torch; empty where fastnn's kernel ran
+    algorithm: str = (
+        ""  # of the CPU's kernel, where there are several; of gradients one for each that is wanted
+    )
 
 
 class Explanation:
@@ -55,8 +58,11 @@ class Explanation:
         return self.rows[index]
 
     def __str__(self) -> str:
-        cells = [("layer", "op", "input", "dtype", "where", "reason")]
-        cells += [(r.layer, r.op, "x".join(map(str, r.shape)), r.dtype, r.where, r.reason) for r in self.rows]
+        cells = [("layer", "op", "input", "dtype", "where", "algorithm", "reason")]
+        cells += [
+            (r.layer, r.op, "x".join(map(str, r.shape)), r.dtype, r.where, r.algorithm, r.reason)
+            for r in self.rows
+        ]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         lines.insert(1, "  ".join("-" * w for w in widths))
@@ -93,7 +99,8 @@ class _Recorder:
         else:
             layer = self.layers_of_nodes.get(torch._C._current_autograd_node(), "")
         where = "torch" if plan.algorithm is None else f"fastnn {_kernel(op, args, plan)}"
-        self.add(layer, op.name, args, where, plan.reason or "")
+        named = plan.algorithm if plan.algorithm and op.algorithms and args[0].is_cpu else ""
+        self.add(layer, op.name, args, where, plan.reason or "", named)
 
     @sees_fused
     def before_layer(self, module: Module, args: tuple) -> None:
@@ -118,11 +125,11 @@ class _Recorder:
             where, reason = "torch", "not a fastnn layer"
         self.add(name, type(module).__name__, args, where, reason)
 
-    def add(self, layer: str, op: str, args: tuple, where: str, reason: str) -> None:
+    def add(self, layer: str, op: str, args: tuple, where: str, reason: str, algorithm: str = "") -> None:
         tensor = next((a for a in args if isinstance(a, torch.Tensor)), None)
         shape = () if tensor is None or tensor.is_nested else tuple(tensor.shape)
         dtype = "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
-        self.rows.append(Row(layer, op, shape, dtype, where, reason))
+        self.rows.append(Row(layer, op, shape, dtype, where, reason, algorithm))
 
 
 def explain(

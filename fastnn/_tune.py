@@ -1,16 +1,19 @@
-"""``fastnn.tune``: measure on this GPU which candidate takes each call of a model."""
+"""``fastnn.tune``: measure on this machine which candidate takes each call of a model."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from fastnn.ops.core import choices, on_gpus, watch
-from fastnn.ops.core.op import Op
-from fastnn.ops.core.plan import covers
+from fastnn.ops.core import choices, cpu_choices, on_gpus, watch
+from fastnn.ops.core.algorithms import covers_by
+from fastnn.ops.core.op import ROUTES, Op
+from fastnn.ops.core.plan import covers, cpu_class
+from fastnn.ops.core.route import forget_plans
 
 __all__ = ["Tuned", "Tuning", "tune"]
 
@@ -31,7 +34,7 @@ class Tuned(NamedTuple):
     ]  # the median of each candidate that ran and agreed with torch's, which stands first
     chosen: str
     dropped: dict[str, str]  # the other candidates that cover such calls, and why each is none
-    device: int
+    device: int  # a GPU's number, -1 for the CPU
 
 
 class DeviceLost(RuntimeError):
@@ -61,26 +64,28 @@ class Tuning:
             times = ", ".join(f"{name} {seconds * 1e6:.1f} us" for name, seconds in row.seconds.items())
             lines.append(f"{row.op} ({row.calls}): {row.chosen} of {times}")
             lines += [f"  dropped {name}: {reason}" for name, reason in row.dropped.items()]
-        return "\n".join([*lines, f"stored in {choices.path()}"])
+        files = dict.fromkeys(cpu_choices.FILE.path() if r.device < 0 else choices.path() for r in self.rows)
+        return "\n".join([*lines, *[f"stored in {file}" for file in files]])
 
     __repr__ = __str__
 
 
 def tune(model: Callable, *inputs: Any, **kwargs: Any) -> Tuning:
-    """Run a model once on a GPU, measure every candidate for each of its calls, and keep the fastest for calls like them.
+    """Run a model once, measure every candidate for each of its calls, and keep the fastest for calls like them.
 
-    The candidates of an op are torch's own and fastnn's kernels. One that is less than 3% faster is no better: such ties are
-    torch's. A kernel that fails, or disagrees with torch's op, is dropped. The choices are kept as readable JSON in the user's
-    cache folder, and hold for this user, this kind of GPU and these versions of fastnn and torch from then on. Where gradients
-    are enabled and the output requires them, the backward pass is measured as well; the parameters' gradients are as before.
-    ``torch.compile`` asks for choices while it traces, so tune the model before you compile it.
+    The candidates of an op are torch's own and fastnn's kernels: on a GPU each kernel, on the CPU each algorithm that covers the
+    call, for each gradient by itself. One that is less than 3% faster is no better: such ties are torch's. A kernel that fails, or
+    disagrees with torch's op, is dropped. The choices are kept as readable JSON in the user's cache folder, and hold for this
+    user, this kind of GPU or processor and these versions of fastnn and torch from then on. Where gradients are enabled and the
+    output requires them, the backward pass is measured as well; the parameters' gradients are as before. ``torch.compile`` asks
+    for choices while it traces, so tune the model before you compile it.
 
     Parameters
     ----------
     model : torch.nn.Module or callable
         What to run, in the mode it is in, training or evaluation.
     *inputs, **kwargs
-        What to call it with, on the GPU.
+        What to call it with.
 
     Returns
     -------
@@ -90,26 +95,34 @@ def tune(model: Callable, *inputs: Any, **kwargs: Any) -> Tuning:
     Raises
     ------
     RuntimeError
-        If no call of the model ran on a GPU, or if a kernel left the GPU useless to this process.
+        If the model makes no call that several candidates take, or if a kernel left the GPU useless to this process.
     OSError
         If the choices cannot be stored.
     """
     with choices.measuring({}):
-        rows = measure(model, inputs, kwargs)
+        rows = measure(model, inputs, kwargs, on_cpu=True)
     if not rows:
         raise RuntimeError(
-            "fastnn.tune found no call to measure: it measures ops with kernels for GPUs, of models and inputs that are on one"
+            "fastnn.tune found no call to measure: it measures fastnn's ops, of converted models or of fastnn.nn.functional"
         )
     found: dict[int, dict[str, dict[str, str]]] = {}
     for row in rows:
         found.setdefault(row.device, {}).setdefault(row.op, {})[row.calls] = row.chosen
     for index, made in found.items():
-        choices.store(index, made)
+        if index < 0:
+            cpu_choices.store(made)
+        else:
+            choices.store(index, made)
+    forget_plans()
     return Tuning(rows)
 
 
 def _is_on_gpu(t) -> bool:
     return isinstance(t, torch.Tensor) and t.is_cuda
+
+
+def _is_on_cpu(t) -> bool:
+    return isinstance(t, torch.Tensor) and t.is_cpu
 
 
 def measure(
@@ -119,19 +132,29 @@ def measure(
     *,
     on_row: Callable[[Tuned], None] = lambda row: None,
     trying: Callable[[str, str, str], str | None] = lambda op, calls, name: None,
+    on_cpu: bool = False,
 ) -> list[Tuned]:
     """Run a model on fastnn's kernels and measure the candidates of each class of calls that this process does not know yet.
 
     A call is measured before it is made, and is then made on its fastest kernel, so that one which fails does not keep the
     backward pass from being seen. The fastest kernels are in ``choices.known()`` from then on. ``on_row(row)`` is called
     after each class. ``trying(op, class, candidate)`` is called before each call of a candidate; what it returns before the first is
-    a reason to drop it, or None.
+    a reason to drop it, or None. `on_cpu`: whether calls on the CPU are measured too.
     """
     rows: list[Tuned] = []
     known = choices.known()
 
     def seen(op, args, plan):
-        if plan.algorithm is None or not _is_on_gpu(args[0]):
+        if plan.algorithm is None:
+            return
+        if not _is_on_gpu(args[0]):
+            if on_cpu and _is_on_cpu(args[0]) and op.algorithms is not None:
+                done = {(row.op, row.calls) for row in rows}
+                with watch.watching(None, prefer_kernels=True):
+                    made = list(_measure_on_cpu(op, args, done))
+                for row in made:
+                    rows.append(row)
+                    on_row(row)
             return
         key = op.name, choices.call_class(args)
         if key in known or key in {(row.op, row.calls) for row in rows}:
@@ -154,6 +177,88 @@ def measure(
         if wanted and leaves:
             torch.autograd.grad(wanted, leaves, [torch.ones_like(t) for t in wanted], allow_unused=True)
     return rows
+
+
+# ---- on the CPU ----
+
+# A block of calls is timed as one, long enough that the clock's own cost does not count.
+_BLOCK_SECONDS = 1e-3
+
+
+def _measure_on_cpu(op: Op, args: tuple, done: set[tuple[str, str]]) -> Iterator[Tuned]:
+    """The algorithms of each result of a call against torch's op, of classes that are not done."""
+    results = op.algorithms.results
+    for place, result in enumerate(results):
+        part = args
+        if len(results) > 1:
+            *rest, of_input, of_weight, of_bias = args
+            if not (of_input if place == 0 else of_weight or of_bias):
+                continue
+            part = (*rest, of_input, False, False) if place == 0 else (*rest, False, of_weight, of_bias)
+        call = result.describe(*part)
+        of = cpu_class(op, call, part)
+        if (op.name, of) in done:
+            continue
+        done.add((op.name, of))
+        kept = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in part)
+        with torch.no_grad():
+            mask, calls = result.covering(*kept), {choices.TORCH: partial(op.stock, *kept)}
+            want, dropped = op.oracle(*kept), {}
+            for number, name in enumerate(op.algorithms.names):
+                # Those that are less exact are asked for by torch's switches alone.
+                if number == 0 or name == "winograd" or not covers_by(mask, number):
+                    continue
+                candidate = partial(op.packet.raw, *kept, *(0,) * place, number)
+                if reason := _disagreement(candidate(), want):
+                    dropped[name] = reason
+                else:
+                    calls[name] = candidate
+            seconds = _in_turns(calls)
+        if len(results) == 1 and torch.is_grad_enabled() and any(_wants(t) for t in part):
+            seconds[choices.TORCH] = max(0.0, seconds[choices.TORCH] + _lost_in_training(op, part, seconds))
+        yield Tuned(op.name, of, seconds, choices.fastest(seconds), dropped, -1)
+
+
+def _wants(t) -> bool:
+    return isinstance(t, torch.Tensor) and t.requires_grad
+
+
+def _lost_in_training(op: Op, args: tuple, seconds: dict[str, float]) -> float:
+    """What torch's backward pass takes more than the kernels', which follows from who did the forward pass."""
+    leaves = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
+    wanted = [t for t in leaves if _wants(t)]
+
+    def both(function):
+        def call():
+            out = function(*leaves)
+            out = out[0] if isinstance(out, tuple) else out
+            return torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
+
+        return call
+
+    times = _in_turns({"ours": both(ROUTES[op.name]), choices.TORCH: both(op.stock)})
+    ours = min(t for name, t in seconds.items() if name != choices.TORCH) if len(seconds) > 1 else 0.0
+    return (times[choices.TORCH] - seconds[choices.TORCH]) - (times["ours"] - ours)
+
+
+def _in_turns(calls: dict[str, Callable]) -> dict[str, float]:
+    """Median seconds of each, by blocks in turn."""
+    names, times, blocks = list(calls), {name: [] for name in calls}, {}
+    for name, call in calls.items():
+        call()
+        blocks[name] = max(1, round(_BLOCK_SECONDS / max(_seconds_on_cpu(call, 1), 1e-7)))
+    for round_ in range(ROUNDS):
+        for i in range(len(names)):
+            name = names[(i + round_) % len(names)]
+            times[name].append(_seconds_on_cpu(calls[name], blocks[name]))
+    return {name: sorted(measured)[ROUNDS // 2] for name, measured in times.items()}
+
+
+def _seconds_on_cpu(call: Callable, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
 
 
 def _tensors(value) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 import fastnn
 from fastnn import _library, _settings
-from fastnn.ops.core import choices, gpu
+from fastnn.ops.core import choices, cpu_choices, gpu
 from fastnn.ops.core.op import OPS
 
 __all__ = ["report"]
@@ -54,7 +54,10 @@ def report() -> dict[str, str]:
     lines["GPUs measured"] = (
         ", ".join(measured) or "none: calls on a GPU stay with torch until fastnn.tune measured them"
     )
-    lines["choices of this machine"] = f"{choices.path()}{'' if choices.path().is_file() else ' (none yet)'}"
+    for title, path in (("GPUs", choices.path()), ("the CPU", cpu_choices.FILE.path())):
+        lines[f"choices of this machine, {title}"] = f"{path}{'' if path.is_file() else ' (none yet)'}"
+    files = [path.stem for path in cpu_choices.in_order() if path.is_file()]
+    lines["rules of the CPU"] = ", ".join(files) or "none: the library's own"
     return lines
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastnn import _library
-from fastnn.ops.core import choices, route, watch
+from fastnn.ops.core import choices, cpu_choices, route, watch
 
 #: Whether `make test FULL=1` runs: longer trials, with another seed each time.
 FULL = os.environ.get("FASTNN_FULL", "") not in ("", "0")
@@ -46,6 +46,15 @@ def prefer_kernels(monkeypatch):
     monkeypatch.setattr(watch, "prefer_kernels", True)
     # A test may put other rules in place of those that made them.
     route.forget_plans()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_shipped_rules(tmp_path_factory):
+    """What a test sees does not depend on which processors were measured."""
+    before, cpu_choices.FOLDER = cpu_choices.FOLDER, tmp_path_factory.mktemp("choices")
+    cpu_choices._tables.cache_clear()
+    yield before
+    cpu_choices.FOLDER = before
 
 
 @pytest.fixture

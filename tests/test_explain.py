@@ -31,11 +31,11 @@ def model():
 def test_a_row_per_layer():
     rows = fastnn.explain(model(), torch.randn(3, 8)).rows
     assert [tuple(row) for row in rows] == [
-        ("0", "linear_relu", (3, 8), "float32", f"fastnn {ISA}", ""),
-        ("1", "BatchNorm1d", (3, 6), "float32", "torch", "not a fastnn layer"),
-        ("2", "Linear", (3, 6), "float32", "torch", "not a fastnn layer"),
-        ("3", "Dropout", (3, 5), "float32", "torch", "not a fastnn layer"),
-        ("4", "linear", (3, 5), "float32", f"fastnn {ISA}", ""),
+        ("0", "linear_relu", (3, 8), "float32", f"fastnn {ISA}", "", "dot"),
+        ("1", "BatchNorm1d", (3, 6), "float32", "torch", "not a fastnn layer", ""),
+        ("2", "Linear", (3, 6), "float32", "torch", "not a fastnn layer", ""),
+        ("3", "Dropout", (3, 5), "float32", "torch", "not a fastnn layer", ""),
+        ("4", "linear", (3, 5), "float32", f"fastnn {ISA}", "", "dot"),
     ]
 
 
@@ -83,8 +83,8 @@ def test_table():
     text = str(explanation)
     assert text == repr(explanation)
     lines = text.splitlines()
-    assert lines[0].split() == ["layer", "op", "input", "dtype", "where", "reason"]
-    assert lines[2].split() == ["0", "linear_relu", "3x8", "float32", "fastnn", ISA]
+    assert lines[0].split() == ["layer", "op", "input", "dtype", "where", "algorithm", "reason"]
+    assert lines[2].split() == ["0", "linear_relu", "3x8", "float32", "fastnn", ISA, "dot"]
     assert lines[-1] == "2 of 5 calls run on fastnn's kernels"
     assert len(explanation) == 5
     assert list(explanation) == explanation.rows

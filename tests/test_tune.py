@@ -19,7 +19,7 @@ from benchmarks.cases import Case, Input, Workload
 from fastnn import _tune
 from fastnn.ops.attention import dropout
 from fastnn.ops.conv import on_gpus as conv_on_gpus
-from fastnn.ops.core import choices, on_gpus, watch
+from fastnn.ops.core import choices, cpu_choices, on_gpus, watch
 from fastnn.ops.core.op import OPS
 
 KEY = "a GPU, compute capability 9.0"
@@ -370,3 +370,83 @@ def test_every_candidate_of_conv_is_right(clock):
                 if ours.is_floating_point():
                     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
                 assert ours.stride() == like.stride()
+
+
+# ---- on the CPU ----
+
+
+@pytest.fixture
+def host_clock(monkeypatch):
+    """Each algorithm's call takes the seconds that stand under its name, or 1; torch's too."""
+    monkeypatch.setattr(watch, "prefer_kernels", False)
+    cpu_choices._tuned.cache_clear()
+    times = {}
+    monkeypatch.setattr(
+        _tune,
+        "_in_turns",
+        lambda calls: {name: times.get(name, 1.0) for name in calls if calls[name]() is not None},
+    )
+    yield times
+    cpu_choices._tuned.cache_clear()
+
+
+def test_tune_on_the_cpu(host_clock, some_gpu):
+    host_clock |= {"transposed": 0.5, "blocked": 0.25, "ours": 0.5}
+    net, x = model(), torch.randn(2, 8, 8, 8)
+    found = fastnn.tune(net, x)
+    rows = {(r.op, r.calls.split(":")[0]): r for r in found}
+    assert {key: r.chosen for key, r in rows.items()} == {
+        ("conv2d_relu", "float32 nchw training"): "transposed",
+        ("linear", "float32 training"): "blocked",
+        ("linear_backward", "float32 input"): "blocked",
+        ("linear_backward", "float32 weight"): "blocked",
+        ("conv2d_relu_backward", "float32 nchw weight"): "transposed",
+    }
+    assert all(r.device == -1 and "torch" in r.seconds and not r.dropped for r in found)
+    assert "winograd" not in rows["conv2d_relu", "float32 nchw training"].seconds
+    assert str(cpu_choices.FILE.path()) in str(found)
+    assert all(p.grad is None for p in net.parameters())
+    # From then on calls go by it, as explain says; those in inference were not measured.
+    told = {r.op: r.algorithm for r in fastnn.explain(net, x, training=True) if r.algorithm}
+    assert told == {
+        "conv2d_relu": "transposed",
+        "linear": "blocked",
+        "linear_backward": "blocked, blocked",
+        "conv2d_relu_backward": "transposed",
+    }
+    assert [r.algorithm for r in fastnn.explain(net, x, training=False) if r.algorithm] == ["planes", "dot"]
+    y = net(x)
+    torch.testing.assert_close(y, fastnn.revert(net)(x))
+    # Of a file that is none there is a warning, and the rules count.
+    cpu_choices.FILE.path().write_text("{")
+    cpu_choices._tuned.cache_clear()
+    with pytest.warns(UserWarning, match=r"takes no notice of .*cpu\.json"):
+        assert cpu_choices.tuned("linear", "x") is None
+
+
+def test_tune_on_the_cpu_finds_torch(host_clock, some_gpu):
+    host_clock["torch"] = 0.5
+    net, x = model(), torch.randn(2, 8, 8, 8)
+    with torch.no_grad():
+        assert {r.chosen for r in fastnn.tune(net, x)} == {"torch"}
+        assert {r.reason for r in fastnn.explain(net, x) if r.op in OPS} == {
+            "torch measured faster on this processor"
+        }
+        torch.testing.assert_close(net(x), fastnn.revert(net)(x))
+
+
+def test_an_algorithm_that_is_wrong_is_none(host_clock, some_gpu, monkeypatch):
+    host_clock["planes"] = 0.1
+    wrong = lambda ours, want: "wrong: off by 5.0e-01" if ours.shape[1] == 16 else None  # noqa: E731
+    monkeypatch.setattr(_tune, "_disagreement", wrong)
+    with torch.no_grad():
+        conv, _ = fastnn.tune(model(), torch.randn(2, 8, 8, 8))
+    assert conv.chosen == "torch"
+    assert set(conv.dropped) == {"planes", "transposed"}
+
+
+def test_seconds_on_the_cpu():
+    """In truth, and not by a clock of the tests: a call that does more takes longer."""
+    small, large = torch.randn(8, 8), torch.randn(512, 512)
+    seconds = _tune._in_turns({"small": lambda: small @ small, "large": lambda: large @ large})
+    assert 0 < seconds["small"] < seconds["large"]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fastnn.ops.attention import algorithms
 from fastnn.ops.core import gpu
 from fastnn.ops.core.declare import declare
 from fastnn.ops.core.op import Cost, tensor_bytes
@@ -251,6 +252,7 @@ attention_backward = declare(
     ),
     keep=_keep_of_backward,
     backward=_grad_of_backward,
+    algorithms=algorithms.GRADIENTS,
     own_dtype=("mask", "statistics"),
     on_gpus="triton",
     candidates={"kernel": triton_backward, gpu.WARPGROUPS: _by_warpgroups_backward},
@@ -265,6 +267,7 @@ attention = declare(
     cost=cost,
     keep=_keep,
     backward=_grad,
+    algorithms=algorithms.FORWARD,
     autocast=True,
     own_dtype=("mask",),
     constant=("mask",),

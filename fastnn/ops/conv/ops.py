@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fastnn.ops.conv import on_gpus, routes, shapes
+from fastnn.ops.conv import algorithms, on_gpus, routes, shapes
 from fastnn.ops.core.bilinear import masked, second_derivative, tied_to, with_zeros
 from fastnn.ops.core.declare import declare
 from fastnn.ops.core.op import Cost, tensor_bytes
@@ -143,6 +143,7 @@ def _declare_backward(name, split, **rest):
         covers=on_gpus.backward_covers(split),
         keep=keep,
         backward=_second_derivative,
+        algorithms=algorithms.of_gradients(split),
         **rest,
     )
 
@@ -225,6 +226,7 @@ conv2d = declare(
     covers=on_gpus.COVERS,
     slower=routes.slower,
     by_layout=True,
+    algorithms=algorithms.FORWARD,
     fake=shapes.fake,
     cost=shapes.cost,
     keep=_keep,
@@ -242,6 +244,7 @@ conv2d_relu = declare(
     covers=on_gpus.COVERS,
     slower=routes.slower_relu,
     by_layout=True,
+    algorithms=algorithms.FORWARD,
     fake=shapes.fake_relu,
     cost=shapes.cost,
     keep=_keep_relu,
@@ -259,6 +262,7 @@ conv2d_relu_max_pool2d = declare(
     covers=on_gpus.COVERS,
     slower=routes.slower_pooled,
     by_layout=True,
+    algorithms=algorithms.FORWARD,
     fake=shapes.fake_pooled,
     cost=shapes.cost_pooled,
     keep=_keep_pooled,

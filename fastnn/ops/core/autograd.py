@@ -9,12 +9,16 @@ import torch
 from fastnn.ops.core.op import Op
 
 
-def as_function(op: Op, raw: Callable) -> type[torch.autograd.Function]:
-    """The op and its gradient as an autograd.Function: half the cost of the dispatcher's Python autograd on a small call."""
+def as_function(op: Op, run: Callable) -> type[torch.autograd.Function]:
+    """The op and its gradient as an autograd.Function: half the cost of the dispatcher's Python autograd on a small call.
 
-    def forward(ctx, *args):
+    It is applied to the op's arguments and the numbers of the plan, and calls ``run(args, numbers)``.
+    """
+
+    def forward(ctx, *args_and_numbers):
+        args, numbers = args_and_numbers[:-1], args_and_numbers[-1]
         ctx.set_materialize_grads(False)
-        out = raw(*args)
+        out = run(args, numbers)
         if isinstance(out, tuple):
             ctx.mark_non_differentiable(
                 *(t for t in out if not t.is_floating_point())
@@ -23,7 +27,7 @@ def as_function(op: Op, raw: Callable) -> type[torch.autograd.Function]:
         return out
 
     def backward(ctx, *grads):
-        return op.backward(ctx, *grads)
+        return *op.backward(ctx, *grads), None
 
     name = "".join(part.capitalize() for part in op.name.split("_"))
     return type(

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import tempfile
 import threading
-import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch.fx.experimental.symbolic_shapes import has_static_value
+
+from fastnn.ops.core.user_file import UserFile, are_choices
 
 #: The candidate that every op has: torch's own.
 TORCH = "torch"
@@ -53,9 +52,6 @@ def measuring(found: dict[tuple[str, str], str]) -> Iterator[None]:
         yield
     finally:
         _measuring.found = before
-
-
-VERSION = 1
 
 
 _DTYPES = {
@@ -124,22 +120,13 @@ _chosen_for = torch.compiler.assume_constant_result(_look_up)
 def _tables(index: int) -> tuple[dict, dict]:
     """The user's choices for a GPU, and those shipped."""
     properties = gpu(index)
-    stored = _load().get(properties["key"], {})
-    mine = stored.get("choices", {}) if all(stored.get(k) == v for k, v in versions().items()) else {}
-    return mine, SHIPPED.get(properties["capability"], {})
+    return FILE.choices_of(properties["key"]), SHIPPED.get(properties["capability"], {})
 
 
 def gpu(index: int) -> dict:
     """The name under which a GPU's choices stand, and its compute capability."""
     name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
     return {"key": f"{name}, compute capability {capability[0]}.{capability[1]}", "capability": capability}
-
-
-def versions() -> dict[str, str]:
-    """What choices were made with: with another, they are made anew."""
-    import fastnn
-
-    return {"fastnn": fastnn.__version__, "torch": torch.__version__}
 
 
 # ---- what is shipped ----
@@ -153,7 +140,7 @@ def read_shipped(text: str) -> dict[tuple[int, int], dict[str, dict[str, str]]]:
     if not isinstance(found, dict):
         raise ValueError("expected choices by compute capability")
     for capability, choices in found.items():
-        if not re.fullmatch(r"\d+\.\d+", capability) or not _are_choices(choices):
+        if not re.fullmatch(r"\d+\.\d+", capability) or not are_choices(choices):
             raise ValueError(f"the choices for {capability} are none")
     return {tuple(map(int, key.split("."))): choices for key, choices in found.items()}
 
@@ -164,85 +151,15 @@ SHIPPED = read_shipped(SHIPPED_FILE.read_text(encoding="utf-8"))
 
 # ---- the user's file ----
 
+FILE = UserFile("gpu.json", "gpus")
+
 
 def path() -> Path:
     """Where the choices of this user's machine are kept: ``fastnn/gpu.json`` in the cache folder ($XDG_CACHE_HOME)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastnn" / "gpu.json"
-
-
-def _load() -> dict:
-    """The GPUs of the user's file; none, with a warning, if it does not hold what it should."""
-    try:
-        text = path().read_bytes()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        warnings.warn(f"fastnn cannot read what was tuned: {error}", stacklevel=2)
-        return {}
-    try:
-        return _checked(json.loads(text))
-    except (ValueError, RecursionError) as error:  # the latter of lists in lists in lists
-        warnings.warn(
-            f"fastnn takes no notice of {path()}: {error}. Delete it, or run fastnn.tune again", stacklevel=2
-        )
-        return {}
-
-
-def _checked(found) -> dict:
-    if not isinstance(found, dict) or found.get("version") != VERSION:
-        raise ValueError(f"expected choices of version {VERSION}")
-    gpus = found.get("gpus")
-    if not isinstance(gpus, dict):
-        raise ValueError("no GPUs in it")
-    for key, entry in gpus.items():
-        if not _are_choices(entry.get("choices") if isinstance(entry, dict) else None):
-            raise ValueError(f"the choices for {key} are none")
-    return gpus
-
-
-def _are_choices(found) -> bool:
-    """Whether it is what an op's classes were measured to be fastest on, by op."""
-    return isinstance(found, dict) and all(
-        isinstance(of, dict) and all(isinstance(name, str) for name in of.values()) for of in found.values()
-    )
+    return FILE.path()
 
 
 def store(index: int, choices: dict[str, dict[str, str]]) -> None:
-    """Add choices to the user's file, whole or not at all, also where several processes do so at once."""
-    file = path()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    key = gpu(index)["key"]
-    with _locked(file.with_suffix(".lock")):
-        gpus = _load()
-        entry = gpus.get(key, {})
-        if any(entry.get(k) != v for k, v in versions().items()):
-            entry = {**versions(), "choices": {}}
-        for op, of in choices.items():
-            entry["choices"].setdefault(op, {}).update(of)
-        gpus[key] = entry
-        handle, written = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as to:
-                json.dump({"version": VERSION, "gpus": gpus}, to, indent=1, sort_keys=True)
-            os.replace(written, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(written)
-            raise
+    """Add a GPU's choices to the user's file, whole or not at all, also where several processes do so at once."""
+    FILE.store(gpu(index)["key"], choices)
     _tables.cache_clear()
-
-
-@contextlib.contextmanager
-def _locked(file: Path):
-    try:
-        import fcntl
-    except ImportError:  # where there is none, os.replace alone keeps the file whole
-        yield
-        return
-    # Whoever else may write to the folder must not have a file of the user's emptied or made through a link.
-    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)  # which unlocks it

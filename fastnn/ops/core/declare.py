@@ -17,7 +17,8 @@ import torch.utils.flop_counter
 from fastnn.ops.core import autocast as _autocast
 from fastnn.ops.core import autograd, gpu
 from fastnn.ops.core import on_gpus as _on_gpus
-from fastnn.ops.core.op import OPS, Op
+from fastnn.ops.core.algorithms import Algorithms
+from fastnn.ops.core.op import OPS, ROUTES, Op
 from fastnn.ops.core.route import route_of
 
 
@@ -33,6 +34,7 @@ def declare(
     autocast: bool = False,
     own_dtype: tuple[str, ...] = (),
     constant: tuple[str, ...] = (),
+    algorithms: Algorithms | None = None,
     slower: Callable | None = None,
     by_layout: bool = False,
     on_cpu: bool = True,
@@ -71,6 +73,9 @@ def declare(
         Names of tensor arguments whose dtype is not that of the first one, such as indices; the op checks it.
     constant
         Names of tensor arguments for which backward gives no gradient; a call that wants one is torch's.
+    algorithms
+        The algorithms of its kernel on the CPU, where there are several. Without it, or where no rule is known, the
+        library chooses.
     slower
         None if the kernels are to take a call that they support, else the reason why torch's op does better.
         It may raise where `unsupported` has a reason.
@@ -108,6 +113,7 @@ def declare(
         keep=keep or (lambda ctx, inputs, output: None),
         backward=backward or autograd.no_gradient(name),
         autocast=autocast,
+        algorithms=algorithms,
         slower=slower,
         by_layout=by_layout,
         on_cpu=on_cpu,
@@ -119,7 +125,7 @@ def declare(
         tensors=len(tensors),
         required=tuple(i for i in tensors if "Optional" not in str(arguments[i].type)),
         own_dtype=places(own_dtype),
-        constant=places(constant),
+        constant=tuple((i, arguments[i].name) for i in places(constant)),
     )
     _register_fake(op)
     autograd.register(op)
@@ -130,7 +136,8 @@ def declare(
     torch.utils.flop_counter.register_flop_formula(packet, get_raw=True)(
         lambda *args, out_val=None, **kwargs: int(cost(*args[: len(arguments)]).flops)
     )
-    return route_of(op)
+    route = ROUTES[name] = route_of(op)
+    return route
 
 
 def _register_fake(op: Op) -> None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastnn.ops.core.algorithms import Algorithms
+
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
@@ -35,6 +37,7 @@ class Op:
     keep: Callable
     backward: Callable
     autocast: bool
+    algorithms: Algorithms | None
     slower: Callable | None
     by_layout: bool
     on_cpu: bool
@@ -48,7 +51,7 @@ class Op:
     tensors: int
     required: tuple[int, ...]
     own_dtype: tuple[int, ...]
-    constant: tuple[int, ...]
+    constant: tuple[tuple[int, str], ...]  # with their names
 
     @property
     def schema(self) -> torch.FunctionSchema:
@@ -60,8 +63,9 @@ class Op:
         return self.unsupported.__module__.split(".")[2]
 
 
-# Every declared op by name, in the order of declaration.
+# Every declared op by name, in the order of declaration, and the function that has a call of it done by whom its plan names.
 OPS: dict[str, Op] = {}
+ROUTES: dict[str, Callable] = {}
 
 
 def tensor_bytes(*tensors) -> int:

@@ -35,3 +35,12 @@ class PackedOptions(dict):
         if len(self) < self.most:
             self[options] = numbers
         return numbers
+
+
+# The byte of the first number that holds no options.
+_ALGORITHMS = 56
+
+
+def with_algorithms(words: tuple[int, ...], numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """The same with the numbers of algorithms: four bits for the first, three for a second."""
+    return (words[0] | sum([n << _ALGORITHMS + 4 * i for i, n in enumerate(numbers)]), *words[1:])

@@ -14,8 +14,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fastnn import _settings
-from fastnn.ops.core import choices, gpu, watch
-from fastnn.ops.core.described import described
+from fastnn.ops.core import choices, cpu_choices, gpu, rules, watch
+from fastnn.ops.core.algorithms import AUTOMATIC, Result, covers_by
+from fastnn.ops.core.described import Described, described
 from fastnn.ops.core.op import FLOATS, Op
 
 # Tensors with sizes that are numbers; and with them the subclasses that the raw ops understand. Any other goes to torch, whose
@@ -25,6 +26,9 @@ PLAIN = REAL | {FakeTensor, FunctionalTensor}
 
 in_transform = torch._C._functorch.peek_interpreter_stack
 
+#: In place of an algorithm's number: the gradient is torch's.
+BY_TORCH = -1
+
 
 class Plan(NamedTuple):
     """Who does a call.
@@ -32,18 +36,18 @@ class Plan(NamedTuple):
     Attributes
     ----------
     algorithm : str or None
-        The kernel's name; None for torch's op. On the CPU "kernel" is what the library itself takes.
+        The algorithm's name, or the kernel's on a GPU; of an op of gradients one for each that is wanted, of which one may be
+        torch's: ``"planes, torch"``. None where all is torch's.
     reason : str or None
         Why it is torch's; None where it is not.
+    numbers : tuple of int
+        The algorithm as the op takes it, one number for each result that has algorithms of its own; none where there are no
+        algorithms, or all are the library's own choice. :data:`BY_TORCH` for a gradient that is torch's.
     """
 
     algorithm: str | None
     reason: str | None
-
-
-#: What the CPU's kernels are called where the library chooses among them.
-KERNEL = "kernel"
-_BY_KERNEL = Plan(KERNEL, None)
+    numbers: tuple[int, ...] = ()
 
 
 def torchs(reason: str) -> Plan:
@@ -86,21 +90,75 @@ def plan(op: Op, args: tuple) -> Plan:
         return torchs(reason)
     if not on_gpu:
         return fastest(op, args)
-    first = next(iter(op.candidates))
-    if tracing or len(op.candidates) == 1:
-        return Plan(first, None)
+    names = list(op.candidates)
+    if tracing or len(names) == 1:
+        return Plan(names[0], None)
     if preferred:
         chosen = choices.chosen(op.name, args, args[0].device)
-    return Plan(candidate(op, chosen, args), None)
+    name = candidate(op, chosen, args)
+    return Plan(name, None, (names.index(name) + 1,))
+
+
+# ---- on the CPU ----
 
 
 def fastest(op: Op, args: tuple) -> Plan:
     """The plan of a call on the CPU that may be taken to be covered: who was measured to be fastest."""
-    if op.slower is not None and not watch.prefers_kernels():
-        reason = op.slower(*args)
-        if reason is not None:
-            return torchs(reason)
-    return _BY_KERNEL
+    preferred = watch.prefers_kernels()
+    if op.algorithms is None:
+        reason = None if preferred or op.slower is None else op.slower(*args)
+        return Plan(AUTOMATIC, None) if reason is None else torchs(reason)
+    results = op.algorithms.results
+    # Of an op of gradients, that of the input, and those of weight and bias.
+    wanted = (True,) if len(results) == 1 else (args[-3], args[-2] or args[-1])
+    names, numbers = [], []
+    for result, want in zip(results, wanted, strict=True):
+        number = _fastest_for(op, result, args, preferred) if want else 0
+        if isinstance(number, str):
+            return torchs(number)
+        numbers.append(number)
+        if want:
+            named = number or result.automatic(*args)
+            names.append(rules.TORCH if number == BY_TORCH else op.algorithms.names[named])
+    if names and all([name == rules.TORCH for name in names]):
+        return torchs("torch measured faster on this processor")
+    return Plan(", ".join(names) or AUTOMATIC, None, tuple(numbers) if any(numbers) else ())
+
+
+def _fastest_for(op: Op, result: Result, args: tuple, preferred: bool) -> int | str:
+    """The number of the algorithm for one result, or BY_TORCH; or why the whole call is torch's."""
+    call = result.describe(*args)
+    named = None
+    if cpu_choices.has_tuned(op.name) and not isinstance(args[0], Described):
+        mine = cpu_choices.tuned(op.name, cpu_class(op, call, args))
+        named = None if mine is None else (mine,)
+    if named is None:
+        named = cpu_choices.chosen(op.name, call.kind, tuple(call.sizes.items()))
+    if named is None:
+        reason = None if preferred or op.slower is None else op.slower(*args)
+        return 0 if reason is None else reason
+    mask = None
+    for name in named:
+        if name == rules.TORCH:
+            if preferred:
+                continue
+            return BY_TORCH
+        if name not in op.algorithms.names:
+            continue  # of a user's file that another version wrote
+        number = op.algorithms.names.index(name)
+        if mask is None:
+            mask = result.covering(*args)
+        if covers_by(mask, number):
+            return number
+    return 0
+
+
+def cpu_class(op: Op, call: rules.Call, args: tuple) -> str:
+    """The class of a call on the CPU for which a choice of the user's holds: of one gradient, whichever others are wanted."""
+    return f"{call.kind}: {choices.call_class(args if len(op.algorithms.results) == 1 else args[:-3])}"
+
+
+# ---- on GPUs ----
 
 
 def candidate(op: Op, chosen: str | None, args: tuple) -> str:
@@ -151,9 +209,9 @@ def why_unfit(op: Op, args: tuple) -> str | None:
 
 def why_constant(op: Op, args: tuple) -> str | None:
     """Which gradient a call wants that backward does not give, or None."""
-    for i in op.constant:
+    for i, name in op.constant:
         if args[i] is not None and args[i].requires_grad and torch.is_grad_enabled():
-            return f"a gradient of the {op.schema.arguments[i].name}"
+            return f"a gradient of the {name}"
     return None
 
 

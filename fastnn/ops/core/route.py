@@ -8,11 +8,11 @@ import torch
 from torch.autograd import forward_ad
 
 from fastnn import _library, _settings
-from fastnn.ops.core import autocast, autograd, on_gpus, watch
+from fastnn.ops.core import autocast, autograd, watch
 from fastnn.ops.core.autocast import any_autocast
 from fastnn.ops.core.op import Op
-from fastnn.ops.core.options import PackedOptions
-from fastnn.ops.core.plan import REAL, Plan, fastest, in_transform, plan, torchs, why_constant
+from fastnn.ops.core.options import PackedOptions, with_algorithms
+from fastnn.ops.core.plan import BY_TORCH, REAL, Plan, fastest, in_transform, plan, torchs, why_constant
 
 _compiler = torch.compiler  # its is_compiling() is these two, but takes 40 ns more
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -41,28 +41,36 @@ def hand_over(op: Op, args: tuple, reason: str) -> None:
         watch.record(op, args, torchs(reason))
 
 
-def _packed_options_of(op: Op) -> PackedOptions | None:
-    """For the overload that takes the options as a few numbers, where the op has one."""
-    if "packed" not in op.packet.overloads():
-        return None
-    return PackedOptions([str(a.type) == "Optional[int]" for a in op.schema.arguments[op.tensors :]])
-
-
 def _kernel_of(op: Op) -> Callable:
-    """The kernel alone, by the overload that takes the options packed where there is one and they fit."""
-    count, kernel, options = op.tensors, op.packet.raw._op, _packed_options_of(op)
-    if options is None:
-        return kernel
+    """The kernel alone, called as ``run(args, numbers)``, `numbers` being those of the plan."""
+    count, kernel = op.tensors, op.packet.raw._op
+    if "packed" not in op.packet.overloads():
+        return lambda args, numbers: kernel(*args, *numbers)
     packed = op.packet.packed._op
+    options = PackedOptions([str(a.type) == "Optional[int]" for a in op.schema.arguments[count:]])
 
-    def run(*args):
+    def run(args, numbers):
         if args[0].is_cpu and not _watching_modes():
-            numbers = options[args[count:]]
-            if numbers is not None:
-                return packed(*args[:count], *numbers)
-        return kernel(*args)
+            words = options[args[count:]]
+            if words is not None:
+                return packed(*args[:count], *(with_algorithms(words, numbers) if numbers else words))
+        return kernel(*args, *numbers)
 
     return run
+
+
+def _parts(op: Op, run: Callable, args: tuple, numbers: tuple[int, ...]):
+    """A call of an op of gradients of which torch does one, that of the input or those of weight and bias."""
+    *call, of_input, of_weight, of_bias = args
+    by_torch = tuple(number == BY_TORCH for number in numbers)
+    ours = tuple(0 if torch_does else number for torch_does, number in zip(by_torch, numbers, strict=True))
+
+    def only(input_too, weight_too):
+        return (*call, of_input and input_too, of_weight and weight_too, of_bias and weight_too)
+
+    theirs = op.stock(*only(*by_torch))
+    made = run(only(not by_torch[0], not by_torch[1]), ours)
+    return theirs[0] if by_torch[0] else made[0], *(theirs if by_torch[1] else made)[1:]
 
 
 def _kind_of(op: Op) -> Callable:
@@ -71,33 +79,36 @@ def _kind_of(op: Op) -> Callable:
     if len(op.required) != 2:
 
         def kind(args, wants):
-            given = [args[i] for i in op.required]
-            return given[0].dtype, args[count:], wants, *[(t.shape, t.stride()) for t in given]
+            given = [None if t is None else (t.shape, t.stride()) for t in args[:count]]
+            return args[0].dtype, args[count:], wants, *given
 
     elif op.by_layout:
 
         def kind(args, wants):
             a, b = args[0], args[1]
-            wants = wants and (a.requires_grad or b.requires_grad)
             return a.shape, b.shape, a.dtype, a.stride(), b.stride(), args[count:], wants
 
     else:
 
         def kind(args, wants):
-            a, b = args[0], args[1]
-            wants = wants and (a.requires_grad or b.requires_grad)
-            return a.shape, b.shape, a.dtype, args[count:], wants
+            a = args[0]
+            return a.shape, args[1].shape, a.dtype, args[count:], wants
 
     return kind
 
 
 def route_of(op: Op) -> Callable:
     """The function that has a call of an op done by whom its plan names."""
-    count, stock, run = op.tensors, op.stock, _kernel_of(op)
-    function, casts, constants = autograd.as_function(op, run), op.autocast, op.constant
-    chooses, kind = op.slower is not None, _kind_of(op)
+    count, stock, kernel = op.tensors, op.stock, _kernel_of(op)
+    casts, constants, kind = op.autocast, op.constant, _kind_of(op)
+    chooses = op.slower is not None or op.algorithms is not None
     plans: dict[tuple, Plan] = {}
     _remembered.append(plans)
+
+    def run(args, numbers):
+        return _parts(op, kernel, args, numbers) if BY_TORCH in numbers else kernel(args, numbers)
+
+    function = autograd.as_function(op, run)
 
     def route(*args):
         if (
@@ -121,19 +132,22 @@ def route_of(op: Op) -> Callable:
                     wants = True
         if args[0] is None or not args[0].is_cpu:
             return carefully(args)
-        if chooses and not watch.prefer_kernels:
+        numbers = ()
+        if chooses:
             try:
-                key = kind(args, wants)
+                key = kind(args, wants), watch.prefer_kernels
                 known = plans.get(key) or remember(key, fastest(op, args))
             except Exception:
                 known = None  # the rules make no sense of the arguments: the op will refuse them
-            if known is not None and known.algorithm is None:
-                return stock(*args)
+            if known is not None:
+                if known.algorithm is None:
+                    return stock(*args)
+                numbers = known.numbers
         try:
             if not wants:
-                return run(*args)
+                return run(args, numbers)
             if not constants or why_constant(op, args) is None:
-                return function.apply(*args)
+                return function.apply(*args, numbers)
         except Exception:
             # The op refuses what it does not cover: that is torch's, to do or to refuse in its own words.
             if plan(op, args).algorithm is not None:
@@ -164,13 +178,9 @@ def route_of(op: Op) -> Callable:
         watch.record(op, args, made)
         if made.algorithm is None:
             return stock(*original)
-        call = run
         if _is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:count]):
-            call = function.apply
-        if args[0].is_cpu or len(op.candidates) < 2:
-            return call(*args)
-        with on_gpus.planned(op.name, made.algorithm):
-            return call(*args)
+            return function.apply(*args, made.numbers)
+        return run(args, made.numbers)
 
     route.__name__ = route.__qualname__ = op.name
     route.op = op

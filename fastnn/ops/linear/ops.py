@@ -15,7 +15,7 @@ from fastnn.ops.core import gpu
 from fastnn.ops.core.bilinear import masked, second_derivative, tied_to, with_zeros
 from fastnn.ops.core.declare import declare
 from fastnn.ops.core.op import Cost, tensor_bytes
-from fastnn.ops.linear import routes
+from fastnn.ops.linear import algorithms, routes
 
 
 def cost(input, weight, bias=None):
@@ -156,6 +156,7 @@ def _declare_backward(name, split):
         cost=cost,
         keep=keep,
         backward=_second_derivative,
+        algorithms=algorithms.of_gradients(split),
         on_gpus="triton",
         unsupported_on_gpus=unsupported_on_gpus,
         candidates=_backward_candidates(split),
@@ -214,6 +215,7 @@ def _declare_forward(name, activation, stock, slower, **gradients):
         name,
         stock=stock,
         unsupported=unsupported,
+        algorithms=algorithms.FORWARD,
         slower=slower,
         fake=fake,
         cost=cost,

@@ -1,0 +1,179 @@
+"""Choices among the CPU's algorithms, made from measurements: ``python -m benchmarks choices --device cpu``."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks import algorithms, fit, layers
+from benchmarks.algorithms import Sample
+from fastnn import _library
+from fastnn.ops.core import cpu_choices, processor
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def key() -> str:
+    """The name of this processor's file, or the level's where the system does not tell the processor."""
+    this = processor.this()
+    level = _library.current_isa()
+    if this is None:
+        return level
+    return this.key if level == _library.detected_isa() else f"{this.key}-{level}"
+
+
+def plan() -> Iterator[tuple[layers.Layer, int, str, str]]:
+    """Layers, numbers of inputs, dtypes and layouts, in an order of which any part is a fair selection."""
+    every = [
+        (layer, batch, dtype, layout)
+        for layer in layers.every()
+        for batch in algorithms.BATCHES
+        for dtype in algorithms.DTYPES
+        for layout in algorithms.LAYOUTS
+    ]
+    random.Random(0).shuffle(every)
+    return iter(every)
+
+
+def measure(
+    console: Console, minutes: float, threads: tuple[int, ...], dtypes: tuple[str, ...]
+) -> list[Sample]:
+    """Measure for so many minutes."""
+    todo = [job for job in plan() if not dtypes or job[2] in dtypes]
+    samples: list[Sample] = []
+    end = time.monotonic() + 60 * minutes
+    before = torch.get_num_threads()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("layers", total=len(todo))
+            for layer, batch, dtype, layout in todo:
+                if time.monotonic() > end:
+                    break
+                progress.update(task, advance=1, description=f"{layer.network}, {dtype} {layout}")
+                torch.manual_seed(0)
+                for trial in algorithms.trials(layer, batch, dtype, layout):
+                    for count in threads:
+                        torch.set_num_threads(count)
+                        samples.append(algorithms.sample(trial, count))
+    finally:
+        torch.set_num_threads(before)
+    return samples
+
+
+def regrets_before(samples: list[Sample]) -> dict[tuple[str, str], list[float]]:
+    """What the rules left that were there when the samples were measured."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for s in samples:
+        if s.before in s.seconds:
+            least = min(map(s.median, s.seconds))
+            found.setdefault((s.op, s.kind), []).append(s.median(s.before) / least)
+    return found
+
+
+def table(samples: list[Sample], made: fit.Fit) -> Table:
+    """A row for each op and kind: the regret before and under the rules, of what was fitted and of networks left out."""
+    before = regrets_before(samples)
+    rows = Table(title="regret: the time of who is chosen over that of the fastest", title_justify="left")
+    for name in ("op", "calls", "samples", "before", "fitted", "worst", "left out", "worst"):
+        rows.add_column(name, justify="left" if name in ("op", "calls") else "right")
+    for op, kind in sorted(made.regrets):
+        cells = [f"{fit.mean(before[op, kind]):.3f}" if (op, kind) in before else ""]
+        for regrets in (made.regrets[op, kind], made.held_out[op, kind]):
+            cells += [f"{fit.mean(regrets):.3f}", f"{max(regrets, default=1.0):.2f}"]
+        rows.add_row(op, kind, str(len(made.regrets[op, kind])), *cells)
+    return rows
+
+
+def summary(samples: list[Sample], made: fit.Fit) -> dict:
+    """The residual in a few numbers."""
+    everything = {
+        "before": [r for regrets in regrets_before(samples).values() for r in regrets],
+        "fitted": [r for regrets in made.regrets.values() for r in regrets],
+        "left out": [r for regrets in made.held_out.values() for r in regrets],
+    }
+    return {
+        name: {
+            "mean": round(fit.mean(regrets), 4),
+            "worst": round(max(regrets, default=1.0), 3),
+            "above 1.1": round(sum(r > 1.1 for r in regrets) / max(len(regrets), 1), 4),
+        }
+        for name, regrets in everything.items()
+    }
+
+
+def as_text(machine: dict, samples: list[Sample], made: fit.Fit) -> str:
+    """The processor's file."""
+    head = {
+        "version": cpu_choices.VERSION,
+        "isa": machine["isa"],
+        "measured": {
+            **{name: machine[name] for name in ("cpu", "torch", "fastnn", "commit", "created")},
+            "samples": len(samples),
+            "regret": summary(samples, made),
+        },
+    }
+    lines = json.dumps(head, indent=1).removesuffix("\n}")
+    ops = [
+        f'  "{op}": {{\n'
+        + ",\n".join(f'   "{kind}": {json.dumps(rule)}' for kind, rule in sorted(kinds.items()))
+        + "\n  }"
+        for op, kinds in sorted(made.rules.items())
+    ]
+    text = lines + ',\n "rules": {\n' + ",\n".join(ops) + "\n }\n}\n"
+    cpu_choices.read(text)
+    return text
+
+
+def run(
+    console: Console,
+    *,
+    stored: Path | None,
+    minutes: float,
+    threads: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    write: bool,
+) -> int:
+    """Measure, or read what was measured; fit; print the regrets; write the processor's file if asked."""
+    if stored is None:
+        from benchmarks.record import environment
+
+        found = environment()
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        machine = {name: found[name] for name in ("cpu", "cores", "isa", "torch", "fastnn", "commit")}
+        machine |= {"created": now, "processor": key()}
+        samples = measure(console, minutes, threads, dtypes)
+        stored = RESULTS / key() / "algorithms.jsonl"
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        algorithms.write(stored, machine, samples)
+        console.print(f"{len(samples)} samples are in {stored}", highlight=False, soft_wrap=True)
+    machine, samples = algorithms.read(stored)
+    made = fit.fit(samples)
+    console.print(table(samples, made))
+    chosen = Counter(
+        name for kinds in made.rules.values() for rule in kinds.values() for name in _names(rule)
+    )
+    console.print(f"{dict(chosen)}; {summary(samples, made)}", highlight=False, soft_wrap=True)
+    if write:
+        to = cpu_choices.FOLDER / f"{machine['processor']}.json"
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(as_text(machine, samples, made), encoding="utf-8")
+        console.print(f"The rules are in {to}", style="bold", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _names(rule) -> Iterator[str]:
+    if isinstance(rule, str):
+        yield rule.split(",")[0]
+    else:
+        yield from _names(rule[1])
+        yield from _names(rule[2])
