@@ -15,7 +15,8 @@ struct f16 {
   uint16_t bits;
 };
 
-// What is applied to a sum before it is stored. Ops pass these numbers on: fastnn/ops/linear/packed.py has them too.
+// What is applied to a sum before it is stored. Ops pass these numbers on: fastnn/ops/linear/packed.py has
+// them too.
 enum class Activation : int { none = 0, relu = 1, gelu = 2 };
 
 static inline constexpr int size_of(DType dtype) {
