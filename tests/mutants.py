@@ -97,16 +97,47 @@ MUTANTS = (
         "tests/test_export.py -k ask_for_no_size",
     ),
     Mutant(
-        "fastnn/ops/core/choices.py",
+        "fastnn/ops/core/user_file.py",
         "os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC",
         "os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC",
         "tests/test_tune.py -k lock",
     ),
     Mutant(
-        "fastnn/ops/core/choices.py",
+        "fastnn/ops/core/user_file.py",
         "except (ValueError, RecursionError) as error:",
         "except ValueError as error:",
         "tests/test_tune.py",
+    ),
+    # The plan, by rules.
+    Mutant(
+        "fastnn/ops/core/plan.py",
+        "        if covers_by(mask, number):\n            return number\n",
+        "        return number\n",
+        "tests/test_rules.py -k first_that_covers",
+    ),
+    Mutant(
+        "fastnn/ops/core/rules.py",
+        "sizes[rule.size] <= rule.most",
+        "sizes[rule.size] < rule.most",
+        "tests/test_rules.py -k by_size",
+    ),
+    Mutant(
+        "fastnn/ops/core/route.py",
+        "    return theirs[0] if by_torch[0] else made[0], *(theirs if by_torch[1] else made)[1:]",
+        "    return made",
+        "tests/test_rules.py -k each_gradient",
+    ),
+    Mutant(
+        "fastnn/ops/core/cpu_choices.py",
+        "for _, path in sorted(relatives)",
+        "for _, path in sorted(relatives, reverse=True)",
+        "tests/test_rules.py -k order_of_files",
+    ),
+    Mutant(
+        "fastnn/ops/core/route.py",
+        "_library.on_set_isa.append(forget_plans)\n",
+        "",
+        "tests/test_declare.py -k remembered",
     ),
     # Gradients by Python.
     Mutant(
