@@ -10,32 +10,38 @@ JOBS ?= $(shell awk -v cores="$$(nproc)" '/MemAvailable/ {n = int($$2 / 2097152)
 SANITIZERS ?= address,undefined
 BENCH_ARGS := $(if $(QUICK),--quick) $(if $(FULL),--full)
 
-.PHONY: env build build-tests test mutants test-wheel bench gpu wheel sdist lint format clean
+.PHONY: env build build-tests build-sanitize test mutants test-wheel bench gpu wheel sdist lint format clean
 
 # torch first and alone: its own pinned version decides which build of it pip takes.
 $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q -c constraints.txt cmake ninja pybind11 scikit-build-core setuptools wheel numpy rich \
-	  matplotlib jinja2 jsonschema scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes triton
+	$(PY) -m pip install -q -c constraints.txt cmake ninja pybind11 scikit-build-core numpy rich matplotlib jinja2 \
+	  jsonschema scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes triton ruff clang-format
 	touch $@
 
 env: $(VENV)/.installed
 
+WITH_TOOLS := PATH="$(abspath $(VENV))/bin:$$PATH"
+CONFIGURE = $(WITH_TOOLS) cmake -S . -G Ninja -DPython3_EXECUTABLE=$(abspath $(PY)) -DPython_EXECUTABLE=$(abspath $(PY))
+
+# One tree: the library, and what tests need beside it, of the same objects.
 build: env
-	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build -G Ninja -DPython3_EXECUTABLE=$(abspath $(PY)) > /dev/null
-	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build -j $(JOBS)
+	$(CONFIGURE) -B build -DFASTNN_TESTS=ON > /dev/null
+	$(WITH_TOOLS) ninja -C build -j $(JOBS) _C
 
-# The kernels alone, on numpy arrays: once as shipped, once under sanitizers.
-build-tests: env
-	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build-tests -G Ninja -DFASTNN_TESTS=ON \
-	  -DPython3_EXECUTABLE=$(abspath $(PY)) -DPython_EXECUTABLE=$(abspath $(PY)) > /dev/null
-	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build-tests -j $(JOBS)
-	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B build-sanitize -G Ninja -DFASTNN_TESTS=ON \
-	  -DFASTNN_SANITIZE=$(SANITIZERS) -DPython3_EXECUTABLE=$(abspath $(PY)) -DPython_EXECUTABLE=$(abspath $(PY)) > /dev/null
-	PATH="$(abspath $(VENV))/bin:$$PATH" ninja -C build-sanitize -j $(JOBS)
+build-tests: build
+	$(WITH_TOOLS) ninja -C build -j $(JOBS)
 
-# Longer trials with FULL=1, from a seed of their own that the command lines show; SEED repeats one.
+# The kernels under sanitizers, another tree. A quick run holds the levels at both ends: what lies between them has the
+# same sources but for a few lines, and reads past an array end at a guard page at every level.
+SANITIZED_LEVELS := $(if $(FULL),,portable;avx512_bf16)
+build-sanitize: env
+	$(CONFIGURE) -B build-sanitize -DFASTNN_SANITIZE=$(SANITIZERS) "-DFASTNN_SANITIZED_LEVELS=$(SANITIZED_LEVELS)" > /dev/null
+	$(WITH_TOOLS) ninja -C build-sanitize -j $(JOBS)
+
+# A quick run has every pair of a test's parameters (tests/pairwise.py). FULL=1 has every combination and longer trials,
+# from a seed of their own that the command lines show; SEED repeats one.
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 ifdef FULL
 test: SEED := $(SEED)
@@ -43,13 +49,22 @@ test: export FASTNN_FULL := $(FULL)
 test: export FUZZ_SEED = $(SEED)
 test: AT_RANDOM = --hypothesis-seed=$(SEED)
 endif
-test: build build-tests
-	FASTNN_KERNELS=build-tests $(PY) -m pytest -n $(JOBS) $(AT_RANDOM) tests
-	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) tests/test_triton_interpreted.py
-	FASTNN_KERNELS=build-sanitize ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  $(PY) -m pytest -n $(JOBS) tests/test_*_kernels.py
-	$(MAKE) test-wheel
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal $(AT_RANDOM)
+TIMES := dist/stages.txt
+STAGE = tests/stage.sh $(TIMES)
+test:
+	@rm -f $(TIMES)
+	+@$(STAGE) environment $(MAKE) env
+	+@$(STAGE) lint $(MAKE) lint
+	+@$(STAGE) build $(MAKE) build-tests
+	@$(STAGE) tests $(PYTEST) tests
+	@TRITON_INTERPRET=1 $(STAGE) "Triton's kernels" $(PYTEST) tests/test_triton_interpreted.py
+	+@$(STAGE) "sanitized build" $(MAKE) build-sanitize
+	@FASTNN_KERNELS=build-sanitize ASAN_OPTIONS=detect_leaks=0 \
+	  PRELOADED="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(STAGE) "sanitized tests" sh -c 'LD_PRELOAD="$$PRELOADED" exec $(PYTEST) tests/test_*_kernels.py'
+	+@$(STAGE) wheel $(MAKE) test-wheel
+	@cat $(TIMES)
 
 # Faults put into the sources on purpose, each of which a test has to notice.
 mutants: build
@@ -73,23 +88,22 @@ bench: build $(VENV)/.peers
 gpu:
 	python3 -m benchmarks.gpu $(GPU_ARGS)
 
-wheel: env
+# Of the tree that is there: nothing is compiled a second time.
+wheel: build
 	rm -f dist/fastnn-*.whl
-	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -C build-dir=build -C build.targets=_C -w dist .
 
 sdist: env
 	rm -f dist/fastnn-*.tar.gz
-	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
+	$(PY) -c "from scikit_build_core import build; build.build_sdist('dist')" > /dev/null
 
 lint: env
-	$(PY) -m pip install -q -c constraints.txt ruff clang-format
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp
 
 format: env
-	$(PY) -m pip install -q -c constraints.txt ruff clang-format
 	$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp
 
 clean:
-	rm -rf build build-gpu build-tests build-sanitize dist $(VENV)
+	rm -rf build build-gpu build-sanitize dist $(VENV)

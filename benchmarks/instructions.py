@@ -75,7 +75,7 @@ def count(folder: Path) -> dict[str, int]:
     """Instructions of each kernel, with all that it calls, from the test module in a build folder."""
     if shutil.which("valgrind") is None:
         raise CannotCount("no valgrind: install the system's package valgrind")
-    found = sorted(folder.glob("fastnn_kernels*.so"))
+    found = sorted(folder.glob("fastnn_kernels.*.so"))
     if not found:
         raise CannotCount(f"no test module in {folder}: run `make build-tests`")
     with tempfile.TemporaryDirectory() as work:
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.instructions", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--build", type=Path, default=Path("build-tests"), help="default: %(default)s")
+    parser.add_argument("--build", type=Path, default=Path("build"), help="default: %(default)s")
     parser.add_argument("--save", action="store_true", help=f"write {COUNTS.name} anew")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -4,20 +4,65 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from pairwise import covering
 
 from fastnn import _library
 from fastnn.ops.core import choices, cpu_choices, route, watch
 
-#: Whether `make test FULL=1` runs: longer trials, with another seed each time.
+#: Whether `make test FULL=1` runs: every combination of parameters, longer trials, another seed each time.
 FULL = os.environ.get("FASTNN_FULL", "") not in ("", "0")
+#: Where the tests' own modules and libraries are built.
+BUILD = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build")
+OPS_ON_HOST = BUILD / "libops_on_host.so"
+#: Whether what a developer may lack has to be there.
+CI = os.environ.get("CI", "") not in ("", "0")
 
 hypothesis.settings.register_profile("quick", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("full", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("full" if FULL else "quick")
+
+
+def missing(what):
+    """Skips, in a test or in a module, for want of a tool; in continuous integration that is a failure."""
+    if CI:
+        pytest.fail(f"{what}, which may not be missing in continuous integration")
+    pytest.skip(what, allow_module_level=True)
+
+
+def _values(item):
+    """What a test is called with: for each parametrization, and each fixture with parameters, which of its values."""
+    left = {name: id(value) for name, value in item.callspec.params.items()}
+    together = []
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        together.append(tuple(left.pop(name.strip()) for name in names))
+    return *together, *left.values()
+
+
+def pytest_collection_modifyitems(config, items):
+    """A quick run takes some of the combinations of a test's parameters, in which every pair of values meets.
+
+    Those of its fixtures, such as `level`, are among them. `every_combination` marks a test that wants all.
+    """
+    if FULL:
+        return
+    of_test = {}
+    for item in items:
+        if hasattr(item, "callspec") and not item.get_closest_marker("every_combination"):
+            of_test.setdefault((item.parent.nodeid, item.originalname), []).append(item)
+    left_out = set()
+    for alike in of_test.values():
+        taken = set(covering([_values(item) for item in alike]))
+        left_out.update(item for at, item in enumerate(alike) if at not in taken)
+    if left_out:
+        config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
+        items[:] = [item for item in items if item not in left_out]
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEVELS = _library.ISA_LEVELS[: _library.ISA_LEVELS.index(_library.detected_isa()) + 1]

@@ -1,28 +1,27 @@
 """The test module: the CPU kernels themselves, on numpy arrays, without torch.
 
-FASTNN_KERNELS names the build folder of the module; ``make test`` builds one as shipped and one with AddressSanitizer and
-UndefinedBehaviorSanitizer.
+FASTNN_KERNELS names the build folder. ``make test`` builds two: one holds the kernels as shipped, and once more with the
+instructions for BF16 and tile registers modelled; the other has those under AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
-from pathlib import Path
 
 import guarded
+import ml_dtypes
 import numpy as np
-import pytest
+from conftest import BUILD, missing
 
-ml_dtypes = pytest.importorskip("ml_dtypes")
+IN_MODEL = ("avx512_bf16", "amx")
 
 
-def _load():
-    folder = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
-    found = sorted(folder.glob("fastnn_kernels*.so"))
+def _load(name):
+    found = sorted(BUILD.glob(f"{name}.*.so"))
     if not found:
-        pytest.skip(f"no test module in {folder}: run `make build-tests`", allow_module_level=True)
+        return None
+    # The module calls itself the same in either file.
     spec = importlib.util.spec_from_file_location("fastnn_kernels", found[0])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,24 +29,34 @@ def _load():
 
 
 class _Kernels:
-    """The module's functions; those of CPU kernels get their arrays where memory ends, or begins with several threads.
+    """The modules' functions; those of CPU kernels get their arrays where memory ends, or begins with several threads.
 
     AddressSanitizer does not watch the masked loads and stores with which kernels read and write the ends of rows.
     """
 
-    def __init__(self, module):
-        self._module = module
-        self._levels = set(module.levels())
+    def __init__(self, shipped, modelled):
+        self._module = shipped or modelled
+        # By the name of a level: the module that holds it, and its name there.
+        self._levels = {level: (shipped, level) for level in (shipped.levels(False) if shipped else ())}
+        for level in modelled.levels(True):
+            if level in IN_MODEL:
+                self._levels[f"{level} modelled"] = modelled, level
+            else:
+                self._levels.setdefault(level, (modelled, level))
+
+    def levels(self):
+        return list(self._levels)
 
     def __getattr__(self, name):
         function = getattr(self._module, name)
         if not callable(function):
             return function
 
-        def call(*args, **kwargs):
-            if not args or not isinstance(args[0], str) or args[0] not in self._levels:
-                return function(*args, **kwargs)
-            threads = args[1]
+        def call(level, *args, **kwargs):
+            if not isinstance(level, str) or level not in self._levels:
+                return function(level, *args, **kwargs)
+            module, level = self._levels[level]
+            threads = args[0]
             pairs = {}
 
             def moved(a):
@@ -58,7 +67,7 @@ class _Kernels:
                 return pairs[id(a)][1]
 
             args, kwargs = [moved(a) for a in args], {k: moved(a) for k, a in kwargs.items()}
-            out = function(*args, **kwargs)
+            out = getattr(module, name)(level, *args, **kwargs)
             for theirs, ours in pairs.values():
                 if theirs.flags.writeable:
                     theirs[...] = ours
@@ -68,7 +77,14 @@ class _Kernels:
         return call
 
 
-kernels = _Kernels(_load())
+def _kernels():
+    modelled = _load("fastnn_kernels_modelled")
+    if modelled is None:
+        missing(f"no test module in {BUILD}: run `make build-tests`")
+    return _Kernels(_load("fastnn_kernels"), modelled)
+
+
+kernels = _kernels()
 DTYPES = {
     "float32": np.float32,
     "bfloat16": ml_dtypes.bfloat16,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
@@ -56,50 +55,54 @@ def compare(q, k, v, mask=None, roundings=4, **options):
         assert_as_good(a, b, c, roundings, depth=depth)  # differences of sums of larger numbers
 
 
+LENGTHS = [
+    (1, 1, 1, 1),
+    (3, 7, 17, 17),
+    (32, 32, 16, 16),
+    (65, 130, 33, 40),
+    (130, 65, 64, 64),
+    (197, 300, 8, 5),
+    (1, 257, 64, 64),
+    (4, 257, 80, 72),
+    (70, 600, 48, 40),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_lengths_and_widths(dtype, level, native):
-    for queries, keys, width, value_width in (
-        (1, 1, 1, 1),
-        (3, 7, 17, 17),
-        (32, 32, 16, 16),
-        (65, 130, 33, 40),
-        (130, 65, 64, 64),
-        (197, 300, 8, 5),
-        (1, 257, 64, 64),
-        (4, 257, 80, 72),
-        (70, 600, 48, 40),
-    ):
-        tensors = inputs((2, 3, queries, width), (2, 3, keys, width), (2, 3, keys, value_width), dtype=dtype)
-        compare(*tensors)
-        compare(*tensors, is_causal=True)
+@pytest.mark.parametrize(("queries", "keys", "width", "value_width"), LENGTHS)
+@pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
+def test_lengths_and_widths(dtype, queries, keys, width, value_width, causal, level, native):
+    tensors = inputs((2, 3, queries, width), (2, 3, keys, width), (2, 3, keys, value_width), dtype=dtype)
+    compare(*tensors, is_causal=causal)
     assert {reason for _, reason in native} == {None}
 
 
-def masks(generator, dtype):
-    for shape in (
-        (9, 70),
-        (1, 70),
-        (9, 1),
-        (1, 1),
-        (3, 9, 70),
-        (1, 9, 70),
-        (2, 1, 1, 70),
-        (2, 3, 9, 70),
-        (1, 3, 1, 70),
-    ):
-        boolean = torch.rand(shape, generator=generator) > 0.3
-        yield boolean
-        added = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        yield added.masked_fill(torch.rand(shape, generator=generator) > 0.8, -torch.inf)
+MASKS = [
+    (9, 70),
+    (1, 70),
+    (9, 1),
+    (1, 1),
+    (3, 9, 70),
+    (1, 9, 70),
+    (2, 1, 1, 70),
+    (2, 3, 9, 70),
+    (1, 3, 1, 70),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_masks(dtype, level, native):
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+@pytest.mark.parametrize("kind", ["boolean", "added", "boolean, not dense along the keys"])
+def test_masks(dtype, shape, kind, level, native):
     q, k, v = inputs((2, 3, 9, 12), (2, 3, 70, 12), (2, 3, 70, 12), dtype=dtype)
-    for mask in masks(torch.Generator().manual_seed(0), dtype):
-        compare(q, k, v, mask)
-    # Not dense along the keys.
-    compare(q, k, v, (torch.rand(70, 9) > 0.5).t())
+    generator = torch.Generator().manual_seed(sum(shape))
+    mask = torch.rand(shape, generator=generator) > 0.3
+    if kind == "added":
+        added = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        mask = added.masked_fill(~mask, -torch.inf)
+    elif kind != "boolean":
+        mask = mask.transpose(-1, -2).contiguous().transpose(-1, -2)
+    compare(q, k, v, mask)
     assert {reason for _, reason in native} == {None}
 
 
@@ -286,31 +289,33 @@ def compare_beside_formula(q, k, v, mask=None, floor=4.0, **options):
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def huge_masks(queries, keys, dtype):
-    """Masks whose rows are of one huge number, or nearly so."""
+def huge_mask(queries, keys, dtype, huge, kind):
+    """A mask whose rows are of one huge number, or nearly so."""
     least = torch.finfo(dtype).min
-    some = torch.rand(queries, keys, generator=torch.Generator().manual_seed(0)) > 0.5
-    for huge in (least, least / 2, -1e9 if dtype is not torch.float16 else -6e4, -1e4, 1e4):
-        mask = torch.zeros(queries, keys, dtype=dtype)
-        mask[0] = huge  # all keys alike
-        mask[-1].masked_fill_(some[-1], huge)
-        yield mask
-        yield torch.full((1, keys), huge, dtype=dtype)
-        infinite = mask.clone()
-        infinite[0, ::2] = -torch.inf  # the others are as large
-        yield infinite
+    huge = {"least": least, "half of it": least / 2}.get(huge, huge)
+    if dtype is torch.float16:
+        huge = max(huge, least)
+    if kind == "one row":
+        return torch.full((1, keys), huge, dtype=dtype)
+    mask = torch.zeros(queries, keys, dtype=dtype)
+    mask[0] = huge  # all keys alike
+    mask[-1].masked_fill_(torch.rand(keys, generator=torch.Generator().manual_seed(0)) > 0.5, huge)
+    if kind == "infinite":
+        mask[0, ::2] = -torch.inf  # the others are as large
+    return mask
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("queries", [1, 3, 6, 40])
-def test_huge_finite_masks(dtype, queries, level, native):
-    for keys, heads in ((7, 2), (300, 1)):
-        q, k, v = inputs((1, 2, queries, 16), (1, heads, keys, 16), (1, heads, keys, 8), dtype=dtype)
-        for mask in huge_masks(queries, keys, dtype):
-            # 16-bit weights and outputs, of which differences are made.
-            # In float64 the sum of a score and -1e9 is rounded in the reference too.
-            floor = 2.0**32 if dtype is torch.float64 else 16.0
-            compare_beside_formula(q, k, v, mask, floor, enable_gqa=True)
+@pytest.mark.parametrize(("keys", "heads"), [(7, 2), (300, 1)])
+@pytest.mark.parametrize("huge", ["least", "half of it", -1e9, -1e4, 1e4])
+@pytest.mark.parametrize("kind", ["rows", "one row", "infinite"])
+def test_huge_finite_masks(dtype, queries, keys, heads, huge, kind, level, native):
+    q, k, v = inputs((1, 2, queries, 16), (1, heads, keys, 16), (1, heads, keys, 8), dtype=dtype)
+    # 16-bit weights and outputs, of which differences are made.
+    # In float64 the sum of a score and -1e9 is rounded in the reference too.
+    floor = 2.0**32 if dtype is torch.float64 else 16.0
+    compare_beside_formula(q, k, v, huge_mask(queries, keys, dtype, huge, kind), floor, enable_gqa=True)
     assert {reason for _, reason in native} == {None}
 
 
@@ -330,48 +335,51 @@ def test_rows_of_infinities_beside_huge_ones(level):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("logits", [1.0, 1e3, 1e6])
-def test_gradients_know_the_weights_of_the_forward_pass(dtype, logits, level):
+@pytest.mark.parametrize("queries", [1, 2, 3, 4, 5, 6, 7, 8, 33])
+@pytest.mark.parametrize("keys", [9, 150])
+@pytest.mark.parametrize("width", [17, 64])
+def test_gradients_know_the_weights_of_the_forward_pass(dtype, logits, queries, keys, width, level):
     """Scores of backward are those of forward to the last bit: of 1e6, another order of the sums is another weight."""
-    for queries, keys, width in itertools.product((1, 2, 3, 4, 5, 6, 7, 8, 33), (9, 150), (17, 64)):
-        q, k, v = inputs(*[(1, 2, n, width) for n in (queries, keys, keys)], dtype=dtype)
-        q, k = (t * (logits / width**0.5) ** 0.5 for t in (q, k))
-        if dtype is torch.float16 and not (q.isfinite().all() and k.isfinite().all()):
-            continue
-        y, statistics = torch.ops.fastnn.attention(q, k, v, None, False, 1.0)
-        # The gradient of the values, of a gradient of ones and zeros, is a row of weights: these sum up to 1 a query.
-        grad = torch.zeros_like(y)
-        grad[..., 0] = 1.0
-        _, _, dv = torch.ops.fastnn.attention_backward(grad, q, k, v, None, y, statistics, False, 1.0)
-        eps = torch.finfo(dtype).eps
-        sums = dv[..., 0].double().sum(-1)
-        assert ((sums - queries).abs() <= (keys + 8) * eps * queries).all()
-        # And they are the weights that the values met with.
-        weights, _ = torch.ops.fastnn.attention(
-            q, k, torch.eye(keys, dtype=dtype).expand(1, 2, -1, -1), None, False, 1.0
-        )
-        bound = 8 * eps * queries
-        assert (dv[..., 0].double() - weights.double().sum(2)).abs().max() <= bound
+    q, k, v = inputs(*[(1, 2, n, width) for n in (queries, keys, keys)], dtype=dtype)
+    q, k = (t * (logits / width**0.5) ** 0.5 for t in (q, k))
+    assert q.isfinite().all()
+    assert k.isfinite().all()
+    y, statistics = torch.ops.fastnn.attention(q, k, v, None, False, 1.0)
+    # The gradient of the values, of a gradient of ones and zeros, is a row of weights: these sum up to 1 a query.
+    grad = torch.zeros_like(y)
+    grad[..., 0] = 1.0
+    _, _, dv = torch.ops.fastnn.attention_backward(grad, q, k, v, None, y, statistics, False, 1.0)
+    eps = torch.finfo(dtype).eps
+    sums = dv[..., 0].double().sum(-1)
+    assert ((sums - queries).abs() <= (keys + 8) * eps * queries).all()
+    # And they are the weights that the values met with.
+    weights, _ = torch.ops.fastnn.attention(
+        q, k, torch.eye(keys, dtype=dtype).expand(1, 2, -1, -1), None, False, 1.0
+    )
+    bound = 8 * eps * queries
+    assert (dv[..., 0].double() - weights.double().sum(2)).abs().max() <= bound
 
 
 @pytest.mark.parametrize("logits", [1.0, 1e3, 1e6])
-def test_gradients_of_any_logits_in_float32(logits, level):
-    for queries in range(1, 9):
-        for keys, options in ((50, {}), (queries, dict(is_causal=True))):
-            q, k, v = inputs((2, 2, queries, 24), (2, 2, keys, 24), (2, 2, keys, 24))
-            q, k = (t * (logits / 24**0.5) ** 0.5 for t in (q, k))
-            (upstream,) = inputs(q.shape, seed=1)
-            values = []
-            for function, kind in (
-                (sdpa, torch.float32),
-                (by_formula, torch.float32),
-                (exact_of, torch.float64),
-            ):
-                leaf = v.to(kind).requires_grad_()
-                y = function(q.to(kind), k.to(kind), leaf, scale=1.0, **options)
-                values.append(torch.autograd.grad(y, leaf, upstream.to(kind))[0])
-            ours, stock, exact = values
-            allowed = 2 * (stock - exact).abs().max() + (8 + logits) * 2**-23 * exact.abs().max()
-            assert (ours - exact).abs().max() <= allowed
+@pytest.mark.parametrize("queries", range(1, 9))
+@pytest.mark.parametrize("causal", [False, True], ids=["all keys", "causal"])
+def test_gradients_of_any_logits_in_float32(logits, queries, causal, level):
+    keys = queries if causal else 50
+    q, k, v = inputs((2, 2, queries, 24), (2, 2, keys, 24), (2, 2, keys, 24))
+    q, k = (t * (logits / 24**0.5) ** 0.5 for t in (q, k))
+    (upstream,) = inputs(q.shape, seed=1)
+    values = []
+    for function, kind in (
+        (sdpa, torch.float32),
+        (by_formula, torch.float32),
+        (exact_of, torch.float64),
+    ):
+        leaf = v.to(kind).requires_grad_()
+        y = function(q.to(kind), k.to(kind), leaf, scale=1.0, is_causal=causal)
+        values.append(torch.autograd.grad(y, leaf, upstream.to(kind))[0])
+    ours, stock, exact = values
+    allowed = 2 * (stock - exact).abs().max() + (8 + logits) * 2**-23 * exact.abs().max()
+    assert (ours - exact).abs().max() <= allowed
 
 
 # ---- strides ----

@@ -104,38 +104,43 @@ CASES = [
 
 @BOTH_LAYOUTS
 @EVERY_DTYPE
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("op", [conv.conv2d, conv.conv2d_relu], ids=lambda op: op.__name__)
-def test_as_good_as_stock(op, dtype, layout, level, native):
-    for x, w, *options in CASES:
-        for bias in (True, False):
-            compare(op, inputs(x, w, bias, dtype, layout), *options)
+def test_as_good_as_stock(op, dtype, layout, case, bias, level, native):
+    x, w, *options = case
+    compare(op, inputs(x, w, bias, dtype, layout), *options)
     assert {reason for _, reason in native} == {None}
 
 
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("images", [1, 3])
-def test_deep_sums_are_in_parts(images, layout, level):
+@pytest.mark.parametrize("channels", [24, 42, 43, 64, 130, 256, 300])
+@pytest.mark.parametrize(("size", "padding"), [(7, 1), (14, 1), (9, 0)])
+def test_deep_sums_are_in_parts(images, channels, size, padding, layout, level):
     """One chain of additions over a deep window errs several times as much as stock, which adds up parts of it."""
-    for channels in (24, 42, 43, 64, 130, 256, 300):
-        for size, padding in ((7, 1), (14, 1), (9, 0)):
-            x, w, b = inputs((images, channels, size, size), (40, channels, 3, 3), layout=layout)
-            exact = TF.conv2d(x.double(), w.double(), b.double(), 1, padding)
-            assert_as_good(conv.conv2d(x, w, b, 1, padding), TF.conv2d(x, w, b, 1, padding), exact)
+    x, w, b = inputs((images, channels, size, size), (40, channels, 3, 3), layout=layout)
+    exact = TF.conv2d(x.double(), w.double(), b.double(), 1, padding)
+    assert_as_good(conv.conv2d(x, w, b, 1, padding), TF.conv2d(x, w, b, 1, padding), exact)
+
+
+POOLS = [
+    {},
+    dict(kernel_size=3, pool_stride=2, pool_padding=1),
+    dict(kernel_size=(2, 3), pool_stride=(1, 4), pool_padding=(1, 0)),
+]
 
 
 @BOTH_LAYOUTS
 @EVERY_DTYPE
-def test_pooled(dtype, layout, level, native):
+@pytest.mark.parametrize("case", [*CASES[:7], ((2, 3, 37, 70), (5, 3, 3, 3), 1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+def test_pooled(dtype, layout, case, pool, level, native):
     """Maxima of 16-bit numbers tie where the oracle's do not: their gradients go elsewhere, so only values are compared."""
+    x, w, *options = case
     precise = dtype in (torch.float32, torch.float64)
-    for pool in (
-        {},
-        dict(kernel_size=3, pool_stride=2, pool_padding=1),
-        dict(kernel_size=(2, 3), pool_stride=(1, 4), pool_padding=(1, 0)),
-    ):
-        for x, w, *options in (*CASES[:7], ((2, 3, 37, 70), (5, 3, 3, 3), 1, 1, 1, 1)):
-            tensors = inputs(x, w, True, dtype, layout)
-            compare(conv.conv2d_relu_max_pool2d, tensors, *options, gradients=precise, **pool)
+    tensors = inputs(x, w, True, dtype, layout)
+    compare(conv.conv2d_relu_max_pool2d, tensors, *options, gradients=precise, **pool)
     assert {reason for _, reason in native} == {None}
 
 

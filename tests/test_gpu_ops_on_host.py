@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_as_good
+from conftest import BUILD, OPS_ON_HOST, assert_as_good, missing
 
 from fastnn.ops.attention import ops as attention
 from fastnn.ops.conv import on_gpus as conv_on_gpus
@@ -18,10 +16,8 @@ from fastnn.ops.core import gpu
 from fastnn.ops.core.op import OPS
 from fastnn.ops.pool import maximum as pool_max
 
-FOLDER = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
-LIBRARY = FOLDER / "libops_on_host.so"
-
-pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason=f"no {LIBRARY}: run `make build-tests`")
+if not OPS_ON_HOST.exists():
+    missing(f"no {OPS_ON_HOST}: run `make build-tests`")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -29,7 +25,7 @@ FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 @pytest.fixture(scope="module")
 def ops():
-    torch.ops.load_library(str(LIBRARY))
+    torch.ops.load_library(str(OPS_ON_HOST))
     return torch.ops.fastnn_on_host
 
 
@@ -379,7 +375,7 @@ def test_pool(ops, dtype, layout):
         assert_as_good(ours, native, exact)
 
 
-RACES = FOLDER / "races"
+RACES = BUILD / "races"
 
 
 def test_no_thread_reads_what_another_writes():

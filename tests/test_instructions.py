@@ -1,23 +1,21 @@
 """The kernels execute no more instructions than they did, a check of speed that no other load on the machine disturbs."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
+from conftest import BUILD
 
 from benchmarks import instructions
 
-FOLDER = Path(__file__).parents[1] / os.environ.get("FASTNN_KERNELS", "build-tests")
 STORED = json.loads(instructions.COUNTS.read_text())
 
 
 @pytest.mark.slow
 def test_kernels_execute_no_more_instructions():
     try:
-        if instructions.compiler(FOLDER) != STORED["compiler"]:
+        if instructions.compiler(BUILD) != STORED["compiler"]:
             pytest.skip(f"the stored counts are of {STORED['compiler']}")
-        counts = instructions.count(FOLDER)
+        counts = instructions.count(BUILD)
     except (instructions.CannotCount, FileNotFoundError) as error:
         pytest.skip(str(error))
     assert instructions.regressions(STORED["instructions"], counts) == []

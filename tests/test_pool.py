@@ -66,41 +66,41 @@ BOTH_LAYOUTS = pytest.mark.parametrize("layout", LAYOUTS, ids=("nchw", "channels
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+DILATED = [dict(kernel_size=3, stride=2, padding=1, dilation=2), dict(kernel_size=2, dilation=(1, 3))]
+EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
 @BOTH_LAYOUTS
 @EVERY_DTYPE
+@EVERY_SHAPE
+@pytest.mark.parametrize("window", WINDOWS + DILATED, ids=str)
 @pytest.mark.parametrize("indices", [False, True], ids=["", "indices"])
-def test_max_pool2d(dtype, layout, indices, level, native):
-    for window in (
-        *WINDOWS,
-        dict(kernel_size=3, stride=2, padding=1, dilation=2),
-        dict(kernel_size=2, dilation=(1, 3)),
-    ):
-        for shape in SHAPES:
-            x = images(*shape, dtype=dtype, layout=layout, ties=True)
-            compare("max_pool2d", x, **window, return_indices=indices)
+def test_max_pool2d(dtype, layout, shape, window, indices, level, native):
+    x = images(*shape, dtype=dtype, layout=layout, ties=True)
+    compare("max_pool2d", x, **window, return_indices=indices)
     assert {reason for _, reason in native} == {None}
 
 
 @BOTH_LAYOUTS
 @EVERY_DTYPE
-def test_avg_pool2d(dtype, layout, level, native):
-    for window in WINDOWS:
-        for shape in SHAPES:
-            for extra in ({}, dict(count_include_pad=False), dict(divisor_override=3)):
-                compare("avg_pool2d", images(*shape, dtype=dtype, layout=layout), **window, **extra)
+@EVERY_SHAPE
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("over", [{}, dict(count_include_pad=False), dict(divisor_override=3)], ids=str)
+def test_avg_pool2d(dtype, layout, shape, window, over, level, native):
+    compare("avg_pool2d", images(*shape, dtype=dtype, layout=layout), **window, **over)
     assert {reason for _, reason in native} == {None}
 
 
 @BOTH_LAYOUTS
 @EVERY_DTYPE
+@EVERY_SHAPE
+@pytest.mark.parametrize("size", [1, (2, 3), (7, 5), (None, 4), 40], ids=str)
 @pytest.mark.parametrize("name", ["adaptive_avg_pool2d", "adaptive_max_pool2d"])
-def test_adaptive(name, dtype, layout, level, native):
-    for shape in SHAPES:
-        for size in (1, (2, 3), (7, 5), (None, 4), 40):
-            x = images(*shape, dtype=dtype, layout=layout, ties="max" in name)
-            compare(name, x, size)
-            if "max" in name:
-                compare(name, x, size, return_indices=True)
+def test_adaptive(name, dtype, layout, shape, size, level, native):
+    x = images(*shape, dtype=dtype, layout=layout, ties="max" in name)
+    compare(name, x, size)
+    if "max" in name:
+        compare(name, x, size, return_indices=True)
     assert {reason for _, reason in native} == {None}
 
 

@@ -9,8 +9,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import missing
 
-triton = pytest.importorskip("triton")
+try:
+    import triton
+except ImportError:
+    missing("no Triton")
 
 ARCHITECTURES = (80, 90, 100)
 # At least this many warps have to fit into the 65536 registers of a multiprocessor.

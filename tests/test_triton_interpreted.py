@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
 import torch
 import torch.nn.functional as TF
-from conftest import assert_as_good
+from conftest import assert_as_good, missing
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton's interpreter wants TRITON_INTERPRET=1 (make test sets it)", allow_module_level=True)
-pytest.importorskip("triton")
+if importlib.util.find_spec("triton") is None:
+    missing("no Triton")
 
 from fastnn.ops.attention import dropout, ops
 from fastnn.ops.core.op import OPS

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from test_gpu_ops_on_host import LIBRARY
+from conftest import OPS_ON_HOST, missing
 
 import fastnn
 from benchmarks import autotune
@@ -159,9 +159,9 @@ def call_candidate(op, name, args):
 @pytest.fixture
 def clock(monkeypatch):
     """The CPU is a GPU, and each candidate's call takes the seconds that stand under its name, or 1."""
-    if not LIBRARY.exists():
-        pytest.skip(f"no {LIBRARY}: run `make build-tests`")
-    torch.ops.load_library(str(LIBRARY))
+    if not OPS_ON_HOST.exists():
+        missing(f"no {OPS_ON_HOST}: run `make build-tests`")
+    torch.ops.load_library(str(OPS_ON_HOST))
     monkeypatch.setattr(conv_on_gpus, "_ops", torch.ops.fastnn_on_host)
     monkeypatch.setattr(_tune, "_is_on_gpu", lambda t: isinstance(t, torch.Tensor))
     monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)

@@ -21,12 +21,31 @@
 #include "cpu/packed.h"
 #include "cpu/types.h"
 
-// The definitions of a kernel by level, for an array that level_of() indexes.
-#if defined(__x86_64__)
-#define FASTNN_LEVELS(name) portable::name, avx2::name, avx512::name, avx512_bf16::name, avx512_bf16::name
+// The definitions of a kernel by level, for an array that level_of() indexes; null where a build leaves a
+// level out.
+#if defined(FASTNN_WITHOUT_portable)
+#define FASTNN_AT_portable(name) nullptr
 #else
-#define FASTNN_LEVELS(name) portable::name, portable::name, portable::name, portable::name, portable::name
+#define FASTNN_AT_portable(name) portable::name
 #endif
+#if defined(FASTNN_WITHOUT_avx2) || !defined(__x86_64__)
+#define FASTNN_AT_avx2(name) nullptr
+#else
+#define FASTNN_AT_avx2(name) avx2::name
+#endif
+#if defined(FASTNN_WITHOUT_avx512) || !defined(__x86_64__)
+#define FASTNN_AT_avx512(name) nullptr
+#else
+#define FASTNN_AT_avx512(name) avx512::name
+#endif
+#if defined(FASTNN_WITHOUT_avx512_bf16) || !defined(__x86_64__)
+#define FASTNN_AT_avx512_bf16(name) nullptr
+#else
+#define FASTNN_AT_avx512_bf16(name) avx512_bf16::name
+#endif
+#define FASTNN_LEVELS(name)                                                                            \
+  FASTNN_AT_portable(name), FASTNN_AT_avx2(name), FASTNN_AT_avx512(name), FASTNN_AT_avx512_bf16(name), \
+      FASTNN_AT_avx512_bf16(name)
 
 #include "cuda/stream.h"
 
@@ -164,7 +183,7 @@ class TestContext : public Context {
     allocate = [](void* opaque, size_t bytes) -> void* {
       auto& held = static_cast<TestContext*>(opaque)->held_;
       void* memory;
-#ifdef __SANITIZE_ADDRESS__
+#ifdef FASTNN_SANITIZED
       memory = ::operator new(bytes, std::align_val_t{64});
       held.push_back(memory);
 #else
@@ -174,7 +193,7 @@ class TestContext : public Context {
       return memory;
     };
   }
-#ifdef __SANITIZE_ADDRESS__
+#ifdef FASTNN_SANITIZED
   ~TestContext() {
     for (void* memory : held_) ::operator delete(memory, std::align_val_t{64});
   }
@@ -183,7 +202,7 @@ class TestContext : public Context {
   TestContext& operator=(const TestContext&) = delete;
 
  private:
-#ifdef __SANITIZE_ADDRESS__
+#ifdef FASTNN_SANITIZED
   std::vector<void*> held_;
 #else
   std::vector<GuardedMemory> held_;
