@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 from conftest import BUILD, missing
 
+from fastnn._library import ISA_LEVELS
+
 IN_MODEL = ("avx512_bf16", "amx")
 
 
@@ -53,7 +55,7 @@ class _Kernels:
             return function
 
         def call(level, *args, **kwargs):
-            if not isinstance(level, str) or level not in self._levels:
+            if not isinstance(level, str) or level not in (*self._levels, *ISA_LEVELS):
                 return function(level, *args, **kwargs)
             module, level = self._levels[level]
             threads = args[0]
