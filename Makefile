@@ -49,6 +49,10 @@ test: export FASTNN_FULL := $(FULL)
 test: export FUZZ_SEED = $(SEED)
 test: AT_RANDOM = --hypothesis-seed=$(SEED)
 endif
+# Each of several processes has as many threads as there are cores. One that waits in a loop keeps a core from the others
+# (attention's tests took three times as long), and so do NumPy's, of the oracles (the kernels' tests: twice).
+test mutants: export OMP_WAIT_POLICY := passive
+test mutants: export OPENBLAS_NUM_THREADS := 1
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal $(AT_RANDOM)
 TIMES := dist/stages.txt
 STAGE = tests/stage.sh $(TIMES)

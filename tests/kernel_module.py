@@ -12,6 +12,7 @@ import importlib.util
 import guarded
 import ml_dtypes
 import numpy as np
+import pytest
 from conftest import BUILD, missing
 
 from fastnn._library import ISA_LEVELS

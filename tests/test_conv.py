@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as TF
-from conftest import DTYPES, assert_as_good
+from conftest import DTYPES, FULL, assert_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -499,24 +499,22 @@ def test_gradients(op, options):
     assert torch.autograd.gradgradcheck(lambda w: op(leaves[0].detach(), w, None, *options), leaves[1:2])
 
 
-def test_opcheck():
+@BOTH_LAYOUTS
+@pytest.mark.parametrize("name", ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_opcheck(name, layout, training):
     ops = torch.ops.fastnn
+    forward, backward = getattr(ops, name), getattr(ops, f"{name}_backward")
     options = (1, 2, 1, 0, 1, 1, 1)
-    pool = (2, 2, 2, 2, 0, 0)
-    for layout in LAYOUTS:
-        x, w, b = inputs((2, 3, 9, 10), (4, 3, 3, 3), layout=layout)
-        for tensors in ((x, w, b), (x.clone().requires_grad_(), w.clone().requires_grad_(), None)):
-            torch.library.opcheck(ops.conv2d.default, (*tensors, *options))
-            torch.library.opcheck(ops.conv2d_relu.default, (*tensors, *options))
-            torch.library.opcheck(ops.conv2d_relu_max_pool2d.default, (*tensors, *options, *pool))
-        y = ops.conv2d_relu(x, w, b, *options)
-        p, locations = ops.conv2d_relu_max_pool2d(x, w, b, *options, *pool)
-        for wanted in ((True, True, True), (False, True, False)):
-            torch.library.opcheck(ops.conv2d_backward.default, (y, x, w, *options, *wanted))
-            torch.library.opcheck(ops.conv2d_relu_backward.default, (y, x, w, y, *options, *wanted))
-            torch.library.opcheck(
-                ops.conv2d_relu_max_pool2d_backward.default, (p, x, w, locations, *options, *pool, *wanted)
-            )
+    options += (2, 2, 2, 2, 0, 0) if "pool" in name else ()
+    x, w, b = inputs((2, 3, 9, 10), (4, 3, 3, 3), layout=layout)
+    leaves = (x.clone().requires_grad_(), w.clone().requires_grad_(), None)
+    torch.library.opcheck(forward.default, (*(leaves if training else (x, w, b)), *options))
+    made = forward(x, w, b, *options)
+    y, *kept = made if isinstance(made, tuple) else (made,)
+    kept = [y] if name == "conv2d_relu" else kept
+    wanted = (True, True, True) if training else (False, True, False)
+    torch.library.opcheck(backward.default, (y, x, w, *kept, *options, *wanted))
 
 
 @EVERY_OP
@@ -657,7 +655,7 @@ GROUPED = """
 import torch, torch.nn.functional as TF, fastnn.nn.functional as F
 for channels, per_group, outputs, kernel, groups in ((18, 9, 4, (4, 1), 2), (12, 3, 16, (1, 1), 4), (8, 2, 36, (2, 1), 4)):
     for dtype in (torch.float32, torch.bfloat16):
-        for _ in range(60):
+        for _ in range(ROUNDS):
             x = torch.randn(1, channels, 6, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
             w, b = torch.randn(outputs, per_group, *kernel, dtype=dtype), torch.randn(outputs, dtype=dtype)
             for bias in (b, None):
@@ -670,7 +668,12 @@ print("done")
 
 def test_grouped_channels_last_of_dilated_points():
     """In a process of its own, without the kernels being preferred: the rules send it to torch."""
-    done = subprocess.run([sys.executable, "-c", GROUPED], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", GROUPED.replace("ROUNDS", "60" if FULL else "15")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.stdout == "done\n", f"{done.returncode}: {done.stderr[-500:]}"
 
 
