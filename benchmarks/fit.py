@@ -21,6 +21,8 @@ from fastnn.ops.core.rules import TORCH
 #: What a split has to gain, in logarithms of regret: 10% on one sample.
 PENALTY = 0.1
 LEAST_SAMPLES, DEEPEST = 3, 7
+#: Of a kind with fewer samples there is no rule: the library's own choice is better than a guess.
+LEAST_OF_A_KIND = 12
 # In place of the logarithm of an uncovered algorithm's regret.
 _UNCOVERED = 3.0
 
@@ -76,6 +78,8 @@ def fit(samples: list[Sample], penalty: float = PENALTY) -> Fit:
     made: dict[str, dict[str, list | str]] = defaultdict(dict)
     regrets, held_out = {}, {}
     for (op, kind), group in sorted(groups.items()):
+        if len(group) < LEAST_OF_A_KIND:
+            continue
         rule = grow(group, penalty)
         made[op][kind] = as_json(rule)
         regrets[op, kind] = [regret(rule, s) for s in group]
