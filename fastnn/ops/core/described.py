@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import sympy
 import torch
@@ -15,7 +16,7 @@ _TYPICAL_SIZE = 32
 def _typical(n, of_dynamo):
     """What stands for a size or stride: itself, if it is known."""
     if has_static_value(n):
-        return n
+        return operator.index(n)  # for Dynamo too a number, and no symbol of one value
     if torch.compiler.is_dynamo_compiling():
         return of_dynamo
     # With the symbols that it is made of as typical sizes, so that shapes which follow from others still do.
@@ -68,4 +69,7 @@ def described(args: tuple) -> tuple:
 
 
 def _number(value):
-    return _typical(value, _TYPICAL_SIZE) if isinstance(value, torch.SymInt) else value
+    # Dynamo's symbols pass for ints.
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return _typical(value, _TYPICAL_SIZE)
+    return value
