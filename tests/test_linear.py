@@ -357,3 +357,20 @@ def test_any_shape(m, n, k, bias, dtype, op):
     b = b if bias else None
     exact = STOCK[op](x.double(), w.double(), None if b is None else b.double())
     assert_as_good(op(x, w, b), STOCK[op](x, w, b), exact, depth=k)
+
+
+def test_second_derivative_where_the_output_is_nan():
+    """NaN lets the gradient through, as in torch: no more and no less of its own gradient."""
+    torch.manual_seed(0)
+    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    x[1] = float("nan")
+    x.requires_grad_()
+    upstream, direction = torch.randn(3, 5, requires_grad=True), torch.randn(3, 4)
+
+    def second(function):
+        (grad,) = torch.autograd.grad(function(x, w), x, upstream, create_graph=True)
+        return torch.autograd.grad(grad, upstream, direction)[0]
+
+    ours, theirs = second(linear_relu), second(lambda x, w: torch.relu(torch.nn.functional.linear(x, w)))
+    assert theirs[1].abs().min() > 0
+    torch.testing.assert_close(ours, theirs)

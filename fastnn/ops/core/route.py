@@ -48,13 +48,23 @@ def _kernel_of(op: Op) -> Callable:
         return lambda args, numbers: kernel(*args, *numbers)
     packed = op.packet.packed._op
     options = PackedOptions([str(a.type) == "Optional[int]" for a in op.schema.arguments[count:]])
+    # With the numbers of algorithms, which are the same few.
+    known: dict[tuple, tuple[int, ...]] = {}
 
     def run(args, numbers):
         if args[0].is_cpu and not _watching_modes():
             words = options[args[count:]]
             if words is not None:
-                return packed(*args[:count], *(with_algorithms(words, numbers) if numbers else words))
+                if numbers:
+                    words = known.get((words, numbers)) or remember(words, numbers)
+                return packed(*args[:count], *words)
         return kernel(*args, *numbers)
+
+    def remember(words, numbers):
+        made = with_algorithms(words, numbers)
+        if len(known) < PackedOptions.most:
+            known[words, numbers] = made
+        return made
 
     return run
 
@@ -106,7 +116,7 @@ def route_of(op: Op) -> Callable:
     _remembered.append(plans)
 
     def run(args, numbers):
-        return _parts(op, kernel, args, numbers) if BY_TORCH in numbers else kernel(args, numbers)
+        return _parts(op, kernel, args, numbers) if numbers and BY_TORCH in numbers else kernel(args, numbers)
 
     function = autograd.as_function(op, run)
 
@@ -136,7 +146,9 @@ def route_of(op: Op) -> Callable:
         if chooses:
             try:
                 key = kind(args, wants), watch.prefer_kernels
-                known = plans.get(key) or remember(key, fastest(op, args))
+                known = plans.get(key)
+                if known is None:
+                    known = remember(key, fastest(op, args))
             except Exception:
                 known = None  # the rules make no sense of the arguments: the op will refuse them
             if known is not None:
