@@ -208,16 +208,11 @@ def _attention(layer: layers.Attention, batch: int, dtype: torch.dtype, layout: 
     yield Trial(op, result, (*leaves, *args[3:]), layer.network, {**both, TORCH: theirs})
 
 
-def _norm(layer: layers.Norm, batch: int, dtype: torch.dtype, layout: str) -> Iterator[Trial]:
-    return iter(())
-
-
 _TRIALS = {
     layers.Conv: _conv,
     layers.Conv1d: _conv1d,
     layers.Linear: _linear,
     layers.Attention: _attention,
-    layers.Norm: _norm,
 }
 
 

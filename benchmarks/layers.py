@@ -53,15 +53,7 @@ class Attention(NamedTuple):
     is_causal: bool = False
 
 
-class Norm(NamedTuple):
-    """A residual connection and the layer normalization behind it, on so many rows of one input."""
-
-    network: str
-    rows: int
-    width: int
-
-
-Layer = Conv | Conv1d | Linear | Attention | Norm
+Layer = Conv | Conv1d | Linear | Attention
 
 
 def _resnet50() -> Iterator[Layer]:
@@ -144,7 +136,6 @@ def _encoder(name, rows, width, heads, inside, activation="gelu", is_causal=Fals
     yield Attention(name, heads, rows, rows, width // heads, is_causal)
     yield Linear(name, rows, inside, width, activation)
     yield Linear(name, rows, width, inside)
-    yield Norm(name, rows, width)
 
 
 def _small() -> Iterator[Layer]:

@@ -520,3 +520,21 @@ def test_regret_of_what_is_shipped(path, no_shipped_rules):
 
 def test_something_is_stored():
     assert STORED
+
+
+def test_attention_with_gradients_is_the_librarys(folder):
+    """Backward sums the scores in the order in which forward did, whatever a file says of forward."""
+    folder(
+        "amd-26-2", {"attention": {f"float32 {what}": "few_queries" for what in ("inference", "training")}}
+    )
+    op, q = OPS["attention"], torch.randn(1, 2, 9, 8)
+    args = (q, q, q, None, False, None)
+    assert plan(op, args).algorithm == "few_queries"
+    made = plan(op, (q.clone().requires_grad_(), *args[1:]))
+    assert (made.algorithm, made.numbers) == ("blocks", ())
+
+
+def test_what_the_library_said_is_not_kept_for_good():
+    from fastnn.ops.core import algorithms as core
+
+    assert core._asked.cache_info().maxsize is not None

@@ -30,26 +30,24 @@ def _call(query, key, value, mask, is_causal, what) -> Call:
     return Call(kind, sizes)
 
 
+def _wants(query, key, value) -> bool:
+    return torch.is_grad_enabled() and any([t.requires_grad for t in (query, key, value)])
+
+
 def _describe(query, key, value, mask, is_causal, scale) -> Call:
-    wants = torch.is_grad_enabled() and any([t.requires_grad for t in (query, key, value)])
-    return _call(query, key, value, mask, is_causal, "training" if wants else "inference")
+    return _call(query, key, value, mask, is_causal, "training" if _wants(query, key, value) else "inference")
 
 
-def _result(describe, first=0) -> Result:
-    """`first`: the place of the query among the op's arguments."""
-
-    def covering(*args):
-        return ask("_attention_covering", *_told(*args[first : first + 3]))
-
-    def automatic(*args):
-        return ask("_attention_automatic", *_told(*args[first : first + 3]))
-
-    return Result(covering, automatic, describe)
+def _automatic(query, key, value, *rest) -> int:
+    return ask("_attention_automatic", *_told(query, key, value))
 
 
-def _describe_gradients(grad, query, key, value, mask, output, statistics, is_causal, scale) -> Call:
-    return _call(query, key, value, mask, is_causal, "gradients")
+def _covering(query, key, value, *rest) -> int:
+    told = _told(query, key, value)
+    if _wants(query, key, value):
+        # Backward makes the scores anew, and has to sum them in the order in which forward did: both are the library's choice.
+        return 1 | 1 << ask("_attention_automatic", *told)
+    return ask("_attention_covering", *told)
 
 
-FORWARD = Algorithms(_BY_NUMBER, (_result(_describe),))
-GRADIENTS = Algorithms(_BY_NUMBER, (_result(_describe_gradients, 1),))
+FORWARD = Algorithms(_BY_NUMBER, (Result(_covering, _automatic, _describe),))

@@ -252,7 +252,6 @@ attention_backward = declare(
     ),
     keep=_keep_of_backward,
     backward=_grad_of_backward,
-    algorithms=algorithms.GRADIENTS,
     own_dtype=("mask", "statistics"),
     on_gpus="triton",
     candidates={"kernel": triton_backward, gpu.WARPGROUPS: _by_warpgroups_backward},

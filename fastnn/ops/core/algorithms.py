@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,8 @@ class Algorithms(NamedTuple):
     results: tuple[Result, ...]
 
 
-@cache
+# Plans are remembered where calls repeat; of sizes that vary none is kept for good.
+@lru_cache(maxsize=4096)
 def _asked(name: str, numbers: tuple):
     numbers = [list(n) if type(n) is tuple else n for n in numbers]
     with _disable_current_modes():  # whoever watches ops is to see those that are called
