@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.device == "cpu":
                 return cpu_choices.run(
                     console,
-                    stored=args.result[-1] if args.result else None,
+                    stored=args.result,
                     minutes=args.minutes,
                     threads=tuple(args.threads or (1, 2)),
                     dtypes=tuple(args.dtype),

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from benchmarks import layers
 from fastnn.ops.conv import shapes
+from fastnn.ops.core.activations import NUMBERS
 from fastnn.ops.core.algorithms import AUTOMATIC, Result, covers_by
 from fastnn.ops.core.op import OPS, Op
 from fastnn.ops.core.plan import fastest
@@ -156,11 +157,11 @@ def _linear(layer: layers.Linear, batch: int, dtype: torch.dtype, layout: str) -
         return
     x, w = torch.randn(rows, layer.width), torch.randn(layer.features, layer.width) / math.sqrt(layer.width)
     x, w, b = x.to(dtype), w.to(dtype), torch.randn(layer.features).to(dtype)
-    names = dict.fromkeys(("linear", "linear_relu" if layer.activation == "relu" else "linear_gelu"))
-    if layer.activation == "none":
-        names = {"linear": None, "linear_relu": None}
-    for name in names:
-        op, args = OPS[name], (x, w, b)
+    behind = {"linear": (), "linear_relu": ()}
+    if layer.activation == "gelu":
+        behind = {"linear": (), "linear_activation": (None, NUMBERS["gelu"])}
+    for name, rest in behind.items():
+        op, args = OPS[name], (x, w, b, *rest)
         result = op.algorithms.results[0]
         yield Trial(
             op,
@@ -270,6 +271,20 @@ def write(path: Path, machine: dict, samples: list[Sample]) -> None:
     part = path.with_suffix(".part")
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def read_all(paths: list[Path]) -> tuple[dict, list[Sample]]:
+    """The samples of several files of one processor, and the machine of the last that was measured.
+
+    Raises
+    ------
+    ValueError
+        If a line is no sample, or they are of several processors.
+    """
+    machines, samples = zip(*map(read, paths), strict=True)
+    if len({machine["processor"] for machine in machines}) > 1:
+        raise ValueError(f"{', '.join(map(str, paths))} are of several processors")
+    return max(machines, key=lambda machine: machine["created"]), [s for some in samples for s in some]
 
 
 def read(path: Path) -> tuple[dict, list[Sample]]:

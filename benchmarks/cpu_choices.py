@@ -134,17 +134,23 @@ def as_text(machine: dict, samples: list[Sample], made: fit.Fit) -> str:
     return text
 
 
+def _file(dtypes: tuple[str, ...], threads: tuple[int, ...]) -> Path:
+    """Where a measurement is kept: each by its dtypes and threads, so that one does not take another's place."""
+    what = "-".join((*(dtypes or algorithms.DTYPES), *map(str, threads)))
+    return RESULTS / key() / f"algorithms-{what}.jsonl"
+
+
 def run(
     console: Console,
     *,
-    stored: Path | None,
+    stored: list[Path],
     minutes: float,
     threads: tuple[int, ...],
     dtypes: tuple[str, ...],
     write: bool,
 ) -> int:
-    """Measure, or read what was measured; fit; print the regrets; write the processor's file if asked."""
-    if stored is None:
+    """Measure, or read what was measured; fit all there is of the processor; print the regrets; write its file if asked."""
+    if not stored:
         from benchmarks.record import environment
 
         found = environment()
@@ -152,11 +158,12 @@ def run(
         machine = {name: found[name] for name in ("cpu", "cores", "isa", "torch", "fastnn", "commit")}
         machine |= {"created": now, "processor": key()}
         samples = measure(console, minutes, threads, dtypes)
-        stored = RESULTS / key() / "algorithms.jsonl"
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        algorithms.write(stored, machine, samples)
-        console.print(f"{len(samples)} samples are in {stored}", highlight=False, soft_wrap=True)
-    machine, samples = algorithms.read(stored)
+        to = _file(dtypes, threads)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        algorithms.write(to, machine, samples)
+        console.print(f"{len(samples)} samples are in {to}", highlight=False, soft_wrap=True)
+        stored = sorted(to.parent.glob("algorithms-*.jsonl"))
+    machine, samples = algorithms.read_all(stored)
     made = fit.fit(samples)
     console.print(table(samples, made))
     chosen = Counter(

@@ -91,12 +91,18 @@ def fit(samples: list[Sample], penalty: float = PENALTY) -> Fit:
                 held_out[op, kind] += [regret(unseen, s) for s in group if s.network == network]
     for like, op in _ALIKE.items():
         if op in made:
-            made[like] = dict(made[op])
+            made[like] = dict(made[op]) | made.get(like, {})
     return Fit(dict(made), regrets, held_out)
 
 
-# Ops of gradients that differ from one that is measured in what precedes the products alone.
-_ALIKE = {"conv2d_relu_max_pool2d_backward": "conv2d_relu_backward"}
+# Ops that differ from one that is measured in what stands before or behind the products alone.
+_ALIKE = {
+    "conv2d_activation": "conv2d_relu",
+    "conv2d_activation_backward": "conv2d_relu_backward",
+    "conv2d_relu_max_pool2d_backward": "conv2d_relu_backward",
+    "linear_activation": "linear_relu",
+    "linear_activation_backward": "linear_relu_backward",
+}
 
 
 def derived(samples: list[Sample]) -> list[Sample]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 
 import guarded
 import ml_dtypes
@@ -113,3 +114,38 @@ def bound(dtype, terms, scale):
     accumulated = (2**-52 if dtype == "float64" else 2**-23) * (terms + 8)
     subnormal = 2**-24 if dtype == "float16" else 0
     return (EPS[dtype] + accumulated) * scale + subnormal
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# What may stand behind a product, of float64; no slope is over 1.5.
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: x * 0.5 * np.vectorize(math.erfc)(x * -math.sqrt(0.5)),
+    "gelu_tanh": lambda x: x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x * _sigmoid(x),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "sigmoid": _sigmoid,
+    "tanh": np.tanh,
+}
+# The slopes by the results, of those whose derivative they tell.
+SLOPES = {
+    "relu": lambda y: y > 0,
+    "relu6": lambda y: (y > 0) & (y < 6),
+    "sigmoid": lambda y: y * (1 - y),
+    "tanh": lambda y: 1 - y * y,
+}
+
+
+def behind(activation, exact, residual, dtype, most):
+    """What an activation makes of sums and a residual, and how far its result may be off where the sum may be off by `most`."""
+    total = exact if residual is None else exact + residual
+    want = ACTIVATIONS[activation](total)
+    size = np.abs(total) if residual is None else np.abs(total) + np.abs(residual)
+    return want, 1.5 * most + 2 * EPS[dtype] * np.abs(want) + 4 * (
+        2**-52 if dtype == "float64" else 2**-23
+    ) * size

@@ -14,6 +14,7 @@ import torch.nn.functional as TF
 
 import fastnn.nn
 import fastnn.nn.functional as F
+from fastnn.ops.core import activations
 
 HUGE = 1 << 31
 
@@ -36,11 +37,21 @@ def add_layer_norm(input, residual, weight=None, bias=None, eps=1e-5, *, with_su
     return (out, total) if with_sum else out
 
 
+def behind(product):
+    def composed(*args, activation="relu", residual=None, **kwargs):
+        number = activations.number_of(activation)
+        return activations.with_residual(product(*args, **kwargs), residual, number)
+
+    return composed
+
+
 COMPOSED = {
     "conv2d_relu": lambda *args, **kwargs: torch.relu(TF.conv2d(*args, **kwargs)),
     "conv2d_relu_max_pool2d": conv2d_relu_max_pool2d,
     "linear_relu": lambda *args, **kwargs: torch.relu(TF.linear(*args, **kwargs)),
     "linear_gelu": lambda *args, **kwargs: TF.gelu(TF.linear(*args, **kwargs)),
+    "linear_activation": behind(TF.linear),
+    "conv2d_activation": behind(TF.conv2d),
     "add_layer_norm": add_layer_norm,
 }
 
@@ -56,6 +67,7 @@ CALLS = {
     "conv1d": dict(input=SEQUENCES, weight=tensor(4, 4, 3), **CONVOLUTION),
     "conv2d": IMAGE_CONVOLUTION,
     "conv2d_relu": IMAGE_CONVOLUTION,
+    "conv2d_activation": dict(IMAGE_CONVOLUTION, activation="relu6", residual=tensor(2, 4, 6, 6)),
     "conv2d_relu_max_pool2d": dict(IMAGE_CONVOLUTION, kernel_size=2, pool_stride=2, pool_padding=0),
     "max_pool1d": dict(input=SEQUENCES, **MAXIMUM),
     "max_pool2d": dict(input=IMAGES, **MAXIMUM),
@@ -68,6 +80,7 @@ CALLS = {
     "linear": CONNECTED,
     "linear_relu": CONNECTED,
     "linear_gelu": CONNECTED,
+    "linear_activation": dict(CONNECTED, activation="tanh", residual=tensor(3, 4)),
     "scaled_dot_product_attention": dict(
         query=tensor(2, 2, 5, 8),
         key=tensor(2, 2, 6, 8),

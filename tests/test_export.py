@@ -90,6 +90,12 @@ OPS = {
         lambda b, h: (numbers(b, h, 40), numbers(50, 40), numbers(50)),
         ({0, 1}, FIXED, FIXED),
     ),
+    "linear_activation": (
+        lambda x, w, b, r: fast.linear_activation(x, w, b, "silu", residual=r),
+        lambda x, w, b, r: F.silu(F.linear(x, w, b) + r),
+        lambda b, h: (numbers(b, h, 40), numbers(50, 40), numbers(50), numbers(b, h, 50)),
+        ({0, 1}, FIXED, FIXED, {0, 1}),
+    ),
     "conv1d": (
         *calling("conv1d"),
         lambda b, h: (numbers(b, 3, h + 9), numbers(4, 3, 3), numbers(4)),
@@ -168,6 +174,12 @@ for layout, images in (("", numbers), (" on channels_last", last)):
         f"conv2d same{layout}": (*calling("conv2d", padding="same"), few, (IMAGES, FIXED, FIXED)),
         f"conv2d strided{layout}": (*calling("conv2d", 2, 1), few, (IMAGES, FIXED, FIXED)),
         f"conv2d_relu{layout}": (*relu_of("conv2d_relu", F.conv2d), few, (IMAGES, FIXED, FIXED)),
+        f"conv2d_activation{layout}": (
+            lambda x, w, b: fast.conv2d_activation(x, w, b, activation="hardswish"),
+            lambda x, w, b: F.hardswish(F.conv2d(x, w, b)),
+            few,
+            (IMAGES, FIXED, FIXED),
+        ),
         f"conv2d_relu_max_pool2d{layout}": (
             fast.conv2d_relu_max_pool2d,
             lambda *args: F.max_pool2d(F.relu(F.conv2d(*args)), 2),

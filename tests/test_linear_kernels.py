@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
-from kernel_module import DTYPES, bound, kernels, refused
+from kernel_module import ACTIVATIONS, DTYPES, EPS, SLOPES, behind, bound, kernels, refused
 
 # Rows, output features, input features: tails of every tile, several depths, more rows than the skinny kernels take, than
 # have sums of their own, than are packed at a time; for tile registers more columns than leave rows in place, and depths of
@@ -104,8 +102,41 @@ def test_linear_packed(level, dtype, shape):
     assert results[0] == results[1]
 
 
-def gelu(x):
-    return x * 0.5 * np.vectorize(math.erfc)(x * -math.sqrt(0.5))
+gelu = ACTIVATIONS["gelu"]
+
+
+@pytest.mark.parametrize("activation", SLOPES)
+@pytest.mark.parametrize("shape", [(3, 9, 5), (70, 33, 20), (130, 100, 40)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", kernels.levels())
+def test_gradients_through_activations(level, dtype, shape, activation):
+    m, n, k = shape
+    rng = np.random.default_rng(m)
+    kind = DTYPES[dtype]
+    x, w, g = (rng.standard_normal(s).astype(kind) for s in ((m, k), (n, k), (m, n)))
+    y = ACTIVATIONS[activation](8 * rng.standard_normal((m, n))).astype(kind)
+    before = g.astype(np.float64) * SLOPES[activation](y.astype(np.float64))
+    results = []
+    for threads in (1, 3):
+        gx, gw, gb, gr = np.empty_like(x), np.empty_like(w), np.empty(n, kind), np.empty_like(g)
+        kernels.linear_backward(
+            level, threads, g, y, x, w, gx, gw, gb, activation=activation, grad_residual=gr
+        )
+        error = np.abs(gr.astype(np.float64) - before)
+        assert np.all(error <= 4 * EPS[dtype] * np.abs(g.astype(np.float64)))
+        rounded = gr.astype(np.float64)
+        for ours, left, right in ((gx, rounded, w), (gw, rounded.T, x)):
+            right = right.astype(np.float64)
+            error = np.abs(ours.astype(np.float64) - left @ right)
+            assert np.all(error <= bound(dtype, left.shape[1], np.abs(left) @ np.abs(right)))
+        error = np.abs(gb.astype(np.float64) - before.sum(0))
+        assert np.all(error <= bound(dtype, m, 4 * np.abs(g.astype(np.float64)).sum(0)))
+        results.append(b"".join(a.tobytes() for a in (gx, gw, gb, gr)))
+        # Without a place for it, it is scratch.
+        again = np.empty_like(gx)
+        kernels.linear_backward(level, threads, g, y, x, w, again, None, None, activation=activation)
+        assert again.tobytes() == gx.tobytes()
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 0), *PACKED[:10], (5, 64, 64), (20, 40, 3200)], ids=str)
@@ -185,20 +216,21 @@ def by_every_algorithm(level, threads, i, shape, made):
     x, w, b, g = (rng.standard_normal(s).astype(kind) for s in ((m, k), (n, k), (n,), (m, n)))
     x64, w64, b64, g64 = (a.astype(np.float64) for a in (x, w, b, g))
     packed = kernels.pack_weight(level, 1, w[:, :, None], 1, False) if i % 2 else None
-    activation = "relu" if i % 3 else "none"
-    exact = x64 @ w64.T + b64
+    activation = list(ACTIVATIONS)[(2 * i + threads) % len(ACTIVATIONS)]
+    residual = rng.standard_normal((m, n)).astype(kind) if i % 2 else None
+    beside = None if residual is None else residual.astype(np.float64)
+    most = bound(dtype, k, np.abs(x64) @ np.abs(w64.T) + np.abs(b64))
     sides = (
-        (
-            np.maximum(exact, 0) if i % 3 else exact,
-            bound(dtype, k, np.abs(x64) @ np.abs(w64.T) + np.abs(b64)),
-        ),
+        behind(activation, x64 @ w64.T + b64, beside, dtype, most),
         (g64 @ w64, bound(dtype, n, np.abs(g64) @ np.abs(w64))),
         (g64.T @ x64, bound(dtype, m, np.abs(g64.T) @ np.abs(x64))),
     )
 
     def run(which, algorithm, to, packed=packed):
         if which == 0:
-            kernels.linear_forward(level, threads, x, w, b, activation, to, packed, algorithm)
+            kernels.linear_forward(
+                level, threads, x, w, b, activation, to, packed, algorithm, residual=residual
+            )
         else:
             both = ["automatic", "automatic"]
             both[which - 1] = algorithm

@@ -551,12 +551,13 @@ def test_layer_runs_what_replaces_its_parts():
     ("activation", "op"),
     [
         ("relu", "linear_relu"),
-        ("gelu", "linear_gelu"),
-        (torch.nn.GELU(), "linear_gelu"),
-        (torch.nn.GELU("tanh"), "linear"),
+        ("gelu", "linear_activation"),
+        (torch.nn.GELU(), "linear_activation"),
+        (torch.nn.GELU("tanh"), "linear_activation"),
+        (torch.nn.LeakyReLU(), "linear"),
         (torch.tanh, "linear"),
     ],
-    ids=["relu", "gelu", "gelu_module", "gelu_tanh", "callable"],
+    ids=["relu", "gelu", "gelu_module", "gelu_tanh", "leaky_relu", "callable"],
 )
 def test_the_activation_is_part_of_the_product(activation, op):
     ours, _ = layer_pair({"activation": activation})

@@ -57,26 +57,29 @@ def compiled(kernel, signature, constants, aligned, tile, architecture, folder) 
 LAUNCHES = {
     **{
         f"forward, {activation}": {
-            "HAS_MASK": False,
+            "BEHIND_A": "none",
             "HAS_BIAS": True,
+            "HAS_RESIDUAL": activation not in ("relu", "gelu"),
             "ACTIVATION": activation,
             "HAS_SUMS": False,
             "a_k": 1,
             "b_k": 1,
         }
-        for activation in ("relu", "gelu")
+        for activation in ("relu", "gelu", "silu", "tanh")
     },
     "input gradient": {
-        "HAS_MASK": True,
+        "BEHIND_A": "relu",
         "HAS_BIAS": False,
+        "HAS_RESIDUAL": False,
         "ACTIVATION": "none",
         "HAS_SUMS": False,
         "a_k": 1,
         "b_n": 1,
     },
     "weight gradient": {
-        "HAS_MASK": True,
+        "BEHIND_A": "relu",
         "HAS_BIAS": False,
+        "HAS_RESIDUAL": False,
         "ACTIVATION": "none",
         "HAS_SUMS": True,
         "a_m": 1,
@@ -131,26 +134,29 @@ PERSISTENT = {
         f"forward, {activation}": {
             "A_ACROSS": False,
             "B_ACROSS": False,
-            "HAS_MASK": False,
+            "BEHIND_A": "none",
             "HAS_BIAS": True,
+            "HAS_RESIDUAL": activation not in ("relu", "gelu"),
             "ACTIVATION": activation,
             "HAS_SUMS": False,
         }
-        for activation in ("relu", "gelu")
+        for activation in ("relu", "gelu", "silu", "tanh")
     },
     "input gradient": {
         "A_ACROSS": False,
         "B_ACROSS": True,
-        "HAS_MASK": True,
+        "BEHIND_A": "relu",
         "HAS_BIAS": False,
+        "HAS_RESIDUAL": False,
         "ACTIVATION": "none",
         "HAS_SUMS": False,
     },
     "weight gradient": {
         "A_ACROSS": True,
         "B_ACROSS": True,
-        "HAS_MASK": True,
+        "BEHIND_A": "relu",
         "HAS_BIAS": False,
+        "HAS_RESIDUAL": False,
         "ACTIVATION": "none",
         "HAS_SUMS": True,
     },
@@ -164,7 +170,7 @@ def test_persistent_linear_compiles(architecture, launch, dtype, tmp_path):
     from fastnn.triton import linear
 
     flags = PERSISTENT[launch]
-    tile = linear.pick_persistent(flags["HAS_MASK"])
+    tile = linear.pick_persistent(flags["BEHIND_A"] != "none")
     constants = {
         **flags, "PRECISION": "ieee", "GROUP": 8, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
     }  # fmt: skip
@@ -172,7 +178,13 @@ def test_persistent_linear_compiles(architecture, launch, dtype, tmp_path):
     b = [tile.k, tile.n] if flags["B_ACROSS"] else [tile.n, tile.k]
     kinds = {
         name: f"tensordesc<{dtype}{block}>"
-        for name, block in (("a", a), ("mask", a), ("b", b), ("c", [tile.m, tile.n]))
+        for name, block in (
+            ("a", a),
+            ("output", a),
+            ("b", b),
+            ("residual", [tile.m, tile.n]),
+            ("c", [tile.m, tile.n]),
+        )
     }
     kinds |= {"bias_ptr": f"*{dtype}", "sums_ptr": f"*{dtype}", "M": "i32", "N": "i32", "K": "i32"}
     names = linear.persistent_product.arg_names

@@ -19,6 +19,7 @@ if importlib.util.find_spec("triton") is None:
     missing("no Triton")
 
 from fastnn.ops.attention import dropout, ops
+from fastnn.ops.core import activations
 from fastnn.ops.core.op import OPS
 from fastnn.triton import attention, linear
 
@@ -31,6 +32,11 @@ SIZES = [(1, 1, 1), (3, 17, 5), (33, 130, 65), (65, 40, 129), (70, 784, 10), (12
 def made(*shape, dtype, seed=0):
     t = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (t / shape[-1] ** 0.5).to(dtype)
+
+
+def behind(output):
+    """What tells of a ReLU's output that the first operand's gradient passes through, or of none."""
+    return {"output": output, "behind_a": "none" if output is None else "relu"}
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -49,16 +55,18 @@ def test_persistent(sizes, masked):
     through = g.double() if y is None else torch.where(y <= 0, 0, g).double()
     # Sums up to where GELU and its approximations differ most.
     z = 3 * (x.double() @ w.double().t()) + b.double()
+    nothing = {**behind(None), "bias": None, "residual": None, "sums": None, "activation": "none"}
     products = [
         *(
             (3 * x, w.t(), {"bias": b, "activation": name}, activation(z))
             for name, activation in ACTIVATIONS.items()
         ),
-        (g, w, {"mask": y}, through @ w.double()),
+        (3 * x, w.t(), {"bias": b, "residual": g, "activation": "silu"}, TF.silu(z + g.double())),
+        (g, w, behind(y), through @ w.double()),
         (
             g.t(),
             x,
-            {"mask": None if y is None else y.t(), "sums": torch.empty_like(b)},
+            {**behind(None if y is None else y.t()), "sums": torch.empty_like(b)},
             through.t() @ x.double(),
         ),
     ]
@@ -66,7 +74,7 @@ def test_persistent(sizes, masked):
         assert linear._fits_persistent(a, c, torch.empty(a.shape[0], c.shape[1], dtype=dtype))
         for programs in (1, 3):
             out = torch.full((a.shape[0], c.shape[1]), float("nan"), dtype=dtype)
-            linear._multiply_persistent(a, c, out, programs, **options)
+            linear._multiply_persistent(a, c, out, programs, **{**nothing, **options})
             assert_as_good(out, exact.to(dtype), exact)
             if "sums" in options:
                 assert_as_good(options["sums"], through.sum(0).to(dtype), through.sum(0), roundings=2)
@@ -84,9 +92,10 @@ def test_what_descriptors_cannot_tell_of():
         assert not linear._fits_persistent(odd, whole, whole)
     assert not linear._fits_persistent(whole, whole, whole.t())
     # A mask may begin where its gradient does not.
-    assert linear._fits_persistent(whole, whole, whole, mask=whole)
+    assert linear._fits_persistent(whole, whole, whole, whole, None)
     apart = torch.zeros(whole.numel() + 1, dtype=whole.dtype)[1:].view(whole.shape)
-    assert not linear._fits_persistent(whole, whole, whole, mask=apart)
+    assert not linear._fits_persistent(whole, whole, whole, apart)
+    assert not linear._fits_persistent(whole, whole, whole, None, apart)
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -155,15 +164,48 @@ def test_gelu_at_the_ends(dtype):
     torch.testing.assert_close(y, TF.gelu(x.double()).to(dtype), rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("name", ["linear", "linear_relu", "linear_gelu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("sizes", SIZES[:3], ids=str)
+@pytest.mark.parametrize("activation", activations.NAMES)
+def test_activations(activation, sizes, with_residual):
+    rows, features, outputs = sizes
+    number, dtype = activations.NUMBERS[activation], torch.float32
+    x, w, b = (
+        made(*size, dtype=dtype, seed=i)
+        for i, size in enumerate(((rows, features), (outputs, features), (outputs,)))
+    )
+    residual = made(rows, outputs, dtype=dtype, seed=4) if with_residual else None
+    args = (x, w, b, residual)
+    stock = OPS["linear_activation"].stock
+    exact = stock(*(None if t is None else t.double() for t in args), number)
+    ours = linear.linear_forward(x, w, b, activation, residual=residual)
+    assert_as_good(ours, stock(*args, number), exact, depth=features)
+    if number not in activations.BY_RESULT or number == activations.NONE:
+        return
+    grad = made(rows, outputs, dtype=dtype, seed=5)
+    op = OPS["linear_activation_backward"]
+    for residual_grad in (False, True):
+        rest = (number, residual_grad, True, True, True)
+        expected = op.stock(*(t.double() for t in (grad, x, w, ours)), *rest)
+        for kernel in op.candidates.values():
+            for got, want in zip(kernel(grad, x, w, ours, *rest), expected, strict=True):
+                torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_relu", "linear_activation"])
 def test_candidates_of_the_ops(name):
     """Each gives what its op does, with and without a bias."""
     x, w, b = (made(*shape, dtype=torch.float32) * 4 for shape in ((2, 9, 20), (30, 20), (30,)))
     op = OPS[name]
+    rest = (
+        (made(2, 9, 30, dtype=torch.float32), activations.NUMBERS["gelu"])
+        if name == "linear_activation"
+        else ()
+    )
     assert list(op.candidates) == ["kernel", "plain", "persistent"]
     for kernel in op.candidates.values():
         for args in ((x, w, b), (x, w, None)):
-            torch.testing.assert_close(kernel(*args), op.stock(*args))
+            torch.testing.assert_close(kernel(*args, *rest), op.stock(*args, *rest))
 
 
 def test_unknown_activation():

@@ -143,6 +143,8 @@ void planes_forward(const ConvArgs& args, const Context& context) {
   A* y_memory = context.scratch<A>(workers * y_size);
   const int64_t pooled_row = pool != nullptr ? round_up(pool->ow, kLanes) + kLanes : 0;
   A* pooled_memory = context.scratch<A>(workers * 2 * together_rows * pooled_row);
+  // Whether the tile does all that follows the sums; else they are finished where they are drained.
+  const bool in_tile = args.residual == nullptr && args.activation <= Activation::relu;
   const int64_t out_rows = pool != nullptr ? pool->oh : s.oh, out_columns = pool != nullptr ? pool->ow : s.ow;
 
   context.for_each(s.n * s.groups * by.bands * spans * by.parts, workers, [&](int64_t task, int worker) {
@@ -172,9 +174,14 @@ void planes_forward(const ConvArgs& args, const Context& context) {
     }
     const int64_t pixels = row1 > row0 ? (row1 - row0 - 1) * width + here : 0;
     A* y = y_memory + worker * y_size;
-    T* output = static_cast<T*>(args.output) + n * s.k * out_rows * out_columns;
-    const Target<T> to = args.channels_last ? Target<T>{output, 1, out_columns * s.k, s.k}
-                                            : Target<T>{output, out_rows * out_columns, out_columns, 1};
+    T* all = static_cast<T*>(args.output);
+    T* output = all + n * s.k * out_rows * out_columns;
+    Target<T> to = args.channels_last ? Target<T>{output, 1, out_columns * s.k, s.k}
+                                      : Target<T>{output, out_rows * out_columns, out_columns, 1};
+    if (!in_tile) {
+      to.activation = args.activation;
+      if (args.residual != nullptr) to.residual = static_cast<const T*>(args.residual) + (output - all);
+    }
     const int64_t first_group = part * groups_of_panels / by.parts,
                   last_group = (part + 1) * groups_of_panels / by.parts;
     for (int64_t group = first_group; group < last_group; ++group) {
@@ -184,14 +191,17 @@ void planes_forward(const ConvArgs& args, const Context& context) {
       for (int64_t p = p0; p < p1; ++p) {
         const int64_t k = g * outputs + panels.start(p);
         conv_rows(ConvTileArgs<Elem>{depth, weights.data + k * weights.row, weights.row, offset,
-                                     bias != nullptr ? bias + k : nullptr, args.relu,
+                                     bias != nullptr ? bias + k : nullptr,
+                                     in_tile && args.activation == Activation::relu,
                                      y + (panels.start(p) - k0) * y_row, y_row},
                   panels.rows(p), band_planes, pixels, in_place);
       }
       const int64_t channel = g * outputs + k0;
       if (pool == nullptr) {
-        drain(Target<T>{to.data + column * to.column_step, to.channel_step, to.row_step, to.column_step},
-              channel, count, row0, row1 - row0, here, y, y_row, width);
+        Target<T> shifted = to;
+        shifted.data += column * to.column_step;
+        if (to.residual != nullptr) shifted.residual += column * to.column_step;
+        drain(shifted, channel, count, row0, row1 - row0, here, y, y_row, width);
         continue;
       }
       if constexpr (sizeof(T) < sizeof(A)) {
@@ -249,8 +259,8 @@ void forward(const ConvArgs& args, const Context& context) {
       return transposed_forward<T>(args, context);
     case ConvAlgorithm::linear:
       return FASTNN_ISA_NS::linear_forward(
-          {args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight, args.bias,
-           args.relu ? Activation::relu : Activation::none, args.output, args.packed},
+          {args.dtype, s.n * s.h * s.w, s.k, s.c, args.input, args.weight, args.bias, args.activation,
+           args.residual, args.output, args.packed},
           context);
     case ConvAlgorithm::winograd:
       return winograd_forward(args, context);

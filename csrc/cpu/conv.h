@@ -1,5 +1,5 @@
-// Two-dimensional convolutions (cross-correlations, as torch's), alone or with the ReLU and the max-pooling
-// behind them.
+// Two-dimensional convolutions (cross-correlations, as torch's), alone or with what follows them: a residual,
+// an activation, a max-pooling.
 #pragma once
 
 #include "cpu/context.h"
@@ -48,9 +48,10 @@ struct ConvArgs {
   const void* input;
   const void* weight;
   const void* bias;  // [k] or null
-  bool relu;
-  void* output;          // of the convolution, or of the pooling where there is one
-  const ConvPool* pool;  // or null
+  Activation activation;
+  const void* residual;  // in the output's layout, added before the activation; or null
+  void* output;          // of the convolution, or of the pooling where there is one; not the residual's
+  const ConvPool* pool;  // or null; behind a ReLU, without a residual
   uint8_t* locations;  // like the output: where in its window each maximum stood (row * kw + column); or null
   PackedWeight packed = {};                            // the weight once more, or nothing
   ConvAlgorithm algorithm = ConvAlgorithm::automatic;  // covers the call
@@ -62,15 +63,16 @@ struct ConvBackwardArgs {
   bool channels_last;         // layout of grad, output, locations, input and grad_input
   bool weight_channels_last;  // layout of weight and grad_weight
   const void* grad;           // of the output, or of the pooling's
-  const void*
-      output;  // of the convolution, where a ReLU followed (no gradient passes where it is 0), or null
+  const void* output;  // of the convolution, where an activation followed whose derivative it tells, or null
   const ConvPool* pool;      // or null
   const uint8_t* locations;  // where there is a pooling
   const void* input;         // read only for grad_weight
   const void* weight;        // read only for grad_input
-  void* grad_input;          // or null
-  void* grad_weight;         // or null
-  void* grad_bias;           // [k] or null
+  Activation activation;
+  void* grad_residual;  // in the output's layout, or null; only beside an output: without, it is `grad`
+  void* grad_input;     // or null
+  void* grad_weight;    // or null
+  void* grad_bias;      // [k] or null
   // Each covers the call.
   ConvAlgorithm input_algorithm = ConvAlgorithm::automatic, weight_algorithm = ConvAlgorithm::automatic;
 };

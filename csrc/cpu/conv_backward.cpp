@@ -222,8 +222,8 @@ void backward(const ConvBackwardArgs& args, const Context& context) {
   if (transposed) image = context.scratch<T>(s.n * s.c * s.h * s.w);
   if (either(ConvAlgorithm::linear)) {
     FASTNN_ISA_NS::linear_backward(
-        {args.dtype, s.n * s.h * s.w, s.k, s.c, grad, nullptr, args.input, args.weight,
-         with_input && for_input == ConvAlgorithm::linear ? args.grad_input : nullptr,
+        {args.dtype, s.n * s.h * s.w, s.k, s.c, grad, nullptr, args.input, args.weight, Activation::none,
+         nullptr, with_input && for_input == ConvAlgorithm::linear ? args.grad_input : nullptr,
          with_weight && for_weight == ConvAlgorithm::linear ? args.grad_weight : nullptr, nullptr},
         context);
   }

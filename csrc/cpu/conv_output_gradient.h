@@ -1,5 +1,5 @@
-// The gradient of a convolution's output: back through the max-pooling and the ReLU, and added up for the
-// bias.
+// The gradient of a convolution's output: back through the max-pooling and the activation, and added up for
+// the bias.
 #pragma once
 
 #include "cpu/conv.h"
@@ -10,8 +10,8 @@
 
 namespace fastnn::FASTNN_ISA_NS {
 
-// One row of one channel: masks it in place where the ReLU gave 0, and returns its sum.
-template <class T, bool kMask>
+// One row of one channel: takes it through the activation, and returns its sum.
+template <class T, Activation kActivation>
 FASTNN_INLINE acc_t<T> mask_row(const T* grad, const T* output, T* masked, int64_t count) {
   using A = acc_t<T>;
   using V = Vec<A>;
@@ -23,9 +23,9 @@ FASTNN_INLINE acc_t<T> mask_row(const T* grad, const T* output, T* masked, int64
       const int left = static_cast<int>(min_of(V::size, count - at));
       if (left <= 0) break;
       V x = left == V::size ? load(grad + at) : load(grad + at, left);
-      if constexpr (kMask) {
+      if constexpr (kActivation != Activation::none) {
         const V y = left == V::size ? load(output + at) : load(output + at, left);
-        x = select((y > zero<A>()) | is_nan(y), x, zero<A>());
+        x = through<kActivation>(x, y);
         store(masked + at, x, left);
       }
       sum[j] = sum[j] + x;
@@ -52,7 +52,7 @@ inline void store_bias(const ConvBackwardArgs& args, int64_t k, acc_t<T> sum) {
 }
 
 // [n, k, oh, ow]: a task owns a channel, so the order of its sum is fixed.
-template <class T>
+template <class T, Activation kActivation>
 inline void mask_planes(const ConvBackwardArgs& args, T* masked, int64_t workers, const Context& context) {
   const ConvShape& s = args.shape;
   const int64_t pixels = s.oh * s.ow;
@@ -62,10 +62,10 @@ inline void mask_planes(const ConvBackwardArgs& args, T* masked, int64_t workers
     acc_t<T> total = 0;
     for (int64_t n = 0; n < s.n; ++n) {
       const int64_t at = (n * s.k + k) * pixels;
-      if (masked != nullptr) {
-        total += mask_row<T, true>(grad + at, output + at, masked + at, pixels);
+      if constexpr (kActivation != Activation::none) {
+        total += mask_row<T, kActivation>(grad + at, output + at, masked + at, pixels);
       } else {
-        total += mask_row<T, false>(grad + at, nullptr, nullptr, pixels);
+        total += mask_row<T, kActivation>(grad + at, nullptr, nullptr, pixels);
       }
     }
     store_bias<T>(args, k, total);
@@ -119,8 +119,8 @@ inline void unpool_pixels(const ConvBackwardArgs& args, T* spread, const Context
                                     spread},
                                    context);
   if (args.grad_bias == nullptr) return;
-  mask_and_sum<T, false, true>(s.n * s.oh * s.ow, s.k, spread, nullptr, nullptr,
-                               static_cast<T*>(args.grad_bias), context);
+  mask_and_sum<T, Activation::none, true>(s.n * s.oh * s.ow, s.k, spread, nullptr, nullptr,
+                                          static_cast<T*>(args.grad_bias), context);
 }
 
 // The dense gradient of the convolution's output, and the bias gradient on the way.
@@ -140,20 +140,27 @@ inline const T* output_gradient(const ConvBackwardArgs& args, const Context& con
     return spread;
   }
   if (args.output == nullptr && args.grad_bias == nullptr) return grad;
-  T* masked = args.output != nullptr ? context.scratch<T>(count) : nullptr;
+  T* masked = nullptr;
+  if (args.grad_residual != nullptr) {
+    masked = static_cast<T*>(args.grad_residual);
+  } else if (args.output != nullptr) {
+    masked = context.scratch<T>(count);
+  }
   if (args.channels_last) {
     const int64_t rows = s.n * s.oh * s.ow;
     auto* bias = static_cast<T*>(args.grad_bias);
     const auto* output = static_cast<const T*>(args.output);
     if (masked == nullptr) {
-      mask_and_sum<T, false, true>(rows, s.k, grad, nullptr, nullptr, bias, context);
-    } else if (bias == nullptr) {
-      mask_and_sum<T, true, false>(rows, s.k, grad, output, masked, nullptr, context);
+      mask_and_sum<T, Activation::none, true>(rows, s.k, grad, nullptr, nullptr, bias, context);
     } else {
-      mask_and_sum<T, true, true>(rows, s.k, grad, output, masked, bias, context);
+      before_activation<T>(args.activation, rows, s.k, grad, output, masked, bias, context);
     }
+  } else if (masked == nullptr) {
+    mask_planes<T, Activation::none>(args, nullptr, workers, context);
   } else {
-    mask_planes(args, masked, workers, context);
+    with_derivative(args.activation, [&]<Activation kActivation>() {
+      mask_planes<T, kActivation>(args, masked, workers, context);
+    });
   }
   return masked != nullptr ? masked : grad;
 }

@@ -211,10 +211,13 @@ class PixelsForward {
           image + g * channels_, s_.h,   s_.w, s_.c, channels_, padded_, rows, s_.ow, s_.sh, s_.sw,
           row * s_.sh - s_.ph,   -s_.pw, runs_};
       const T* bias = args_.bias != nullptr ? static_cast<const T*>(args_.bias) + g * outputs_ : nullptr;
+      const T* residual = nullptr;
+      if (args_.residual != nullptr)
+        residual = static_cast<const T*>(args_.residual) + (n * s_.oh + row) * s_.ow * s_.k + g * outputs_;
       const auto product = [&](const auto& b) {
         windows_product<T>(windows, images * rows * s_.ow, outputs_, depth_ / kPer,
-                           {out + g * outputs_, s_.k, bias, args_.relu ? Activation::relu : Activation::none},
-                           b, workers_, tiles_, space_, context_);
+                           {out + g * outputs_, s_.k, bias, args_.activation, residual}, b, workers_, tiles_,
+                           space_, context_);
       };
       if (panels_.data != nullptr) {
         product(ReadyPanels<T>{panels_.data + g * packed_.group, panels_.panel});
@@ -301,9 +304,22 @@ inline void transposed_forward(const ConvArgs& args, const Context& context) {
   nhwc.input = image;
   T* output = context.scratch<T>(s.n * s.k * pixels);
   nhwc.output = output;
+  // What lies as the output does is added once that does too.
+  const auto* residual = static_cast<const T*>(args.residual);
+  nhwc.residual = nullptr;
+  if (residual != nullptr) nhwc.activation = Activation::none;
   if (args.locations != nullptr) nhwc.locations = context.scratch<uint8_t>(s.n * s.k * pixels);
   pixels_forward<T>(nhwc, context);
-  transpose_all(static_cast<const T*>(output), s.n, pixels, s.k, static_cast<T*>(args.output), context);
+  auto* result = static_cast<T*>(args.output);
+  transpose_all(static_cast<const T*>(output), s.n, pixels, s.k, result, context);
+  if (residual != nullptr) {
+    const int64_t plane = s.k * pixels;
+    context.for_each(s.n, workers_for(4.0 * s.n * plane, context), [&](int64_t n, int) {
+      T* image = result + n * plane;
+      store_finished<T>(1, plane, static_cast<const T*>(image), 0, nullptr, 0,
+                        {nullptr, args.activation, residual + n * plane}, image, 0);
+    });
+  }
   if (args.locations != nullptr)
     transpose_all(static_cast<const uint8_t*>(nhwc.locations), s.n, pixels, s.k, args.locations, context);
 }

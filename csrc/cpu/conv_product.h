@@ -167,16 +167,24 @@ struct Panels {
 
 // ---- from the band's sums to the output ----
 
-// Where output element (channel, row, column) of an image stands.
+// Where output element (channel, row, column) of an image stands, and what is left to be done to it.
 template <class T>
 struct Target {
   T* data;
   int64_t channel_step, row_step, column_step;
+  Activation activation = Activation::none;
+  const T* residual = nullptr;  // with the same steps, or none
+
+  Epilogue<T> last(const T* out) const {
+    return {nullptr, activation, residual != nullptr ? residual + (out - data) : nullptr};
+  }
 };
 
 template <class T>
-FASTNN_INLINE void store_run(T* out, const acc_t<T>* y, int64_t count) {
+FASTNN_INLINE void store_run(T* out, const acc_t<T>* y, int64_t count, const Epilogue<T>& last = {}) {
   using V = Vec<acc_t<T>>;
+  if (last.residual != nullptr || last.activation != Activation::none) [[unlikely]]
+    return store_finished<T>(1, count, y, 0, nullptr, 0, last, out, 0);
   int64_t i = 0;
   for (; i + V::size <= count; i += V::size) store(out + i, load(y + i));
   if (i < count) store(out + i, load(y + i, static_cast<int>(count - i)), static_cast<int>(count - i));
@@ -185,7 +193,8 @@ FASTNN_INLINE void store_run(T* out, const acc_t<T>* y, int64_t count) {
 // One row of pixels of `channels` channels to pixels `step` apart whose channels lie side by side.
 template <class T>
 inline void store_channels_last(T* out, int64_t step, const acc_t<T>* y, int64_t y_row, int64_t count,
-                                int channels) {
+                                int channels, const Epilogue<T>& last) {
+  [[maybe_unused]] const bool done = last.residual == nullptr && last.activation == Activation::none;
 #if FASTNN_ISA_LEVEL >= 1
   if constexpr (sizeof(acc_t<T>) == 4) {
     constexpr int kStep = F::size;
@@ -198,6 +207,15 @@ inline void store_channels_last(T* out, int64_t step, const acc_t<T>* y, int64_t
         for (int q = here; q < kStep; ++q) block[q] = zero<float>();
         transpose(block);
         const int pixels = static_cast<int>(min_of(kStep, count - i));
+        if (!done) [[unlikely]] {
+          alignas(64) float sums[kStep][kStep];
+#pragma GCC unroll 16
+          for (int q = 0; q < kStep; ++q) store(sums[q], block[q]);
+          const Epilogue<T> rest{nullptr, last.activation,
+                                 last.residual != nullptr ? last.residual + i * step + c : nullptr};
+          store_finished<T>(pixels, here, sums[0], kStep, nullptr, 0, rest, out + i * step + c, step);
+          continue;
+        }
         if (here == kStep) {
           for (int q = 0; q < pixels; ++q) store(out + (i + q) * step + c, block[q]);
         } else {
@@ -209,7 +227,31 @@ inline void store_channels_last(T* out, int64_t step, const acc_t<T>* y, int64_t
   }
 #endif
   for (int64_t i = 0; i < count; ++i) {
-    for (int c = 0; c < channels; ++c) out[i * step + c] = from_acc<T>(y[c * y_row + i]);
+    acc_t<T> sums[2 * kConvRows * Vec<acc_t<T>>::size];
+    for (int c = 0; c < channels; ++c) sums[c] = y[c * y_row + i];
+    const Epilogue<T> rest{nullptr, last.activation,
+                           last.residual != nullptr ? last.residual + i * step : nullptr};
+    store_run(out + i * step, sums, channels, rest);
+  }
+}
+
+// A row of one channel whose pixels are apart.
+template <class T>
+inline void drain_column(const Target<T>& to, T* out, const acc_t<T>* y, int64_t columns) {
+  constexpr int64_t kAtATime = 64;
+  for (int64_t v = 0; v < columns; v += kAtATime) {
+    const int64_t count = min_of(kAtATime, columns - v);
+    const acc_t<T>* from = y + v;
+    acc_t<T> sums[kAtATime];
+    if (to.residual != nullptr || to.activation != Activation::none) [[unlikely]] {
+      const T* beside = to.last(out).residual;
+      for (int64_t i = 0; i < count; ++i)
+        sums[i] = from[i] + (beside != nullptr ? to_acc(beside[(v + i) * to.column_step]) : acc_t<T>(0));
+      store_finished<acc_t<T>>(1, count, static_cast<const acc_t<T>*>(sums), 0, nullptr, 0,
+                               {nullptr, to.activation}, sums, 0);
+      from = sums;
+    }
+    for (int64_t i = 0; i < count; ++i) out[(v + i) * to.column_step] = from_acc<T>(from[i]);
   }
 }
 
@@ -220,7 +262,8 @@ inline void drain(const Target<T>& to, int64_t first, int channels, int64_t row,
   T* start = to.data + first * to.channel_step + row * to.row_step;
   if (to.channel_step == 1 && channels > 1) {
     for (int64_t u = 0; u < rows; ++u) {
-      store_channels_last(start + u * to.row_step, to.column_step, y + u * width, y_row, columns, channels);
+      T* out = start + u * to.row_step;
+      store_channels_last(out, to.column_step, y + u * width, y_row, columns, channels, to.last(out));
     }
     return;
   }
@@ -228,16 +271,14 @@ inline void drain(const Target<T>& to, int64_t first, int channels, int64_t row,
     const acc_t<T>* from = y + c * y_row;
     T* out = start + c * to.channel_step;
     if (to.column_step == 1 && rows > 1 && width == columns && to.row_step == columns) {
-      store_run(out, from, rows * columns);
+      store_run(out, from, rows * columns, to.last(out));
       continue;
     }
     for (int64_t u = 0; u < rows; ++u) {
       if (to.column_step == 1) {
-        store_run(out + u * to.row_step, from + u * width, columns);
+        store_run(out + u * to.row_step, from + u * width, columns, to.last(out + u * to.row_step));
       } else {
-        for (int64_t v = 0; v < columns; ++v) {
-          out[u * to.row_step + v * to.column_step] = from_acc<T>(from[u * width + v]);
-        }
+        drain_column(to, out + u * to.row_step, from + u * width, columns);
       }
     }
   }

@@ -94,7 +94,7 @@ class RowsForward {
     // A chain half as long again is no worse than torch's, whose sums are in parts from some length on.
     tile_.chain = depth_ > kChain + kChain / 2 ? kChain : depth_;
     tile_.out_row = s_.k;
-    tile_.last.activation = args.relu ? Activation::relu : Activation::none;
+    tile_.last.activation = args.activation;
     if (weight_.data == nullptr) {
       const int64_t panel = depth_ * kNR<T>;
       Elem* packed = context.scratch<Elem>(panels_ * panel);
@@ -139,7 +139,11 @@ class RowsForward {
       const int64_t at_once = stays_ ? p1 - p0 : 1;
       for (int64_t p = p0; p < p1; p += at_once) {
         for (int64_t y = 0; y < rows; ++y) {
-          outputs_of_row(lines + y * s_.sh * line_, p, p + at_once, out + (row - row0 + y) * s_.ow * s_.k);
+          T* to = out + (row - row0 + y) * s_.ow * s_.k;
+          const T* beside = nullptr;
+          if (args_.residual != nullptr)
+            beside = static_cast<const T*>(args_.residual) + (n * s_.oh + row + y) * s_.ow * s_.k;
+          outputs_of_row(lines + y * s_.sh * line_, p, p + at_once, to, beside);
         }
       }
     }
@@ -160,7 +164,7 @@ class RowsForward {
     clear_plane(to + left + real, line_ - left - real);
   }
 
-  void outputs_of_row(const A* lines, int64_t p0, int64_t p1, T* out) const {
+  void outputs_of_row(const A* lines, int64_t p0, int64_t p1, T* out, const T* residual) const {
     const int64_t tiles = ceil_div(s_.ow, kMR);
     RowsTile<T> tile = tile_;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -170,6 +174,7 @@ class RowsForward {
         const int64_t k = p * kNR<T>;
         tile.panel = weight_.data + p * weight_.panel;
         tile.last.bias = bias_ != nullptr ? bias_ + k : nullptr;
+        tile.last.residual = residual != nullptr ? residual + x * s_.k + k : nullptr;
         tile.n = static_cast<int>(min_of(kNR<T>, s_.k - k));
         if (tile.n > Vec<A>::size) {
           rows_tile<T, kNV>(count, tile, lines + x * tile.step, out + x * s_.k + k);

@@ -261,6 +261,7 @@ void winograd_forward(const ConvArgs& args, const Context& context) {
   float* out_memory = turn ? context.scratch<float>(workers * out_pixels * kOutputs) : nullptr;
   const auto* input = static_cast<const float*>(args.input);
   const auto* bias = static_cast<const float*>(args.bias);
+  const auto* residual = static_cast<const float*>(args.residual);
   auto* output = static_cast<float*>(args.output);
 
   context.for_each(block.count() * parts, workers, [&](int64_t task, int worker) {
@@ -323,6 +324,8 @@ void winograd_forward(const ConvArgs& args, const Context& context) {
         }
       }
       const int64_t first = turn ? 0 : k0;
+      const bool in_tile = args.residual == nullptr && args.activation <= Activation::relu;
+      const bool with_relu = in_tile && args.activation == Activation::relu;
       for_each_tile(images, y0, y1, x0, x1, [&](int64_t tile, int64_t n, int64_t y, int64_t x) {
         float* pixels[kOut * kOut];
         for (int i = 0; i < kOut * kOut; ++i) pixels[i] = out.at(n, y + i / kOut, x + i % kOut);
@@ -331,9 +334,9 @@ void winograd_forward(const ConvArgs& args, const Context& context) {
           const F b = bias != nullptr ? load(bias + k0 + k, count) : zero<float>();
           const float* products = m + tile * m_row + k;
           if (count == F::size) {
-            tile_from_points<true>(products, m_plane, b, args.relu, pixels, first + k, count);
+            tile_from_points<true>(products, m_plane, b, with_relu, pixels, first + k, count);
           } else {
-            tile_from_points<false>(products, m_plane, b, args.relu, pixels, first + k, count);
+            tile_from_points<false>(products, m_plane, b, with_relu, pixels, first + k, count);
           }
         }
       });
@@ -341,6 +344,19 @@ void winograd_forward(const ConvArgs& args, const Context& context) {
         for (int64_t y = y0; y < y1; ++y)
           transpose_block(static_cast<const float*>(out.at(n, y, x0)), kOutputs, x1 - x0, outputs,
                           output + (((n0 + n) * s.k + k0) * s.oh + y) * s.ow + x0, s.oh * s.ow);
+      }
+      if (in_tile) continue;
+      // What is left is done to the output itself, where the residual has its place beside it.
+      const int64_t rows = turn ? outputs : x1 - x0, columns = turn ? x1 - x0 : outputs,
+                    row = turn ? s.oh * s.ow : s.k;
+      for (int64_t n = n0; n < n0 + images; ++n) {
+        for (int64_t y = y0; y < y1; ++y) {
+          const int64_t at =
+              turn ? ((n * s.k + k0) * s.oh + y) * s.ow + x0 : ((n * s.oh + y) * s.ow + x0) * s.k + k0;
+          const Epilogue<float> rest{nullptr, args.activation, residual != nullptr ? residual + at : nullptr};
+          store_finished<float>(rows, columns, static_cast<const float*>(output + at), row, nullptr, 0, rest,
+                                output + at, row);
+        }
       }
     }
   });

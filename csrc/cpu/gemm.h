@@ -12,8 +12,8 @@ namespace fastnn::FASTNN_ISA_NS {
 
 // ---- the whole product ----
 
-// C[m, n] = activation(sum_k A[m, k] B[k, n] + bias[n]). Strides are in elements; rows of C are dense along
-// n.
+// C[m, n] = activation(sum_k A[m, k] B[k, n] + bias[n] + residual[m, n]). Strides are in elements; rows of C
+// are dense along n.
 template <class T>
 struct GemmArgs {
   int64_t m, n, k;
@@ -25,6 +25,7 @@ struct GemmArgs {
   int64_t c_m;
   const T* bias = nullptr;
   Activation activation = Activation::none;
+  const T* residual = nullptr;  // with C's strides
   // Whether C[m, n] is at c[n * c_m + m] and the bias that of m: tile registers take either operand as rows.
   bool turned = false;
 };
@@ -121,6 +122,7 @@ struct Result {
   int64_t c_m;
   const T* bias = nullptr;
   Activation activation = Activation::none;
+  const T* residual = nullptr;  // with C's strides
   // Whether the element of row i and column j is at c[j * c_m + i], and its bias at i.
   bool turned = false;
   bool begun = false, done = true;
@@ -235,7 +237,8 @@ inline void gemm_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, const 
         const TileRows<T> from = a(worker, i0 + i, count, e0, here);
         for (int64_t p = 0; p < wide; ++p) {
           const int64_t j = p * kWidth;
-          const Epilogue<T> last{bias != nullptr ? bias + j0 + j : nullptr, to.activation};
+          const Epilogue<T> last{bias != nullptr ? bias + j0 + j : nullptr, to.activation,
+                                 to.residual != nullptr ? to.residual + (i0 + i) * to.c_m + j0 + j : nullptr};
           A* s = sums != nullptr ? sums + i * sums_row + j : nullptr;
           gemm_tile<T>(
               count, static_cast<int>(min_of(kWidth, columns - j)), from, block.data + p * block.panel, here,
@@ -295,6 +298,7 @@ inline void packed_rows(int64_t m, int64_t n, int64_t elems, bool narrow, Result
     const int64_t first = part_start(chunk, m, chunks), rows = part_start(chunk + 1, m, chunks) - first;
     Result<T> here = to;
     here.c += first * to.c_m;
+    if (to.residual != nullptr) here.residual += first * to.c_m;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t from = part * depth, count = max_of(0, min_of(depth, elems - from));
       constexpr int64_t kRowsAtATime = 16;
@@ -327,7 +331,7 @@ inline void gemm_packed(const GemmArgs<T>& g, const PackOf& pack, const Context&
     if (rows_in_place(g, registers)) {
       Workspace<T> space;
       return gemm_blocks<T>(
-          g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.activation, g.turned},
+          g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.activation, g.residual, g.turned},
           [&](int, int64_t i, int, int64_t e0, int64_t) {
             return TileRows<T>{reinterpret_cast<const Elem*>(g.a + i * g.a_m + e0 * kPer), g.a_m / kPer};
           },
@@ -340,7 +344,7 @@ inline void gemm_packed(const GemmArgs<T>& g, const PackOf& pack, const Context&
     auto* tiles = context.scratch<Elem>(workers * kTileElems<T>);
     Workspace<T> space;
     return gemm_blocks<T>(
-        g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.activation, g.turned},
+        g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.activation, g.residual, g.turned},
         [&](int worker, int64_t i, int rows, int64_t e0, int64_t count) {
           auto* tile = tiles + worker * kTileElems<T>;
           pack_a<T>(g.a + i * g.a_m + e0 * kPer, g.a_m, 1, rows, min_of(count * kPer, g.k - e0 * kPer), tile,
@@ -350,7 +354,7 @@ inline void gemm_packed(const GemmArgs<T>& g, const PackOf& pack, const Context&
         pack, workers, space, context);
   }
   packed_rows<T>(
-      g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.activation, g.turned},
+      g.m, g.n, elems, narrow, {g.c, g.c_m, g.bias, g.activation, g.residual, g.turned},
       [&](int64_t i, int64_t rows, int64_t e0, int64_t count, Elem* out, int64_t row) {
         pack_a<T>(g.a + i * g.a_m + e0 * kPer * g.a_k, g.a_m, g.a_k, rows,
                   min_of(count * kPer, g.k - e0 * kPer), out, row);
@@ -433,7 +437,8 @@ FASTNN_INLINE void dot_tile(const GemmArgs<T>& g, int64_t i, int64_t j) {
     }
   }
   T* c = g.c + i * g.c_m + j;
-  const bool with_relu = g.activation == Activation::relu, with_gelu = g.activation == Activation::gelu;
+  const Epilogue<T> rest{nullptr, g.activation, g.residual != nullptr ? g.residual + i * g.c_m + j : nullptr};
+  const bool with_relu = g.activation == Activation::relu, apart = !rest.is_short();
   A before[R][C];
 #if FASTNN_ISA_LEVEL >= 1
   if constexpr (C == kDotColumns && sizeof(A) == 4) {
@@ -441,13 +446,13 @@ FASTNN_INLINE void dot_tile(const GemmArgs<T>& g, int64_t i, int64_t j) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V x = lane_sums(sum[r]) + bias;
-      if (with_gelu) {
+      if (apart) {
         store(before[r], x, C);
       } else {
         store(c + r * g.c_m, with_relu ? relu(x) : x, C);
       }
     }
-    if (with_gelu) store_gelu<T>(R, C, before[0], C, nullptr, 0, nullptr, c, g.c_m);
+    if (apart) store_finished<T>(R, C, before[0], C, nullptr, 0, rest, c, g.c_m);
     return;
   }
 #endif
@@ -457,14 +462,14 @@ FASTNN_INLINE void dot_tile(const GemmArgs<T>& g, int64_t i, int64_t j) {
     for (int q = 0; q < C; ++q) {
       A x = reduce_add(sum[r][q]);
       if (g.bias != nullptr) x += to_acc(g.bias[j + q]);
-      if (with_gelu) {
+      if (apart) {
         before[r][q] = x;
       } else {
         c[r * g.c_m + q] = from_acc<T>(with_relu && x < A(0) ? A(0) : x);
       }
     }
   }
-  if (with_gelu) store_gelu<T>(R, C, before[0], C, nullptr, 0, nullptr, c, g.c_m);
+  if (apart) store_finished<T>(R, C, before[0], C, nullptr, 0, rest, c, g.c_m);
 }
 
 // Rows beside one column, where nothing else keeps the sums apart.
@@ -492,6 +497,7 @@ inline void gemm_dot(const GemmArgs<T>& g, const Context& context) {
     GemmArgs<T> part = g;
     part.a += i * g.a_m;
     part.c += i * g.c_m;
+    if (g.residual != nullptr) part.residual += i * g.c_m;
     part.m = min_of(kRowsHere, g.m - i);
     int64_t j = task % column_blocks * kColumns;
     const int64_t end = min_of(j + kColumns, g.n);
@@ -528,7 +534,7 @@ inline void few_rows_tile(const GemmArgs<T>& g, const typename Gemm<T>::Elem* a,
     pack_b_panel<T>(b + k0 * g.b_k, g.b_k, 1, k, n, packed);
     tile.template multiply<true>(packed_k<T>(k), rows, a_row, 1, packed);
   }
-  const Epilogue<T> last{bias, g.activation};
+  const Epilogue<T> last{bias, g.activation, g.residual != nullptr ? g.residual + j0 : nullptr};
   finish<T>(tile, chains.before_last(), chains.kRow, last, g.c + j0, g.c_m, n);
 }
 

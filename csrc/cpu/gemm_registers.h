@@ -81,10 +81,12 @@ inline void registers_blocks(int64_t m, int64_t n, int64_t elems, bool narrow, c
           for (int64_t strip = 0; strip < strips; ++strip) {
             const int64_t i = i0 + part_start(strip, i1 - i0, strips);
             const int count = static_cast<int>(i0 + part_start(strip + 1, i1 - i0, strips) - i);
+            const int64_t at =
+                to.turned ? (column0 + j) * to.c_m + row0 + i : (row0 + i) * to.c_m + column0 + j;
             const Epilogue<T> last{bias == nullptr ? nullptr : bias + (to.turned ? row0 + i : column0 + j),
-                                   to.activation};
+                                   to.activation, to.residual == nullptr ? nullptr : to.residual + at};
             A* s = sums == nullptr ? nullptr : sums + i * sums_row + j;
-            T* c = to.c + (to.turned ? (column0 + j) * to.c_m + row0 + i : (row0 + i) * to.c_m + column0 + j);
+            T* c = to.c + at;
             gemm_strip<T>(registers, count, min_of(wide * kWidth, columns - j),
                           a(worker, row0 + i, count, e0, deep), all.data + p * all.panel, all.panel, deep,
                           {d > 0 || to.begun ? s : nullptr, s, sums_row,

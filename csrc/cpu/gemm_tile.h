@@ -419,31 +419,35 @@ struct Chains {
   const acc_t<T>* before_last() const { return any ? total[0] : nullptr; }
 };
 
-// What happens to a finished sum on its way to memory: C = activation(sum + partial + bias).
+// What happens to a finished sum on its way to memory: C = activation(sum + partial + bias + residual).
 template <class T>
 struct Epilogue {
   const acc_t<T>* bias = nullptr;  // one per column, zero-padded to a whole tile; or none
   Activation activation = Activation::none;
+  const T* residual = nullptr;  // with C's strides, from the tile's first element on; or none
+
+  // Whether a tile does it in its registers.
+  bool is_short() const { return residual == nullptr && activation <= Activation::relu; }
 };
 
-// The same from sums in memory, `sums_row` from row to row, with GELU: so long that it is compiled once a
-// level, in gemm_tiles.cpp, and not into every tile.
-template <class T>
-void store_gelu(int rows, int n, const acc_t<T>* sums, int64_t sums_row, const acc_t<T>* partial,
-                int64_t partial_row, const acc_t<T>* bias, T* c, int64_t c_row);
+// The same from sums in memory, `sums_row` from row to row: so long that it is compiled once a level, in
+// gemm_tiles.cpp, and not into every tile. C itself may hold the sums. S: T, or the type of its sums.
+template <class T, class S>
+void store_finished(int64_t rows, int64_t n, const S* sums, int64_t sums_row, const acc_t<T>* partial,
+                    int64_t partial_row, const Epilogue<T>& last, T* c, int64_t c_row);
 
 template <class T, class S, int MR, int NV>
 FASTNN_INLINE void finish(Tile<S, MR, NV>& tile, const acc_t<T>* partial, int64_t partial_row,
                           const Epilogue<T>& last, T* c, int64_t c_row, int n) {
   using V = Vec<acc_t<T>>;
-  if (last.activation == Activation::gelu) [[unlikely]] {
+  if (!last.is_short()) [[unlikely]] {
     acc_t<T> sums[MR][NV * V::size];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) store(sums[i] + j * V::size, tile.sum[i][j]);
     }
-    return store_gelu<T>(MR, n, sums[0], NV * V::size, partial, partial_row, last.bias, c, c_row);
+    return store_finished<T>(MR, n, sums[0], NV * V::size, partial, partial_row, last, c, c_row);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {

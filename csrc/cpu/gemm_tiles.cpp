@@ -79,9 +79,13 @@ void finish_turned(int rows, int64_t columns, const float* sums, int64_t sums_ro
         for (int r = 0; r < high; ++r) block[r] = block[r] + load(partial + (i + r) * partial_row + j, wide);
       }
       transpose(block);
-      if (last.activation == Activation::gelu) {
+      if (!last.is_short()) {
+        alignas(64) float biased[kSide][kSide];
 #pragma GCC unroll 16
-        for (int r = 0; r < kSide; ++r) store(turned[r] + i, gelu(block[r] + bias));
+        for (int r = 0; r < kSide; ++r) store(biased[r], block[r] + bias);
+        const Epilogue<bf16> rest{nullptr, last.activation,
+                                  last.residual != nullptr ? last.residual + j * c_row + i : nullptr};
+        store_finished<bf16>(wide, high, biased[0], kSide, nullptr, 0, rest, c + j * c_row + i, c_row);
         continue;
       }
 #pragma GCC unroll 16
@@ -90,6 +94,7 @@ void finish_turned(int rows, int64_t columns, const float* sums, int64_t sums_ro
         store(turned[r] + i, last.activation == Activation::relu ? relu(x) : x);
       }
     }
+    if (!last.is_short()) continue;
     const __mmask32 mask = first32(rows);
     for (int r = 0; r < wide; ++r)
       _mm512_mask_storeu_epi16(c + (j + r) * c_row, mask, _mm512_load_si512(turned[r]));
@@ -106,19 +111,26 @@ void gemm_tile(int count, int n, const TileRows<T>& a, const typename Gemm<T>::E
   tile_of_rows<T>(count, n, a, b, elems, to);
 }
 
-template <class T>
-void store_gelu(int rows, int n, const acc_t<T>* sums, int64_t sums_row, const acc_t<T>* partial,
-                int64_t partial_row, const acc_t<T>* bias, T* c, int64_t c_row) {
+template <class T, class S>
+void store_finished(int64_t rows, int64_t n, const S* sums, int64_t sums_row, const acc_t<T>* partial,
+                    int64_t partial_row, const Epilogue<T>& last, T* c, int64_t c_row) {
   using V = Vec<acc_t<T>>;
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < n; j += V::size) {
-      const int count = n - j < V::size ? n - j : V::size;
-      V x = load(sums + i * sums_row + j, count);
-      if (partial != nullptr) x = x + load(partial + i * partial_row + j, count);
-      if (bias != nullptr) x = x + load(bias + j, count);
-      store(c + i * c_row + j, gelu(x), count);
+  const acc_t<T>* bias = last.bias;
+  const T* residual = last.residual;
+  with_activation(last.activation, [&]<Activation kActivation>() {
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto step = [&](int64_t j, auto... count) __attribute__((always_inline)) {
+        V x = load(sums + i * sums_row + j, count...);
+        if (partial != nullptr) x = x + load(partial + i * partial_row + j, count...);
+        if (bias != nullptr) x = x + load(bias + j, count...);
+        if (residual != nullptr) x = x + load(residual + i * c_row + j, count...);
+        store(c + i * c_row + j, activated<kActivation>(x), count...);
+      };
+      int64_t j = 0;
+      for (; j + V::size <= n; j += V::size) step(j);
+      if (j < n) step(j, static_cast<int>(n - j));
     }
-  }
+  });
 }
 
 #if FASTNN_ISA_LEVEL >= 3
@@ -143,8 +155,10 @@ void gemm_strip<bf16>(TileRegisters<bf16>& registers, int count, int64_t columns
       e += kDeep;
     } while (e < elems);
     if (turned && to.last != nullptr) {
+      Epilogue<bf16> last = *to.last;
+      if (last.residual != nullptr) last.residual += j0 * to.c_row;
       finish_turned(count, end - j0, sums, kRow, to.partial != nullptr ? to.partial + j0 : nullptr,
-                    to.sums_row, *to.last, to.c + j0 * to.c_row, to.c_row);
+                    to.sums_row, last, to.c + j0 * to.c_row, to.c_row);
       continue;
     }
     for (int i = 0; i < count; ++i) {
@@ -155,8 +169,9 @@ void gemm_strip<bf16>(TileRegisters<bf16>& registers, int count, int64_t columns
         const int n = static_cast<int>(min_of(kWidth, end - j));
         const float* partial = to.partial != nullptr ? to.partial + i * to.sums_row + j : nullptr;
         if (to.last != nullptr) {
-          const Epilogue<bf16> last{to.last->bias != nullptr ? to.last->bias + j : nullptr,
-                                    to.last->activation};
+          const Epilogue<bf16> last{
+              to.last->bias != nullptr ? to.last->bias + j : nullptr, to.last->activation,
+              to.last->residual != nullptr ? to.last->residual + i * to.c_row + j : nullptr};
           finish<bf16>(tile, partial, 0, last, to.c + i * to.c_row + j, 0, n);
         } else {
           finish<float>(tile, partial, 0, {}, to.sums + i * to.sums_row + j, 0, n);
@@ -168,15 +183,20 @@ void gemm_strip<bf16>(TileRegisters<bf16>& registers, int count, int64_t columns
 
 #endif
 
-#define FASTNN_TILES(T)                                                                                      \
-  template void gemm_tile<T>(int, int, const TileRows<T>&, const Gemm<T>::Elem*, int64_t,                    \
-                             const TileResult<T>&);                                                          \
-  template void store_gelu<T>(int, int, const acc_t<T>*, int64_t, const acc_t<T>*, int64_t, const acc_t<T>*, \
-                              T*, int64_t);
+#define FASTNN_FINISH(T, S)                                                                         \
+  template void store_finished<T, S>(int64_t, int64_t, const S*, int64_t, const acc_t<T>*, int64_t, \
+                                     const Epilogue<T>&, T*, int64_t);
+#define FASTNN_TILES(T)                                                                   \
+  template void gemm_tile<T>(int, int, const TileRows<T>&, const Gemm<T>::Elem*, int64_t, \
+                             const TileResult<T>&);                                       \
+  FASTNN_FINISH(T, acc_t<T>)
 FASTNN_TILES(float)
 FASTNN_TILES(bf16)
 FASTNN_TILES(f16)
 FASTNN_TILES(double)
+FASTNN_FINISH(bf16, bf16)
+FASTNN_FINISH(f16, f16)
 #undef FASTNN_TILES
+#undef FASTNN_FINISH
 
 }  // namespace fastnn::FASTNN_ISA_NS

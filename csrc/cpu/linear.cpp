@@ -29,16 +29,14 @@ void backward(const LinearBackwardArgs& args, const Context& context) {
   const int64_t m = args.m, n = args.n, k = args.k;
   const auto* grad = static_cast<const T*>(args.grad);
   if (args.output != nullptr) {
-    T* masked = context.scratch<T>(m * n);
-    if (args.grad_bias != nullptr) {
-      mask_and_sum<T, true, true>(m, n, grad, static_cast<const T*>(args.output), masked,
-                                  static_cast<T*>(args.grad_bias), context);
-    } else {
-      mask_and_sum<T, true, false>(m, n, grad, static_cast<const T*>(args.output), masked, nullptr, context);
-    }
-    grad = masked;
+    T* before =
+        args.grad_residual != nullptr ? static_cast<T*>(args.grad_residual) : context.scratch<T>(m * n);
+    before_activation<T>(args.activation, m, n, grad, static_cast<const T*>(args.output), before,
+                         static_cast<T*>(args.grad_bias), context);
+    grad = before;
   } else if (args.grad_bias != nullptr) {
-    mask_and_sum<T, false, true>(m, n, grad, nullptr, nullptr, static_cast<T*>(args.grad_bias), context);
+    mask_and_sum<T, Activation::none, true>(m, n, grad, nullptr, nullptr, static_cast<T*>(args.grad_bias),
+                                            context);
   }
   const LinearCall call{args.dtype, m, n, k, level_of(context)};
   if (args.grad_input != nullptr) {
@@ -78,6 +76,7 @@ void forward(const LinearArgs& args, const Context& context) {
   const auto* input = static_cast<const T*>(args.input);
   const auto* weight = static_cast<const T*>(args.weight);
   const auto* bias = static_cast<const T*>(args.bias);
+  const auto* residual = static_cast<const T*>(args.residual);
   auto* output = static_cast<T*>(args.output);
   const int64_t m = args.m, n = args.n, k = args.k;
   ReadyPanels<T> panels{nullptr, 0};
@@ -89,12 +88,13 @@ void forward(const LinearArgs& args, const Context& context) {
           : automatic(LinearCall{args.dtype, m, n, k, level_of(context), panels.data != nullptr});
   if (algorithm == LinearAlgorithm::registers_transposed) {
     if constexpr (kByRegisters<T>) {
-      product(GemmArgs<T>{n, m, k, weight, k, 1, input, 1, k, output, n, bias, args.activation, true},
-              algorithm, context);
+      product(
+          GemmArgs<T>{n, m, k, weight, k, 1, input, 1, k, output, n, bias, args.activation, residual, true},
+          algorithm, context);
     }
     return;
   }
-  const GemmArgs<T> g{m, n, k, input, k, 1, weight, 1, k, output, n, bias, args.activation};
+  const GemmArgs<T> g{m, n, k, input, k, 1, weight, 1, k, output, n, bias, args.activation, residual};
   if (panels.data == nullptr || m == 0 || algorithm == LinearAlgorithm::dot)
     return product(g, algorithm, context);
   if constexpr (kByRegisters<T>) {

@@ -1,4 +1,4 @@
-// Fully connected layers: y = activation(x w^T + bias).
+// Fully connected layers: y = activation(x w^T + bias + residual).
 #pragma once
 
 #include "cpu/context.h"
@@ -33,7 +33,8 @@ struct LinearArgs {
   const void* weight;  // [n, k], dense rows
   const void* bias;    // [n] or null
   Activation activation;
-  void* output;                                            // [m, n]
+  const void* residual;                                    // [m, n] or null
+  void* output;                                            // [m, n], not the residual's
   PackedWeight packed = {};                                // the weight once more, or nothing
   LinearAlgorithm algorithm = LinearAlgorithm::automatic;  // covers the call
 };
@@ -42,12 +43,14 @@ struct LinearBackwardArgs {
   DType dtype;
   int64_t m, n, k;
   const void* grad;    // [m, n], of the output
-  const void* output;  // [m, n] where a ReLU followed (no gradient passes where it is 0), or null
+  const void* output;  // [m, n] where an activation followed whose derivative it tells, or null
   const void* input;   // [m, k]; read only for grad_weight
   const void* weight;  // [n, k]; read only for grad_input
-  void* grad_input;    // [m, k] or null
-  void* grad_weight;   // [n, k] or null
-  void* grad_bias;     // [n] or null
+  Activation activation;
+  void* grad_residual;  // [m, n] or null; only beside an output: without, it is `grad`
+  void* grad_input;     // [m, k] or null
+  void* grad_weight;    // [n, k] or null
+  void* grad_bias;      // [n] or null
   // Each covers the call.
   LinearAlgorithm input_algorithm = LinearAlgorithm::automatic, weight_algorithm = LinearAlgorithm::automatic;
 };

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "activation.h"
+
 namespace fastnn {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
@@ -14,10 +16,6 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-
-// What is applied to a sum before it is stored. Ops pass these numbers on: fastnn/ops/linear/packed.py has
-// them too.
-enum class Activation : int { none = 0, relu = 1, gelu = 2 };
 
 static inline constexpr int size_of(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;

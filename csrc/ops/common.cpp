@@ -139,6 +139,26 @@ void check_like(const Tensor& first, const std::optional<Tensor>& other, const c
   if (other.has_value()) check_like(first, *other, name);
 }
 
+Activation activation_of(int64_t number) {
+  FASTNN_CHECK(number >= 0 && number < kActivationCount, "expected an activation from 0 to ",
+               kActivationCount - 1, ", got ", number);
+  return static_cast<Activation>(number);
+}
+
+Activation differentiable(int64_t number) {
+  const Activation activation = activation_of(number);
+  FASTNN_CHECK(derivative_by_result(activation), "the result of ", kActivations[number],
+               " does not tell its derivative");
+  return activation;
+}
+
+void check_residual(const Tensor& input, const std::optional<Tensor>& residual, const Sizes& sizes) {
+  if (!residual.has_value()) return;
+  check_like(input, residual, "residual");
+  FASTNN_CHECK(sizes_of(*residual) == sizes, "expected a residual of the output's shape, got ",
+               shape(*residual));
+}
+
 PackedWeight packed_of(const Tensor& packed, const Tensor& input) {
   FASTNN_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(),
                "a packed weight is a dense uint8 tensor of 1 dimension, as pack_weight gives it; got shape ",

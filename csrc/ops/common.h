@@ -173,6 +173,13 @@ inline bool is_for_cpu(const Tensor&) { return true; }
 #define FASTNN_RUN(kernel, t, ...) run_on_cpu(kernel, __VA_ARGS__)
 #endif
 
+// The activation that a number stands for, and one whose derivative its result tells; refuse any other.
+Activation activation_of(int64_t number);
+Activation differentiable(int64_t number);
+
+// Refuses a residual that is not of the output's sizes.
+void check_residual(const Tensor& input, const std::optional<Tensor>& residual, const Sizes& sizes);
+
 // A packed weight beside the weight itself, which it need not fit: the kernel looks.
 PackedWeight packed_of(const Tensor& packed, const Tensor& input);
 

@@ -98,15 +98,18 @@ bool last(MemoryFormat format) { return format == MemoryFormat::ChannelsLast; }
 
 // Where each maximum stood comes with the output, unless the weight is packed too: that is for inference.
 std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
-                                   const std::optional<Tensor>& bias, const ConvShape& s, bool relu,
-                                   const ConvPool* pool, int64_t number, PackedWeight packed = {}) {
+                                   const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                   const ConvShape& s, Activation activation, const ConvPool* pool,
+                                   int64_t number, PackedWeight packed = {}) {
   const bool locate = pool != nullptr && packed.data == nullptr;
   const MemoryFormat format = conv_format(input, weight), weights = weight_format(weight);
   const ConvCall call{dtype_of(input, "input"), s, last(format), last(weights), pool, current_isa()};
   const auto algorithm = algorithm_of<ConvAlgorithm>(number, kConvAlgorithms, "conv2d",
                                                      [&](ConvAlgorithm a) { return uncovered(call, a); });
   const Sizes sizes = pool != nullptr ? Sizes{s.n, s.k, pool->oh, pool->ow} : Sizes{s.n, s.k, s.oh, s.ow};
-  const MemoryFormat result = relu ? relu_format(format, s) : format;
+  check_residual(input, residual, sizes);
+  const bool plain = activation == Activation::none && !residual.has_value();
+  const MemoryFormat result = plain ? format : relu_format(format, s);
   // The kernel writes in `format`, which differs from the result's where padding pools one pixel into
   // several.
   const bool alike = s.k == 1 || sizes[2] * sizes[3] == 1;
@@ -114,13 +117,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight,
   Tensor locations =
       empty(ScalarType::Byte, locate ? sizes : Sizes{0}, locate ? format : MemoryFormat::Contiguous);
   const Tensor x = dense(input, format), w = dense(weight, weights);
-  std::optional<Tensor> b;
+  std::optional<Tensor> b, r;
   if (bias.has_value()) b = dense(*bias);
+  if (residual.has_value()) r = dense(*residual, format);
   TorchContext context;
-  conv_forward({call.dtype, s, call.channels_last, call.weight_channels_last, x.const_data_ptr(),
-                w.const_data_ptr(), data_or_null(b), relu, output.mutable_data_ptr(), pool,
-                locate ? static_cast<uint8_t*>(locations.mutable_data_ptr()) : nullptr, packed, algorithm},
-               context);
+  conv_forward(
+      {call.dtype, s, call.channels_last, call.weight_channels_last, x.const_data_ptr(), w.const_data_ptr(),
+       data_or_null(b), activation, data_or_null(r), output.mutable_data_ptr(), pool,
+       locate ? static_cast<uint8_t*>(locations.mutable_data_ptr()) : nullptr, packed, algorithm},
+      context);
   return {result == format ? output : dense(output, result), locations};
 }
 
@@ -133,8 +138,8 @@ Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, 
                "a weight ",
                shape(weight), ", stride (", s.sh, ", ", s.sw, "), dilation (", s.dh, ", ", s.dw, "), groups ",
                s.groups);
-  return std::get<0>(
-      forward(input, weight, bias, s, relu, nullptr, static_cast<int64_t>(ConvAlgorithm::winograd)));
+  return std::get<0>(forward(input, weight, bias, std::nullopt, s, relu ? Activation::relu : Activation::none,
+                             nullptr, static_cast<int64_t>(ConvAlgorithm::winograd)));
 }
 
 #define FASTNN_POOL_ARGS                                                                                    \
@@ -147,49 +152,61 @@ Tensor conv2d_winograd(Tensor input, Tensor weight, std::optional<Tensor> bias, 
 
 Tensor conv2d(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
-  return std::get<0>(forward(input, weight, bias, s, false, nullptr, algorithm));
+  return std::get<0>(forward(input, weight, bias, std::nullopt, s, Activation::none, nullptr, algorithm));
 }
 
 Tensor conv2d_relu(Tensor input, Tensor weight, std::optional<Tensor> bias, FASTNN_CONV_ARGS,
                    int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
-  return std::get<0>(forward(input, weight, bias, s, true, nullptr, algorithm));
+  return std::get<0>(forward(input, weight, bias, std::nullopt, s, Activation::relu, nullptr, algorithm));
+}
+
+Tensor conv2d_activation(Tensor input, Tensor weight, std::optional<Tensor> bias,
+                         std::optional<Tensor> residual, FASTNN_CONV_ARGS, int64_t activation,
+                         int64_t algorithm) {
+  const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
+  return std::get<0>(
+      forward(input, weight, bias, residual, s, activation_of(activation), nullptr, algorithm));
 }
 
 std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, std::optional<Tensor> bias,
                                                   FASTNN_CONV_ARGS, FASTNN_POOL_ARGS, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
   const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
-  return forward(input, weight, bias, s, true, &pool, algorithm);
+  return forward(input, weight, bias, std::nullopt, s, Activation::relu, &pool, algorithm);
 }
 
 Tensor conv2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed, FASTNN_CONV_ARGS,
-                     bool relu, int64_t algorithm) {
+                     int64_t activation, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
-  return std::get<0>(forward(input, weight, bias, s, relu, nullptr, algorithm, packed_of(packed, input)));
+  return std::get<0>(forward(input, weight, bias, std::nullopt, s, activation_of(activation), nullptr,
+                             algorithm, packed_of(packed, input)));
 }
 
 Tensor conv2d_relu_max_pool2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed,
                                      FASTNN_CONV_ARGS, FASTNN_POOL_ARGS, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
   const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
-  return std::get<0>(forward(input, weight, bias, s, true, &pool, algorithm, packed_of(packed, input)));
+  return std::get<0>(forward(input, weight, bias, std::nullopt, s, Activation::relu, &pool, algorithm,
+                             packed_of(packed, input)));
 }
 
-// Gradients that are not asked for come back as empty tensors.
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                            const Tensor* output, const Tensor* locations, const ConvShape& s,
-                                            const ConvPool* pool, bool input_grad, bool weight_grad,
-                                            bool bias_grad, int64_t for_input, int64_t for_weight) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Gradients that are not asked for come back as empty tensors. `output` is that of `activation`; null without
+// one, or where a pooling stands behind it.
+Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor* output,
+                   const Tensor* locations, const ConvShape& s, const ConvPool* pool, Activation activation,
+                   bool residual_grad, bool input_grad, bool weight_grad, bool bias_grad, int64_t for_input,
+                   int64_t for_weight) {
   check_like(input, grad, "grad");
   const Sizes sizes = pool != nullptr ? Sizes{s.n, s.k, pool->oh, pool->ow} : Sizes{s.n, s.k, s.oh, s.ow};
   FASTNN_CHECK(sizes_of(grad) == sizes, "conv2d's backward expects a gradient of the output's shape, got ",
                shape(grad), " for an input of ", shape(input), " and a weight of ", shape(weight));
   if (output != nullptr) {
     check_like(input, *output, "output");
-    FASTNN_CHECK(sizes_of(*output) == sizes,
-                 "conv2d_relu's backward expects an output of the gradient's shape ", shape(grad), ", got ",
-                 shape(*output));
+    FASTNN_CHECK(sizes_of(*output) == sizes, "conv2d's backward expects an output of the gradient's shape ",
+                 shape(grad), ", got ", shape(*output));
   }
   if (locations != nullptr) {
     FASTNN_CHECK(
@@ -209,6 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
   Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : Sizes{0},
                                   weight_grad ? weights : MemoryFormat::Contiguous);
   Tensor grad_bias = empty_like(weight, bias_grad ? Sizes{s.k} : Sizes{0});
+  Tensor grad_residual = residual_grad ? empty_like(grad, sizes, format) : Tensor();
   const Tensor dy = dense(grad, format), x = dense(input, format), w = dense(weight, weights);
   std::optional<Tensor> y, l;
   if (output != nullptr) y = dense(*output, format);
@@ -216,19 +234,24 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
   TorchContext context;
   conv_backward({call.dtype, s, call.channels_last, call.weight_channels_last, dy.const_data_ptr(),
                  data_or_null(y), pool, static_cast<const uint8_t*>(data_or_null(l)), x.const_data_ptr(),
-                 w.const_data_ptr(), input_grad ? grad_input.mutable_data_ptr() : nullptr,
+                 w.const_data_ptr(), activation, residual_grad ? grad_residual.mutable_data_ptr() : nullptr,
+                 input_grad ? grad_input.mutable_data_ptr() : nullptr,
                  weight_grad ? grad_weight.mutable_data_ptr() : nullptr,
                  bias_grad ? grad_bias.mutable_data_ptr() : nullptr, input_algorithm, weight_algorithm},
                 context);
-  return {grad_input, grad_weight, grad_bias};
+  return {grad_input, grad_weight, grad_bias, grad_residual};
+}
+
+std::tuple<Tensor, Tensor, Tensor> without_residual(const Gradients& made) {
+  return {std::get<0>(made), std::get<1>(made), std::get<2>(made)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(Tensor grad, Tensor input, Tensor weight, FASTNN_CONV_ARGS,
                                                    bool input_grad, bool weight_grad, bool bias_grad,
                                                    int64_t input_algorithm, int64_t weight_algorithm) {
   const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
-  return backward(grad, input, weight, nullptr, nullptr, s, nullptr, input_grad, weight_grad, bias_grad,
-                  input_algorithm, weight_algorithm);
+  return without_residual(backward(grad, input, weight, nullptr, nullptr, s, nullptr, Activation::none, false,
+                                   input_grad, weight_grad, bias_grad, input_algorithm, weight_algorithm));
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_relu_backward(Tensor grad, Tensor input, Tensor weight,
@@ -236,8 +259,20 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_relu_backward(Tensor grad, Tensor inpu
                                                         bool weight_grad, bool bias_grad,
                                                         int64_t input_algorithm, int64_t weight_algorithm) {
   const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
-  return backward(grad, input, weight, &output, nullptr, s, nullptr, input_grad, weight_grad, bias_grad,
-                  input_algorithm, weight_algorithm);
+  return without_residual(backward(grad, input, weight, &output, nullptr, s, nullptr, Activation::relu, false,
+                                   input_grad, weight_grad, bias_grad, input_algorithm, weight_algorithm));
+}
+
+Gradients conv2d_activation_backward(Tensor grad, Tensor input, Tensor weight, Tensor output,
+                                     FASTNN_CONV_ARGS, int64_t activation, bool residual_grad,
+                                     bool input_grad, bool weight_grad, bool bias_grad,
+                                     int64_t input_algorithm, int64_t weight_algorithm) {
+  const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
+  Gradients made =
+      backward(grad, input, weight, &output, nullptr, s, nullptr, differentiable(activation), residual_grad,
+               input_grad, weight_grad, bias_grad, input_algorithm, weight_algorithm);
+  if (!residual_grad) std::get<3>(made) = empty_like(weight, Sizes{0});
+  return made;
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(
@@ -245,8 +280,9 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(
     bool input_grad, bool weight_grad, bool bias_grad, int64_t input_algorithm, int64_t weight_algorithm) {
   const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
   const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
-  return backward(grad, input, weight, nullptr, &locations, s, &pool, input_grad, weight_grad, bias_grad,
-                  input_algorithm, weight_algorithm);
+  return without_residual(backward(grad, input, weight, nullptr, &locations, s, &pool, Activation::relu,
+                                   false, input_grad, weight_grad, bias_grad, input_algorithm,
+                                   weight_algorithm));
 }
 
 #define FASTNN_POOL \
@@ -254,13 +290,18 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(
 
 FASTNN_OP(conv2d, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor", "algorithm")
 FASTNN_OP(conv2d_relu, "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ") -> Tensor", "algorithm")
+FASTNN_OP(conv2d_activation,
+          "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, " FASTNN_CONV
+          ", int activation) -> Tensor",
+          "algorithm")
 FASTNN_OP(conv2d_winograd,
           "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", bool relu) -> Tensor")
 FASTNN_OP(conv2d_relu_max_pool2d,
           "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", " FASTNN_POOL ") -> (Tensor, Tensor)",
           "algorithm")
 FASTNN_OP(conv2d_packed,
-          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, " FASTNN_CONV ", bool relu) -> Tensor",
+          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, " FASTNN_CONV
+          ", int activation) -> Tensor",
           "algorithm")
 FASTNN_OP(conv2d_relu_max_pool2d_packed,
           "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, " FASTNN_CONV ", " FASTNN_POOL
@@ -273,6 +314,10 @@ FASTNN_OP(conv2d_backward,
 FASTNN_OP(conv2d_relu_backward,
           "(Tensor grad, Tensor input, Tensor weight, Tensor output, " FASTNN_CONV ", " FASTNN_WANTED
           ") -> (Tensor, Tensor, Tensor)",
+          "input_algorithm", "weight_algorithm")
+FASTNN_OP(conv2d_activation_backward,
+          "(Tensor grad, Tensor input, Tensor weight, Tensor output, " FASTNN_CONV
+          ", int activation, bool residual_grad, " FASTNN_WANTED ") -> (Tensor, Tensor, Tensor, Tensor)",
           "input_algorithm", "weight_algorithm")
 FASTNN_OP(conv2d_relu_max_pool2d_backward,
           "(Tensor grad, Tensor input, Tensor weight, Tensor locations, " FASTNN_CONV ", " FASTNN_POOL

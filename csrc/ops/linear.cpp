@@ -34,48 +34,53 @@ Shape check(const Tensor& input, const Tensor& weight, const std::optional<Tenso
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-               Activation activation, int64_t number, PackedWeight packed = {}) {
+               const std::optional<Tensor>& residual, Activation activation, int64_t number,
+               PackedWeight packed = {}) {
   const auto [m, n, k] = check(input, weight, bias);
   const LinearCall call{dtype_of(input, "input"), m, n, k, current_isa()};
   const auto algorithm = algorithm_of<LinearAlgorithm>(number, kLinearAlgorithms, "linear",
                                                        [&](LinearAlgorithm a) { return uncovered(call, a); });
   Sizes sizes = sizes_of(input);
   sizes.back() = n;
+  check_residual(input, residual, sizes);
   Tensor output = empty_like(input, sizes);
   const Tensor x = dense(input), w = dense(weight);
-  std::optional<Tensor> b;
+  std::optional<Tensor> b, r;
   if (bias.has_value()) b = dense(*bias);
+  if (residual.has_value()) r = dense(*residual);
   TorchContext context;
   linear_forward({call.dtype, m, n, k, x.const_data_ptr(), w.const_data_ptr(), data_or_null(b), activation,
-                  output.mutable_data_ptr(), packed, algorithm},
+                  data_or_null(r), output.mutable_data_ptr(), packed, algorithm},
                  context);
   return output;
 }
 
 Tensor linear(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t algorithm) {
-  return forward(input, weight, bias, Activation::none, algorithm);
+  return forward(input, weight, bias, std::nullopt, Activation::none, algorithm);
 }
 
 Tensor linear_relu(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t algorithm) {
-  return forward(input, weight, bias, Activation::relu, algorithm);
+  return forward(input, weight, bias, std::nullopt, Activation::relu, algorithm);
 }
 
-Tensor linear_gelu(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t algorithm) {
-  return forward(input, weight, bias, Activation::gelu, algorithm);
+Tensor linear_activation(Tensor input, Tensor weight, std::optional<Tensor> bias,
+                         std::optional<Tensor> residual, int64_t activation, int64_t algorithm) {
+  return forward(input, weight, bias, residual, activation_of(activation), algorithm);
 }
 
 Tensor linear_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed,
                      int64_t activation, int64_t algorithm) {
-  FASTNN_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu),
-               "linear_packed expects 0 (no activation), 1 (ReLU) or 2 (GELU), got ", activation);
-  return forward(input, weight, bias, static_cast<Activation>(activation), algorithm,
+  return forward(input, weight, bias, std::nullopt, activation_of(activation), algorithm,
                  packed_of(packed, input));
 }
 
-// Gradients that are not asked for come back as empty tensors.
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                            const Tensor* output, bool input_grad, bool weight_grad,
-                                            bool bias_grad, int64_t for_input, int64_t for_weight) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Gradients that are not asked for come back as empty tensors. `output` is that of `activation`; null without
+// one.
+Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor* output,
+                   Activation activation, bool residual_grad, bool input_grad, bool weight_grad,
+                   bool bias_grad, int64_t for_input, int64_t for_weight) {
   const auto [m, n, k] = check(input, weight, std::nullopt);
   check_like(input, grad, "grad");
   Sizes sizes = sizes_of(input);
@@ -84,9 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
                shape(grad), " for an input of ", shape(input), " and a weight of ", shape(weight));
   if (output != nullptr) {
     check_like(input, *output, "output");
-    FASTNN_CHECK(sizes_of(*output) == sizes,
-                 "linear_relu's backward expects an output of the gradient's shape ", shape(grad), ", got ",
-                 shape(*output));
+    FASTNN_CHECK(sizes_of(*output) == sizes, "linear's backward expects an output of the gradient's shape ",
+                 shape(grad), ", got ", shape(*output));
   }
   const LinearCall call{dtype_of(input, "input"), m, n, k, current_isa()};
   const auto input_algorithm =
@@ -98,36 +102,54 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& in
   Tensor grad_input = empty_like(input, input_grad ? sizes_of(input) : Sizes{0});
   Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : Sizes{0});
   Tensor grad_bias = empty_like(weight, bias_grad ? Sizes{n} : Sizes{0});
+  Tensor grad_residual = residual_grad ? empty_like(grad, sizes) : Tensor();
   const Tensor dy = dense(grad), x = dense(input), w = dense(weight);
   std::optional<Tensor> y;
   if (output != nullptr) y = dense(*output);
   TorchContext context;
   linear_backward({call.dtype, m, n, k, dy.const_data_ptr(), data_or_null(y), x.const_data_ptr(),
-                   w.const_data_ptr(), input_grad ? grad_input.mutable_data_ptr() : nullptr,
+                   w.const_data_ptr(), activation, residual_grad ? grad_residual.mutable_data_ptr() : nullptr,
+                   input_grad ? grad_input.mutable_data_ptr() : nullptr,
                    weight_grad ? grad_weight.mutable_data_ptr() : nullptr,
                    bias_grad ? grad_bias.mutable_data_ptr() : nullptr, input_algorithm, weight_algorithm},
                   context);
-  return {grad_input, grad_weight, grad_bias};
+  return {grad_input, grad_weight, grad_bias, grad_residual};
+}
+
+std::tuple<Tensor, Tensor, Tensor> without_residual(const Gradients& made) {
+  return {std::get<0>(made), std::get<1>(made), std::get<2>(made)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad, Tensor input, Tensor weight, bool input_grad,
                                                    bool weight_grad, bool bias_grad, int64_t input_algorithm,
                                                    int64_t weight_algorithm) {
-  return backward(grad, input, weight, nullptr, input_grad, weight_grad, bias_grad, input_algorithm,
-                  weight_algorithm);
+  return without_residual(backward(grad, input, weight, nullptr, Activation::none, false, input_grad,
+                                   weight_grad, bias_grad, input_algorithm, weight_algorithm));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(Tensor grad, Tensor input, Tensor weight,
                                                         Tensor output, bool input_grad, bool weight_grad,
                                                         bool bias_grad, int64_t input_algorithm,
                                                         int64_t weight_algorithm) {
-  return backward(grad, input, weight, &output, input_grad, weight_grad, bias_grad, input_algorithm,
-                  weight_algorithm);
+  return without_residual(backward(grad, input, weight, &output, Activation::relu, false, input_grad,
+                                   weight_grad, bias_grad, input_algorithm, weight_algorithm));
+}
+
+Gradients linear_activation_backward(Tensor grad, Tensor input, Tensor weight, Tensor output,
+                                     int64_t activation, bool residual_grad, bool input_grad,
+                                     bool weight_grad, bool bias_grad, int64_t input_algorithm,
+                                     int64_t weight_algorithm) {
+  Gradients made = backward(grad, input, weight, &output, differentiable(activation), residual_grad,
+                            input_grad, weight_grad, bias_grad, input_algorithm, weight_algorithm);
+  if (!residual_grad) std::get<3>(made) = empty_like(weight, Sizes{0});
+  return made;
 }
 
 FASTNN_OP(linear, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor", "algorithm")
 FASTNN_OP(linear_relu, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor", "algorithm")
-FASTNN_OP(linear_gelu, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor", "algorithm")
+FASTNN_OP(linear_activation,
+          "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor",
+          "algorithm")
 FASTNN_OP(linear_packed,
           "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, int activation) -> Tensor", "algorithm")
 FASTNN_OP(linear_backward,
@@ -139,12 +161,19 @@ FASTNN_OP(linear_relu_backward,
           " bool bias_grad) -> (Tensor, Tensor, Tensor)",
           "input_algorithm", "weight_algorithm")
 
+FASTNN_OP(linear_activation_backward,
+          "(Tensor grad, Tensor input, Tensor weight, Tensor output, int activation, bool residual_grad,"
+          " bool input_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+          "input_algorithm", "weight_algorithm")
+
 // ---- algorithms of a call that is told in numbers ----
 
 LinearCall told(int64_t dtype, int64_t m, int64_t n, int64_t k, bool packed = false) {
   check_sizes({m, n, k}, 0, "a linear layer's sizes");
   return {dtype_of(dtype), m, n, k, current_isa(), packed};
 }
+
+std::string activations() { return joined(kActivations); }
 
 std::string linear_algorithms() { return joined(kLinearAlgorithms); }
 
@@ -174,6 +203,7 @@ std::tuple<int64_t, int64_t> linear_backward_automatic(int64_t dtype, int64_t m,
 #define FASTNN_TOLD "int dtype, int rows, int out_features, int in_features"
 
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {
+  m.def("_activations() -> str");
   m.def("_linear_algorithms() -> str");
   m.def("_linear_covering(" FASTNN_TOLD ") -> int");
   m.def("_linear_automatic(" FASTNN_TOLD ", bool packed) -> int");
@@ -182,6 +212,7 @@ FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {
 }
 
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, CompositeExplicitAutograd, m) {
+  m.impl("_activations", TORCH_BOX(&activations));
   m.impl("_linear_algorithms", TORCH_BOX(&linear_algorithms));
   m.impl("_linear_covering", TORCH_BOX(&linear_covering));
   m.impl("_linear_automatic", TORCH_BOX(&linear_automatic));

@@ -37,14 +37,15 @@ struct Told {
 
 void forward(const std::string& level, int threads, const Ints& shape, bool channels_last,
              bool weight_channels_last, const py::array& x, const py::array& w, const py::object& bias,
-             bool relu, py::array y, const Ints& pool, const py::object& locations, const py::object& packed,
-             const std::string& algorithm) {
+             const std::string& activation, py::array y, const Ints& pool, const py::object& locations,
+             const py::object& packed, const std::string& algorithm, const py::object& residual) {
   constexpr void (*kernels[])(const ConvArgs&, const Context&) = {FASTNN_LEVELS(conv_forward)};
   const Told told(level, dtype_of(x), shape, channels_last, weight_channels_last, pool);
   TestContext context(level, threads);
   kernels[level_of(level)](
-      {dtype_of(x), told.shape, channels_last, weight_channels_last, x.data(), w.data(), in(bias), relu,
-       y.mutable_data(), told.call.pool, static_cast<uint8_t*>(out(locations)), packed_of(packed),
+      {dtype_of(x), told.shape, channels_last, weight_channels_last, x.data(), w.data(), in(bias),
+       activation_named(activation), in(residual), y.mutable_data(), told.call.pool,
+       static_cast<uint8_t*>(out(locations)), packed_of(packed),
        covering_algorithm<ConvAlgorithm>(algorithm, kConvAlgorithms,
                                          [&](ConvAlgorithm a) { return uncovered(told.call, a); })},
       context);
@@ -54,7 +55,8 @@ void backward(const std::string& level, int threads, const Ints& shape, bool cha
               bool weight_channels_last, const py::array& grad, const py::object& output, const Ints& pool,
               const py::object& locations, const py::array& x, const py::array& w, const py::object& grad_x,
               const py::object& grad_w, const py::object& grad_b, const std::string& input_algorithm,
-              const std::string& weight_algorithm) {
+              const std::string& weight_algorithm, const std::string& activation,
+              const py::object& grad_residual) {
   constexpr void (*kernels[])(const ConvBackwardArgs&, const Context&) = {FASTNN_LEVELS(conv_backward)};
   const Told told(level, dtype_of(x), shape, channels_last, weight_channels_last, pool);
   const auto checked = [&](const std::string& name) {
@@ -62,11 +64,11 @@ void backward(const std::string& level, int threads, const Ints& shape, bool cha
         name, kConvAlgorithms, [&](ConvAlgorithm a) { return uncovered_gradient(told.call, a); });
   };
   TestContext context(level, threads);
-  kernels[level_of(level)](
-      {dtype_of(x), told.shape, channels_last, weight_channels_last, grad.data(), in(output), told.call.pool,
-       static_cast<const uint8_t*>(in(locations)), x.data(), w.data(), out(grad_x), out(grad_w), out(grad_b),
-       checked(input_algorithm), checked(weight_algorithm)},
-      context);
+  kernels[level_of(level)]({dtype_of(x), told.shape, channels_last, weight_channels_last, grad.data(),
+                            in(output), told.call.pool, static_cast<const uint8_t*>(in(locations)), x.data(),
+                            w.data(), activation_named(activation), out(grad_residual), out(grad_x),
+                            out(grad_w), out(grad_b), checked(input_algorithm), checked(weight_algorithm)},
+                           context);
 }
 
 // Those that cover a call, and the automatic one: of the convolution, and of the gradients of input and
@@ -89,13 +91,14 @@ py::tuple algorithms(const std::string& level, const std::string& dtype, const I
 void bind_conv(py::module_& m) {
   m.def("conv_forward", &forward, py::arg("level"), py::arg("threads"), py::arg("shape"),
         py::arg("channels_last"), py::arg("weight_channels_last"), py::arg("x"), py::arg("w"),
-        py::arg("bias"), py::arg("relu"), py::arg("y"), py::arg("pool"), py::arg("locations"),
-        py::arg("packed") = py::none(), py::arg("algorithm") = "automatic");
+        py::arg("bias"), py::arg("activation"), py::arg("y"), py::arg("pool"), py::arg("locations"),
+        py::arg("packed") = py::none(), py::arg("algorithm") = "automatic", py::arg("residual") = py::none());
   m.def("conv_backward", &backward, py::arg("level"), py::arg("threads"), py::arg("shape"),
         py::arg("channels_last"), py::arg("weight_channels_last"), py::arg("grad"), py::arg("output"),
         py::arg("pool"), py::arg("locations"), py::arg("x"), py::arg("w"), py::arg("grad_x"),
         py::arg("grad_w"), py::arg("grad_b"), py::arg("input_algorithm") = "automatic",
-        py::arg("weight_algorithm") = "automatic");
+        py::arg("weight_algorithm") = "automatic", py::arg("activation") = "relu",
+        py::arg("grad_residual") = py::none());
   m.def("conv_algorithms", &algorithms);
   m.attr("CONV_ALGORITHMS") = all_of(kConvAlgorithms);
 }

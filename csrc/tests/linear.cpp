@@ -13,16 +13,13 @@ LinearCall call_of(const std::string& level, DType dtype, int64_t m, int64_t n, 
 
 void forward(const std::string& level, int threads, const py::array& x, const py::array& w,
              const py::object& bias, const std::string& activation, py::array y, const py::object& packed,
-             const std::string& algorithm) {
+             const std::string& algorithm, const py::object& residual) {
   constexpr void (*kernels[])(const LinearArgs&, const Context&) = {FASTNN_LEVELS(linear_forward)};
-  const Activation applied = activation == "gelu"   ? Activation::gelu
-                             : activation == "relu" ? Activation::relu
-                                                    : Activation::none;
   const LinearCall call = call_of(level, dtype_of(x), x.shape(0), w.shape(0), x.shape(1));
   TestContext context(level, threads);
   kernels[level_of(level)](
-      {call.dtype, call.m, call.n, call.k, x.data(), w.data(), in(bias), applied, y.mutable_data(),
-       packed_of(packed),
+      {call.dtype, call.m, call.n, call.k, x.data(), w.data(), in(bias), activation_named(activation),
+       in(residual), y.mutable_data(), packed_of(packed),
        covering_algorithm<LinearAlgorithm>(algorithm, kLinearAlgorithms,
                                            [&](LinearAlgorithm a) { return uncovered(call, a); })},
       context);
@@ -46,19 +43,21 @@ py::array pack(const std::string& level, int threads, const py::array& w, int64_
 void backward(const std::string& level, int threads, const py::array& grad, const py::object& output,
               const py::array& x, const py::array& w, const py::object& grad_x, const py::object& grad_w,
               const py::object& grad_b, const std::string& input_algorithm,
-              const std::string& weight_algorithm) {
+              const std::string& weight_algorithm, const std::string& activation,
+              const py::object& grad_residual) {
   constexpr void (*kernels[])(const LinearBackwardArgs&, const Context&) = {FASTNN_LEVELS(linear_backward)};
   const LinearCall call = call_of(level, dtype_of(x), x.shape(0), w.shape(0), x.shape(1));
   TestContext context(level, threads);
-  kernels[level_of(level)]({call.dtype, call.m, call.n, call.k, grad.data(), in(output), x.data(), w.data(),
-                            out(grad_x), out(grad_w), out(grad_b),
-                            covering_algorithm<LinearAlgorithm>(
-                                input_algorithm, kLinearAlgorithms,
-                                [&](LinearAlgorithm a) { return uncovered_input_gradient(call, a); }),
-                            covering_algorithm<LinearAlgorithm>(
-                                weight_algorithm, kLinearAlgorithms,
-                                [&](LinearAlgorithm a) { return uncovered_weight_gradient(call, a); })},
-                           context);
+  kernels[level_of(level)](
+      {call.dtype, call.m, call.n, call.k, grad.data(), in(output), x.data(), w.data(),
+       activation_named(activation), out(grad_residual), out(grad_x), out(grad_w), out(grad_b),
+       covering_algorithm<LinearAlgorithm>(
+           input_algorithm, kLinearAlgorithms,
+           [&](LinearAlgorithm a) { return uncovered_input_gradient(call, a); }),
+       covering_algorithm<LinearAlgorithm>(
+           weight_algorithm, kLinearAlgorithms,
+           [&](LinearAlgorithm a) { return uncovered_weight_gradient(call, a); })},
+      context);
 }
 
 // Those that cover a call, and the automatic one: of the output, and of the gradients of input and weight.
@@ -81,13 +80,14 @@ py::tuple algorithms(const std::string& level, const std::string& dtype, int64_t
 void bind_linear(py::module_& m) {
   m.def("linear_forward", &forward, py::arg("level"), py::arg("threads"), py::arg("x"), py::arg("w"),
         py::arg("bias"), py::arg("activation"), py::arg("y"), py::arg("packed") = py::none(),
-        py::arg("algorithm") = "automatic");
+        py::arg("algorithm") = "automatic", py::arg("residual") = py::none());
   m.def("pack_weight", &pack, py::arg("level"), py::arg("threads"), py::arg("w"), py::arg("groups"),
         py::arg("channels_last"));
   m.def("linear_backward", &backward, py::arg("level"), py::arg("threads"), py::arg("grad"),
         py::arg("output"), py::arg("x"), py::arg("w"), py::arg("grad_x"), py::arg("grad_w"),
         py::arg("grad_b"), py::arg("input_algorithm") = "automatic",
-        py::arg("weight_algorithm") = "automatic");
+        py::arg("weight_algorithm") = "automatic", py::arg("activation") = "relu",
+        py::arg("grad_residual") = py::none());
   m.def("linear_algorithms", &algorithms);
   m.attr("LINEAR_ALGORITHMS") = all_of(kLinearAlgorithms);
 }

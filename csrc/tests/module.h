@@ -107,6 +107,10 @@ Algorithm algorithm_of(const std::string& name, const char* const (&names)[kCoun
   throw py::value_error("unknown algorithm " + name);
 }
 
+inline Activation activation_named(const std::string& name) {
+  return algorithm_of<Activation>(name, kActivations);
+}
+
 // The same, refused where it does not cover a call.
 template <class Algorithm, size_t kCount, class Uncovered>
 Algorithm covering_algorithm(const std::string& name, const char* const (&names)[kCount],

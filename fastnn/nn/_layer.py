@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn import Module
@@ -23,6 +24,27 @@ class Fusion(NamedTuple):
     after: tuple[type[Module], ...]  # their classes, exactly
     run: Callable  # run(layer, input, *followers) -> what the last of them would give
     fits: Callable = lambda *followers: True  # fits(*followers): whether `run` does what these do
+
+
+# What torch's activations are called among those that stand behind a product, and which of them that holds for.
+ACTIVATIONS: tuple[tuple[type[Module], str, Callable], ...] = (
+    (torch.nn.GELU, "gelu", lambda layer: layer.approximate == "none"),
+    (torch.nn.GELU, "gelu_tanh", lambda layer: layer.approximate == "tanh"),
+    (torch.nn.SiLU, "silu", lambda layer: True),
+    (torch.nn.ReLU6, "relu6", lambda layer: (layer.min_val, layer.max_val) == (0.0, 6.0)),
+    (torch.nn.Hardswish, "hardswish", lambda layer: True),
+    (torch.nn.Sigmoid, "sigmoid", lambda layer: True),
+    (torch.nn.Tanh, "tanh", lambda layer: True),
+)
+
+
+def with_activations(run: Callable) -> tuple[Fusion, ...]:
+    """The fusions of a layer with each of these: ``run(layer, input, name)``."""
+
+    def fusion(cls, name, fits):
+        return Fusion((cls,), lambda layer, input, activation: run(layer, input, name), fits)
+
+    return tuple(fusion(*activation) for activation in ACTIVATIONS)
 
 
 class Declaration(NamedTuple):

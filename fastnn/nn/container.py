@@ -103,8 +103,8 @@ def _run_seen(fusion: Fusion, followers, layer, input):
 class Sequential(Layer, torch.nn.Sequential):
     """:class:`torch.nn.Sequential` that runs layers together where one op of fastnn does what several of them do.
 
-    A Conv2d and the ReLU right after it are one op, with the MaxPool2d after them too, and so are a Linear and the ReLU or GELU
-    after it. That is looked for at each call, and the layers stay what they are: they may be replaced, changed, moved and
+    A Conv2d or a Linear and the activation right after it (ReLU, GELU, SiLU, ReLU6, Hardswish, Sigmoid, Tanh) are one op, and so
+    are a Conv2d, the ReLU and the MaxPool2d after it. That is looked for at each call, and the layers stay what they are: they may be replaced, changed, moved and
     given hooks at any time. A layer runs by itself if its class is a subclass (and so if it is parametrized), if it has a
     hook, a forward of its own or is compiled by itself, or if process-wide module hooks are set.
     """

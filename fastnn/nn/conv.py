@@ -1,4 +1,4 @@
-"""Convolution layers, alone and fused with the ReLU and the max-pooling that follow them."""
+"""Convolution layers, alone and fused with the activation and the max-pooling that follow them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnn.nn import functional as F
-from fastnn.nn._layer import Fusion, Layer, declare_layer, is_traced, traced
+from fastnn.nn._layer import Fusion, Layer, declare_layer, is_traced, traced, with_activations
 from fastnn.nn.pool import MaxPool2d
 from fastnn.ops.conv import functional as ops
 from fastnn.ops.conv import routes
@@ -42,6 +42,14 @@ def _relu_max_pool(
 
 def _with_relu(layer: Conv2d, input: Tensor, relu: torch.nn.ReLU) -> Tensor:
     return _relu(layer, input, layer.weight, layer.bias)
+
+
+def _with_activation(layer: Conv2d, input: Tensor, activation: str) -> Tensor:
+    input, padding = _padded(layer, input)
+    args = (input, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+    if layer._packed is not None:
+        return ops.conv2d_activation_with(layer._packed, activation, *args)
+    return F.conv2d_activation(*args, activation=activation)
 
 
 def _with_relu_max_pool(
@@ -88,6 +96,7 @@ class Conv1d(Layer, torch.nn.Conv1d):
     fuses=(
         Fusion((torch.nn.ReLU,), _with_relu),
         Fusion((torch.nn.ReLU, MaxPool2d), _with_relu_max_pool, _is_plain_pool),
+        *with_activations(_with_activation),
     ),
     packs=_PACKS,
 )

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 from fastnn.nn import _stand_in
 from fastnn.nn._multi_head_attention import multi_head_attention_forward
 from fastnn.ops.attention import scaled_dot_product_attention
-from fastnn.ops.conv import conv1d, conv2d, conv2d_relu, conv2d_relu_max_pool2d
-from fastnn.ops.linear import linear, linear_gelu, linear_relu
+from fastnn.ops.conv import conv1d, conv2d, conv2d_activation, conv2d_relu, conv2d_relu_max_pool2d
+from fastnn.ops.linear import linear, linear_activation, linear_gelu, linear_relu
 from fastnn.ops.norm import add_layer_norm
 from fastnn.ops.pool import (
     adaptive_avg_pool1d,
@@ -37,9 +37,11 @@ __all__ = [
     "avg_pool2d",
     "conv1d",
     "conv2d",
+    "conv2d_activation",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "linear",
+    "linear_activation",
     "linear_gelu",
     "linear_relu",
     "max_pool1d",

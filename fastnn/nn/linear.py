@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnn.nn import functional as F
-from fastnn.nn._layer import Fusion, Layer, declare_layer, is_traced, traced
+from fastnn.nn._layer import Fusion, Layer, declare_layer, is_traced, traced, with_activations
 from fastnn.ops.core.packed_weight import PackedWeight
 from fastnn.ops.linear.packed import linear_with
 
@@ -23,18 +23,15 @@ def with_relu(layer: Linear, input: Tensor, relu: torch.nn.ReLU | None = None) -
     return F.linear_relu(input, layer.weight, layer.bias)
 
 
-def with_gelu(layer: Linear, input: Tensor, gelu: torch.nn.GELU | None = None) -> Tensor:
+def with_activation(layer: Linear, input: Tensor, activation: str) -> Tensor:
     if layer._packed is not None:
-        return linear_with(layer._packed, input, layer.weight, layer.bias, "gelu")
-    return F.linear_gelu(input, layer.weight, layer.bias)
+        return linear_with(layer._packed, input, layer.weight, layer.bias, activation)
+    return F.linear_activation(input, layer.weight, layer.bias, activation)
 
 
 @declare_layer(
     torch.nn.Linear,
-    fuses=(
-        Fusion((torch.nn.ReLU,), with_relu),
-        Fusion((torch.nn.GELU,), with_gelu, lambda gelu: gelu.approximate == "none"),
-    ),
+    fuses=(Fusion((torch.nn.ReLU,), with_relu), *with_activations(with_activation)),
     packs=_PACKS,
 )
 class Linear(Layer, torch.nn.Linear):
@@ -76,7 +73,9 @@ class LinearGELU(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return (
-            traced(self, input) if type(input) is not Tensor and is_traced(input) else with_gelu(self, input)
+            traced(self, input)
+            if type(input) is not Tensor and is_traced(input)
+            else with_activation(self, input, "gelu")
         )
 
     def stock_forward(self, torchs, input):

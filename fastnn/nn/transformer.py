@@ -9,7 +9,7 @@ from torch.nn import Module
 from fastnn.nn._layer import Layer, declare_layer, is_plain, is_traced, traced
 from fastnn.nn.attention import MultiheadAttention
 from fastnn.nn.container import fusion_at, may_fuse
-from fastnn.nn.linear import Linear, with_gelu, with_relu
+from fastnn.nn.linear import Linear, with_activation, with_relu
 from fastnn.ops.norm import add_layer_norm
 
 __all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
@@ -93,7 +93,7 @@ class TransformerEncoderLayer(Layer, torch.nn.TransformerEncoderLayer):
                 if activation is torch.nn.functional.relu:
                     return with_relu(linear, x)
                 if activation is torch.nn.functional.gelu:
-                    return with_gelu(linear, x)
+                    return with_activation(linear, x, "gelu")
         return activation(linear(x))
 
 

@@ -78,6 +78,24 @@ def _automatic(input, weight, bias, *rest) -> int:
 FORWARD = Algorithms(_BY_NUMBER, (Result(_covering, _automatic, _describe),))
 
 
+def _without_residual(function):
+    def asked(input, weight, bias, residual, *rest):
+        return function(input, weight, bias, *rest[:7])
+
+    return asked
+
+
+def _describe_activation(input, weight, bias, residual, *rest):
+    what = "training" if _wants(input, weight, bias, residual) else "inference"
+    return _call(input, weight, rest[:7], what)
+
+
+ACTIVATION = Algorithms(
+    _BY_NUMBER,
+    (Result(_without_residual(_covering), _without_residual(_automatic), _describe_activation),),
+)
+
+
 def of_gradients(split) -> Algorithms:
     """Those of an op of gradients, whose arguments `split` takes apart as in :mod:`fastnn.ops.conv.ops`."""
 

@@ -1,4 +1,4 @@
-"""Convolutions: ``conv1d``, ``conv2d``, and the latter fused with the ReLU and the max-pooling behind it."""
+"""Convolutions: ``conv1d``, ``conv2d``, and the latter fused with what stands behind it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import Tensor
 
 from fastnn.ops.conv import ops, routes, winograd
 from fastnn.ops.conv import packed as by_packed
+from fastnn.ops.core import activations
 from fastnn.ops.core.numbers import Numbers, is_number, pair, single
 from fastnn.ops.core.op import FLOATS
 from fastnn.ops.pool.functional import max_pool2d
 
-__all__ = ["conv1d", "conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"]
+__all__ = ["conv1d", "conv2d", "conv2d_activation", "conv2d_relu", "conv2d_relu_max_pool2d"]
 
 
 def _same(input, weight, dilation):
@@ -37,10 +38,13 @@ def _within(step, padding, sizes):
     return tuple(min(s, max(n + 2 * p, 1)) for s, p, n in zip(step, padding, sizes, strict=True))
 
 
-def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, pool=(), packed=None):
+def _call(
+    op, stock, input, weight, bias, stride, padding, dilation, groups, pool=(), packed=None, behind=None
+):
     """Routes a call whose arguments torch takes in many forms to the op, or to `stock` where they make no sense.
 
-    `packed` is the :class:`fastnn.ops.core.packed_weight.PackedWeight` of the weight, where there is one.
+    `packed` is the :class:`fastnn.ops.core.packed_weight.PackedWeight` of the weight, where there is one; `behind` the residual and
+    the number of the activation of `conv2d_activation`.
     """
     step, reach = pair(stride), pair(dilation)
     dims = input.dim() if isinstance(input, torch.Tensor) else 0
@@ -71,17 +75,26 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
             if not (pool and routes.wants_gradients(images, weight)) and winograd.takes(
                 images, weight, step, pad, reach, groups
             ):
-                out = winograd.conv2d_winograd(
-                    images, weight, bias, *step, *pad, *reach, groups, op is not ops.conv2d
-                )
+                relu = behind is None and op is not ops.conv2d
+                out = winograd.conv2d_winograd(images, weight, bias, *step, *pad, *reach, groups, relu)
+                if behind is not None:
+                    return stock(out if dims == 4 else out.squeeze(0))
                 if pool:
                     out = max_pool2d(out, pool[:2], pool[2:4], pool[4:])
             else:
                 out = None
-                if packed is not None:
-                    out = _with_packed(op, packed, images, weight, bias, *step, *pad, *reach, groups, *pool)
-                if out is None:
-                    out = op(images, weight, bias, *step, *pad, *reach, groups, *pool)
+                options = (*step, *pad, *reach, groups)
+                if packed is not None and (behind is None or behind[0] is None):
+                    number = activations.RELU if op is ops.conv2d_relu else activations.NONE
+                    number = number if behind is None else behind[1]
+                    out = _with_packed(packed, images, weight, bias, number, pool, options)
+                if out is None and behind is not None:
+                    residual, number = behind
+                    if residual is not None and dims == 3 and isinstance(residual, torch.Tensor):
+                        residual = residual.unsqueeze(0)
+                    out = op(images, weight, bias, residual, *options, number)
+                elif out is None:
+                    out = op(images, weight, bias, *options, *pool)
                     if pool:
                         out = out[0]
             if dims == 4:
@@ -91,17 +104,17 @@ def _call(op, stock, input, weight, bias, stride, padding, dilation, groups, poo
     return stock(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
 
 
-def _with_packed(op, packed, images, weight, bias, *rest):
+def _with_packed(packed, images, weight, bias, activation, pool, options):
     """The call by the packed weight; None where another way is faster."""
-    pooled = len(rest) > 7
-    if not routes.takes_packed(images, weight, op is not ops.conv2d, pooled, *rest[:7]):
+    follows = bool(pool) or activation != activations.NONE
+    if not routes.takes_packed(images, weight, follows, bool(pool), *options):
         return None
     data = packed.data_for(images, weight)
     if data is None:
         return None
-    if pooled:
-        return by_packed.conv2d_relu_max_pool2d_packed(images, weight, bias, data, *rest)
-    return by_packed.conv2d_packed(images, weight, bias, data, *rest, op is ops.conv2d_relu)
+    if pool:
+        return by_packed.conv2d_relu_max_pool2d_packed(images, weight, bias, data, *options, *pool)
+    return by_packed.conv2d_packed(images, weight, bias, data, *options, activation)
 
 
 def _unchanged(output):
@@ -186,6 +199,63 @@ def conv2d_relu(
     return _call(ops.conv2d_relu, torch.relu, input, weight, bias, stride, padding, dilation, groups)
 
 
+def conv2d_activation(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers | str = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
+    *,
+    activation: str = "relu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(conv2d(...) + residual)``, all behind the convolution applied before the only store.
+
+    Where gradients are wanted of an activation whose derivative its result does not tell (gelu, gelu_tanh, silu, hardswish), the
+    sums before it are stored, and torch's op follows.
+
+    Parameters
+    ----------
+    input, weight, bias, stride, padding, dilation, groups
+        As :func:`conv2d` takes them.
+    activation : str
+        "none", "relu", "gelu", "gelu_tanh" (:func:`torch.nn.functional.gelu` with ``approximate="tanh"``), "silu", "relu6",
+        "hardswish", "sigmoid" or "tanh".
+    residual : Tensor, optional
+        What is added before the activation. Of the result's shape; torch's ops take any that broadcasts.
+
+    Returns
+    -------
+    Tensor
+        As :func:`conv2d` gives it. NaN stays NaN.
+
+    Raises
+    ------
+    RuntimeError
+        Where :func:`conv2d` raises it.
+    ValueError
+        If there is no such activation.
+    """
+    return _activated(None, activation, residual, input, weight, bias, stride, padding, dilation, groups)
+
+
+def _activated(packed, activation, residual, *args):
+    number = activations.number_of(activation)
+
+    def stock(output):
+        return activations.with_residual(output, residual, number)
+
+    if activations.must_stay_apart(number, residual, *args[:3]):
+        return stock(_call(ops.conv2d, _unchanged, *args, packed=packed))
+    if residual is None and number == activations.NONE:
+        return _call(ops.conv2d, _unchanged, *args, packed=packed)
+    if residual is None and number == activations.RELU:
+        return _call(ops.conv2d_relu, torch.relu, *args, packed=packed)
+    return _call(ops.conv2d_activation, stock, *args, packed=packed, behind=(residual, number))
+
+
 def conv2d_relu_max_pool2d(
     input: Tensor,
     weight: Tensor,
@@ -250,6 +320,11 @@ def conv2d_with(packed, *args):
 def conv2d_relu_with(packed, *args):
     """:func:`conv2d_relu` in the same way."""
     return _call(ops.conv2d_relu, torch.relu, *args, packed=packed)
+
+
+def conv2d_activation_with(packed, activation, *args):
+    """:func:`conv2d_activation` in the same way, without a residual."""
+    return _activated(packed, activation, None, *args)
 
 
 def conv2d_relu_max_pool2d_with(packed, *args):

@@ -1,7 +1,7 @@
-"""The ops of convolutions, alone and with the ReLU and the max-pooling behind them, their gradients and second derivatives.
+"""The ops of convolutions, alone and with what stands behind them, their gradients and second derivatives.
 
 An op of gradients takes the gradient of the result back to the convolution's output, through what was fused behind it, and
-goes on as the convolution alone: so the three differ in how their arguments are taken apart, and in what they cover.
+goes on as the convolution alone: so they differ in how their arguments are taken apart, and in what they cover.
 `options` are the seven numbers of a convolution, `pool` the six of a pooling, as :mod:`fastnn.ops.conv.shapes` has them.
 """
 
@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 
 from fastnn.ops.conv import algorithms, on_gpus, routes, shapes
+from fastnn.ops.core import activations
+from fastnn.ops.core.activations import NONE, through
 from fastnn.ops.core.bilinear import masked, second_derivative, tied_to, with_zeros
 from fastnn.ops.core.declare import declare
-from fastnn.ops.core.op import Cost, tensor_bytes
+from fastnn.ops.core.op import OPS, Cost, tensor_bytes
+from fastnn.ops.core.second_derivative import differentiate
 from fastnn.ops.pool import maximum
 
 
@@ -181,6 +184,75 @@ conv2d_relu_max_pool2d_backward = _declare_backward(
     own_dtype=("locations",),
 )
 
+
+def _split_activation(grad, input, weight, output, *rest):
+    return grad, input, weight, output, None, rest[:7], (), rest[9:]
+
+
+def _plain(args):
+    """The arguments of the op of gradients of the convolution alone."""
+    return *args[:3], *args[4:11], *args[13:]
+
+
+def _stock_activation_backward(*args):
+    grad, input, weight, output, *rest = args
+    grad = through(grad, output, rest[7])
+    grads = OPS["conv2d_backward"].stock(grad, *_plain(args)[1:])
+    if not rest[8]:
+        return *grads, weight.new_empty(0)
+    return *grads, grad.contiguous(memory_format=shapes.memory_format_of(input, weight))
+
+
+def _fake_activation_backward(grad, input, weight, output, *rest):
+    made = grad.new_empty(grad.shape).to(memory_format=shapes.memory_format_of(input, weight))
+    grads = OPS["conv2d_backward"].fake(grad, input, weight, *rest[:7], *rest[9:])
+    return *grads, made if rest[8] else weight.new_empty(0)
+
+
+def _unsupported_activation_backward(grad, input, weight, output, *rest):
+    if rest[7] not in activations.BY_RESULT:
+        return "an activation whose result does not tell its derivative"
+    return _unsupported_relu_backward(grad, input, weight, output, *rest)
+
+
+def _keep_activation_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options, (ctx.activation, ctx.residual_grad), ctx.wanted = inputs[4:11], inputs[11:13], inputs[13:]
+
+
+def _second_derivative_activation(ctx, by_input, by_weight, by_bias, by_residual):
+    grad, input, weight, output = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    by_before, to_input, to_weight = second_derivative(
+        ctx,
+        (through(grad, output, ctx.activation), input, weight),
+        (by_input, by_weight, None if by_bias is None else by_bias[:, None, None]),
+        lambda input, weight: conv2d(input, weight, None, *ctx.options),
+        lambda grad, input, weight, *wanted: conv2d_backward(grad, input, weight, *ctx.options, *wanted),
+        needs=(needs[0] or needs[3], *needs[1:3]),
+    )
+    if ctx.residual_grad and by_residual is not None:
+        by_before = by_residual if by_before is None else by_before + by_residual
+    to_grad, to_output = differentiate(
+        lambda grad, output: (through(grad, output, ctx.activation),),
+        (grad, output),
+        (needs[0], needs[3]),
+        (by_before,),
+    )
+    return to_grad, to_input, to_weight, to_output, *(None,) * 12
+
+
+conv2d_activation_backward = declare(
+    "conv2d_activation_backward",
+    stock=_stock_activation_backward,
+    unsupported=_unsupported_activation_backward,
+    fake=_fake_activation_backward,
+    cost=lambda *args: OPS["conv2d_backward"].cost(*_plain(args)),
+    keep=_keep_activation_backward,
+    backward=_second_derivative_activation,
+    algorithms=algorithms.of_gradients(_split_activation),
+)
+
 # ---- the forward ops ----
 
 
@@ -267,5 +339,46 @@ conv2d_relu_max_pool2d = declare(
     cost=shapes.cost_pooled,
     keep=_keep_pooled,
     backward=_grad_by(conv2d_relu_max_pool2d_backward),
+    autocast=True,
+)
+
+
+def _keep_activation(ctx, inputs, output):
+    ctx.options, ctx.activation = inputs[4:11], inputs[11]
+    ctx.save_for_backward(inputs[0], inputs[1], *((output,) if ctx.activation != NONE else ()))
+
+
+def _grad_of_activation(ctx, grad):
+    if grad is None:
+        return (None,) * 12
+    input, weight, *output = ctx.saved_tensors
+    *wanted, residual_grad = ctx.needs_input_grad[:4]
+    if ctx.activation == NONE:
+        grads = (*conv2d_backward(grad, input, weight, *ctx.options, *wanted), grad)
+    elif ctx.activation not in activations.BY_RESULT:
+        raise RuntimeError(
+            f"fastnn::conv2d_activation with {activations.NAMES[ctx.activation]} keeps nothing for a gradient: "
+            "fastnn.nn.functional.conv2d_activation does"
+        )
+    else:
+        grads = conv2d_activation_backward(
+            grad, input, weight, *output, *ctx.options, ctx.activation, residual_grad, *wanted
+        )
+    grads = [g if need else None for g, need in zip(grads, (*wanted, residual_grad), strict=True)]
+    return *grads, *(None,) * 8
+
+
+# With gradients of those activations alone whose derivative the output tells.
+conv2d_activation = declare(
+    "conv2d_activation",
+    stock=shapes.stock_activation,
+    unsupported=shapes.unsupported_activation,
+    slower=routes.slower_activation,
+    by_layout=True,
+    algorithms=algorithms.ACTIVATION,
+    fake=shapes.fake_activation,
+    cost=shapes.cost_of_activation,
+    keep=_keep_activation,
+    backward=_grad_of_activation,
     autocast=True,
 )

@@ -8,11 +8,13 @@ from fastnn.ops.core.packed_weight import unfit
 
 conv2d_packed = declare(
     "conv2d_packed",
-    stock=lambda input, weight, bias, packed, *rest: shapes.stock_with_relu(input, weight, bias, *rest),
+    stock=lambda input, weight, bias, packed, *rest: shapes.stock_activation(
+        input, weight, bias, None, *rest
+    ),
     unsupported=lambda input, weight, bias, packed, *rest: (
         unfit(packed) or shapes.unsupported(input, weight, bias, *rest[:7])
     ),
-    fake=lambda input, weight, bias, packed, *rest: shapes.fake_with_relu(input, weight, bias, *rest),
+    fake=lambda input, weight, bias, packed, *rest: shapes.fake_activation(input, weight, bias, None, *rest),
     cost=lambda input, weight, bias, packed, *rest: shapes.cost(input, weight, bias, *rest[:7]),
     own_dtype=("packed",),
 )

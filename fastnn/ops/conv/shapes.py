@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastnn.ops.core.activations import NONE, with_residual
 from fastnn.ops.core.numbers import MOST_OPTION
 from fastnn.ops.core.op import Cost, tensor_bytes
 
@@ -93,9 +94,10 @@ def fake_relu(input, weight, bias, *options):
     return input.new_empty(shape).to(memory_format=relu_format(input, weight, *options))
 
 
-def fake_with_relu(input, weight, bias, *rest):
-    """With a ReLU behind it if the number behind the options says so."""
-    return (fake_relu if rest[7] else fake)(input, weight, bias, *rest[:7])
+def fake_activation(input, weight, bias, residual, *rest):
+    """With the activation behind it whose number follows the options."""
+    plain = residual is None and rest[7] == NONE
+    return (fake if plain else fake_relu)(input, weight, bias, *rest[:7])
 
 
 def products_of(input, weight, *options):
@@ -115,10 +117,21 @@ def stock_conv2d(input, weight, bias, *options):
     return F.conv2d(input, weight, bias, options[:2], options[2:4], options[4:6], options[6])
 
 
-def stock_with_relu(input, weight, bias, *rest):
-    """With a ReLU behind it if the number behind the options says so."""
-    out = stock_conv2d(input, weight, bias, *rest[:7])
-    return torch.relu(out) if rest[7] else out
+def stock_activation(input, weight, bias, residual, *rest):
+    """With the activation behind it whose number follows the options."""
+    return with_residual(stock_conv2d(input, weight, bias, *rest[:7]), residual, rest[7])
+
+
+def unsupported_activation(input, weight, bias, residual, *rest):
+    reason = unsupported(input, weight, bias, *rest[:7])
+    if reason is None and residual is not None and residual.shape != output_shape(input, weight, *rest[:7]):
+        return "a residual that is not of the output's shape"
+    return reason
+
+
+def cost_of_activation(input, weight, bias, residual, *rest):
+    flops, moved = cost(input, weight, bias, *rest[:7])
+    return Cost(flops, moved + tensor_bytes(residual))
 
 
 def unsupported_pooled(input, weight, bias, *rest):

@@ -80,9 +80,9 @@ def _grad(ctx, grad):
 
 conv2d_winograd = declare(
     "conv2d_winograd",
-    stock=shapes.stock_with_relu,
+    stock=lambda input, weight, bias, *rest: shapes.stock_activation(input, weight, bias, None, *rest),
     unsupported=_unsupported,
-    fake=shapes.fake_with_relu,
+    fake=lambda input, weight, bias, *rest: shapes.fake_activation(input, weight, bias, None, *rest),
     cost=lambda input, weight, bias, *rest: shapes.cost(input, weight, bias, *rest[:7]),
     keep=_keep,
     backward=_grad,

@@ -38,7 +38,7 @@ def with_zeros(ctx, grads, saved):
     )
 
 
-def second_derivative(ctx, saved, grad_grads, forward, backward):
+def second_derivative(ctx, saved, grad_grads, forward, backward, needs=None):
     """The gradients of an op that gives the three gradients of one of those layers.
 
     They are linear in `grad`, `input` and `weight`, so their derivatives are made by the same layer and its gradients.
@@ -55,6 +55,8 @@ def second_derivative(ctx, saved, grad_grads, forward, backward):
         ``(input, weight)`` to the layer's output.
     backward : callable
         ``(grad, input, weight, input_grad, weight_grad, bias_grad)`` to the three gradients.
+    needs : tuple of bool, optional
+        Of which of the three a gradient is needed, where ``ctx.needs_input_grad`` does not say.
 
     Returns
     -------
@@ -62,7 +64,7 @@ def second_derivative(ctx, saved, grad_grads, forward, backward):
         The gradients of `saved`.
     """
     grad, input, weight = saved
-    needs_grad, needs_input, needs_weight = ctx.needs_input_grad[:3]
+    needs_grad, needs_input, needs_weight = needs or ctx.needs_input_grad[:3]
     by_input, by_weight, by_bias = (
         g if wanted else None for g, wanted in zip(grad_grads, ctx.wanted, strict=True)
     )

@@ -37,7 +37,23 @@ def _automatic(input, weight, bias=None) -> int:
     return ask("_linear_automatic", *_told(input, weight), False)
 
 
+def _describe_activation(input, weight, bias, residual, activation) -> Call:
+    wants = torch.is_grad_enabled() and residual is not None and residual.requires_grad
+    return _call(input, weight, "training") if wants else _describe(input, weight, bias)
+
+
 FORWARD = Algorithms(_BY_NUMBER, (Result(_covering, _automatic, _describe),))
+
+ACTIVATION = Algorithms(
+    _BY_NUMBER,
+    (
+        Result(
+            lambda input, weight, *rest: _covering(input, weight),
+            lambda input, weight, *rest: _automatic(input, weight),
+            _describe_activation,
+        ),
+    ),
+)
 
 
 def of_gradients(split) -> Algorithms:

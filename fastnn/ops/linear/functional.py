@@ -1,4 +1,4 @@
-"""Fully connected layers: ``linear``, ``linear_relu`` and ``linear_gelu``."""
+"""Fully connected layers, alone and with what stands behind them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnn.ops.core import activations
 from fastnn.ops.linear import ops
 
-__all__ = ["linear", "linear_gelu", "linear_relu"]
+__all__ = ["linear", "linear_activation", "linear_gelu", "linear_relu"]
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,19 +72,12 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``gelu(linear(input, weight, bias))``, in inference with the bias and the activation applied before the only store.
-
-    The activation is :func:`torch.nn.functional.gelu`, not its approximation by tanh. Its gradient needs the sums before
-    it, so where one is wanted they are stored, and torch's op follows.
+    """``gelu(linear(input, weight, bias))``, as :func:`linear_activation` does it.
 
     Parameters
     ----------
-    input : Tensor
-        Shape ``(*, in_features)``.
-    weight : Tensor
-        Shape ``(out_features, in_features)``.
-    bias : Tensor, optional
-        Shape ``(out_features,)``.
+    input, weight, bias
+        As :func:`linear` takes them.
 
     Returns
     -------
@@ -95,12 +89,54 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     RuntimeError
         If the shapes do not fit or the dtypes differ.
     """
-    if (
-        torch.is_grad_enabled()
-        and any(getattr(t, "requires_grad", False) for t in (input, weight, bias))
-        and not torch.jit.is_tracing()
-    ):
-        return F.gelu(linear(input, weight, bias))
-    if input is None or weight is None:
-        return F.gelu(F.linear(input, weight, bias))
-    return ops.linear_gelu(input, weight, bias)
+    return linear_activation(input, weight, bias, "gelu")
+
+
+def linear_activation(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(linear(input, weight, bias) + residual)``, all behind the product applied before the only store.
+
+    Where gradients are wanted of an activation whose derivative its result does not tell (gelu, gelu_tanh, silu, hardswish), the
+    sums before it are stored, and torch's op follows.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape ``(*, in_features)``.
+    weight : Tensor
+        Shape ``(out_features, in_features)``.
+    bias : Tensor, optional
+        Shape ``(out_features,)``.
+    activation : str
+        "none", "relu", "gelu", "gelu_tanh" (:func:`torch.nn.functional.gelu` with ``approximate="tanh"``), "silu", "relu6",
+        "hardswish", "sigmoid" or "tanh".
+    residual : Tensor, optional
+        What is added before the activation. Shape ``(*, out_features)``; torch's ops take any that broadcasts.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(*, out_features)``. NaN stays NaN.
+
+    Raises
+    ------
+    RuntimeError
+        If the shapes do not fit or the dtypes differ.
+    ValueError
+        If there is no such activation.
+    """
+    number = activations.number_of(activation)
+    if input is None or weight is None or activations.must_stay_apart(number, residual, input, weight, bias):
+        return activations.with_residual(linear(input, weight, bias), residual, number)
+    if residual is None:
+        if number == activations.NONE:
+            return ops.linear(input, weight, bias)
+        if number == activations.RELU:
+            return ops.linear_relu(input, weight, bias)
+    return ops.linear_activation(input, weight, bias, residual, number)

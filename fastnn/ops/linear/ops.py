@@ -1,7 +1,7 @@
-"""The ops of fully connected layers, alone and with the activation behind them, their gradients and second derivatives.
+"""The ops of fully connected layers, alone and with what stands behind them, their gradients and second derivatives.
 
-The op of gradients behind a ReLU masks the gradient by the ReLU's output and goes on as the other: so the two differ in how their
-arguments are taken apart. `wanted` says which of the three gradients are to be computed; the others are empty.
+An op of gradients behind an activation takes the gradient through it, by its output, and goes on as the one without: so they differ in
+how their arguments are taken apart. `wanted` says which of the three gradients are to be computed; the others are empty.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastnn.ops.core import gpu
+from fastnn.ops.core import activations, gpu
+from fastnn.ops.core.activations import NONE, through, with_residual
 from fastnn.ops.core.bilinear import masked, second_derivative, tied_to, with_zeros
 from fastnn.ops.core.declare import declare
-from fastnn.ops.core.op import Cost, tensor_bytes
+from fastnn.ops.core.op import OPS, Cost, tensor_bytes
+from fastnn.ops.core.second_derivative import differentiate
 from fastnn.ops.linear import algorithms, routes
 
 
@@ -45,8 +47,20 @@ def stock_relu(input, weight, bias=None):
     return torch.relu(F.linear(input, weight, bias))
 
 
-def stock_gelu(input, weight, bias=None):
-    return F.gelu(F.linear(input, weight, bias))
+def stock_activation(input, weight, bias, residual, activation):
+    return with_residual(F.linear(input, weight, bias), residual, activation)
+
+
+def cost_of_activation(input, weight, bias, residual, activation):
+    flops, moved = cost(input, weight, bias)
+    return Cost(flops, moved + tensor_bytes(residual))
+
+
+def unsupported_activation(input, weight, bias, residual, activation):
+    reason = unsupported(input, weight, bias)
+    if reason is None and residual is not None and residual.shape != (*input.shape[:-1], weight.shape[0]):
+        return "a residual that is not of the output's shape"
+    return reason
 
 
 # ---- kernels for GPUs ----
@@ -70,7 +84,7 @@ def _forward_candidates(activation):
         def forward(input, weight, bias=None):
             from fastnn.triton.linear import linear_forward
 
-            return linear_forward(input, weight, bias, activation, design)
+            return linear_forward(input, weight, bias, activation, design=design)
 
         return forward
 
@@ -83,7 +97,7 @@ def _backward_candidates(split):
             from fastnn.triton.linear import linear_backward
 
             grad, input, weight, output, wanted = split(*args)
-            return linear_backward(grad, input, weight, output, *wanted, design)
+            return linear_backward(grad, input, weight, output, *wanted, design=design)
 
         return backward
 
@@ -101,6 +115,14 @@ def _split_relu(grad, input, weight, output, *wanted):
     return grad, input, weight, output, wanted
 
 
+def _uncovered(grad, input, weight, output):
+    if grad.shape != (*input.shape[:-1], weight.shape[0]):
+        return "the gradient's shape is not the output's"
+    if output is not None and output.shape != grad.shape:
+        return "the output's shape differs"
+    return unsupported(input, weight)
+
+
 def _declare_backward(name, split):
     """Declares an op of gradients, `split` taking its arguments apart."""
 
@@ -116,12 +138,7 @@ def _declare_backward(name, split):
         )
 
     def uncovered(*args):
-        grad, input, weight, output, _ = split(*args)
-        if grad.shape != (*input.shape[:-1], weight.shape[0]):
-            return "the gradient's shape is not the output's"
-        if output is not None and output.shape != grad.shape:
-            return "the output's shape differs"
-        return unsupported(input, weight)
+        return _uncovered(*split(*args)[:4])
 
     def fake(*args):
         _, input, weight, _, (input_grad, weight_grad, bias_grad) = split(*args)
@@ -186,6 +203,91 @@ linear_backward = _declare_backward("linear_backward", _split)
 
 linear_relu_backward = _declare_backward("linear_relu_backward", _split_relu)
 
+
+def _split_activation(grad, input, weight, output, activation, residual_grad, *wanted):
+    return grad, input, weight, output, wanted
+
+
+def _stock_activation_backward(grad, input, weight, output, activation, residual_grad, *wanted):
+    grad = through(grad, output, activation)
+    grads = OPS["linear_backward"].stock(grad, input, weight, *wanted)
+    return (*grads, grad.contiguous() if residual_grad else weight.new_empty(0))
+
+
+def _fake_activation_backward(grad, input, weight, output, activation, residual_grad, *wanted):
+    grads = OPS["linear_backward"].fake(grad, input, weight, *wanted)
+    return (*grads, grad.new_empty(grad.shape if residual_grad else 0))
+
+
+def _activation_backward_candidates():
+    def with_design(design):
+        def backward(grad, input, weight, output, activation, residual_grad, *wanted):
+            from fastnn.triton.linear import linear_backward
+
+            name = activations.NAMES[activation]
+            if residual_grad:
+                grad = residual = through(grad, output, activation).contiguous()
+                grads = linear_backward(grad, input, weight, None, *wanted, design=design)
+            else:
+                residual = weight.new_empty(0)
+                grads = linear_backward(grad, input, weight, output, *wanted, activation=name, design=design)
+            return *grads, residual
+
+        return backward
+
+    return {design: with_design(design) for design in _DESIGNS}
+
+
+def _uncovered_activation_backward(grad, input, weight, output, activation, *rest):
+    if activation not in activations.BY_RESULT:
+        return "an activation whose result does not tell its derivative"
+    return _uncovered(grad, input, weight, output)
+
+
+def _keep_activation_backward(ctx, inputs, output):
+    grad, input, weight, y, ctx.activation, ctx.residual_grad, *ctx.wanted = inputs
+    ctx.save_for_backward(grad, input, weight, y)
+
+
+def _second_derivative_activation(ctx, *grad_grads):
+    grad, input, weight, output = ctx.saved_tensors
+    before = through(grad, output, ctx.activation)
+    by_before, to_input, to_weight = second_derivative(
+        ctx,
+        (before, input, weight),
+        grad_grads[:3],
+        lambda input, weight: linear(input, weight, None),
+        linear_backward,
+        needs=(ctx.needs_input_grad[0] or ctx.needs_input_grad[3], *ctx.needs_input_grad[1:3]),
+    )
+    if ctx.residual_grad and grad_grads[3] is not None:
+        by_before = grad_grads[3] if by_before is None else by_before + grad_grads[3]
+    to_grad, to_output = differentiate(
+        lambda grad, output: (through(grad, output, ctx.activation),),
+        (grad, output),
+        (ctx.needs_input_grad[0], ctx.needs_input_grad[3]),
+        (by_before,),
+    )
+    return to_grad, to_input, to_weight, to_output, *(None,) * 5
+
+
+linear_activation_backward = declare(
+    "linear_activation_backward",
+    stock=_stock_activation_backward,
+    unsupported=_uncovered_activation_backward,
+    fake=_fake_activation_backward,
+    cost=lambda grad, input, weight, output, activation, residual_grad, *wanted: OPS["linear_backward"].cost(
+        grad, input, weight, *wanted
+    ),
+    keep=_keep_activation_backward,
+    backward=_second_derivative_activation,
+    algorithms=algorithms.of_gradients(_split_activation),
+    on_gpus="triton",
+    unsupported_on_gpus=lambda grad, input, *rest: _without_features(input),
+    candidates=_activation_backward_candidates(),
+    covers=_COVERS,
+)
+
 # ---- the forward ops ----
 
 
@@ -241,5 +343,59 @@ linear_relu = _declare_forward(
     backward=_grad_by(linear_relu_backward),
 )
 
-# In inference alone: the gradient wants the sums before the activation.
-linear_gelu = _declare_forward("linear_gelu", "gelu", stock_gelu, routes.slower_gelu)
+
+def _candidates_with_residual():
+    def with_design(design):
+        def forward(input, weight, bias, residual, activation):
+            from fastnn.triton.linear import linear_forward
+
+            name = activations.NAMES[activation]
+            return linear_forward(input, weight, bias, name, residual=residual, design=design)
+
+        return forward
+
+    return {design: with_design(design) for design in _DESIGNS}
+
+
+def _keep_activation(ctx, inputs, output):
+    ctx.activation = inputs[4]
+    ctx.save_for_backward(inputs[0], inputs[1], *((output,) if ctx.activation != NONE else ()))
+
+
+def _grad_of_activation(ctx, grad):
+    if grad is None:
+        return (None,) * 5
+    input, weight, *output = ctx.saved_tensors
+    *wanted, residual_grad = ctx.needs_input_grad[:4]
+    if ctx.activation == NONE:
+        grads = (*linear_backward(grad, input, weight, *wanted), grad)
+    elif ctx.activation not in activations.BY_RESULT:
+        raise RuntimeError(
+            f"fastnn::linear_activation with {activations.NAMES[ctx.activation]} keeps nothing for a gradient: "
+            "fastnn.nn.functional.linear_activation does"
+        )
+    else:
+        grads = linear_activation_backward(
+            grad, input, weight, *output, ctx.activation, residual_grad, *wanted
+        )
+    grads = [g if need else None for g, need in zip(grads, (*wanted, residual_grad), strict=True)]
+    return *grads, None
+
+
+# With gradients of those activations alone whose derivative the output tells.
+linear_activation = declare(
+    "linear_activation",
+    stock=stock_activation,
+    unsupported=unsupported_activation,
+    algorithms=algorithms.ACTIVATION,
+    slower=lambda input, weight, bias, residual, activation: routes.slower_activation(input, weight, bias),
+    fake=lambda input, weight, bias, residual, activation: fake(input, weight, bias),
+    cost=cost_of_activation,
+    autocast=True,
+    on_gpus="triton",
+    unsupported_on_gpus=_without_features,
+    candidates=_candidates_with_residual(),
+    covers=_COVERS,
+    keep=_keep_activation,
+    backward=_grad_of_activation,
+)

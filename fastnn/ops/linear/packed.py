@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-
+from fastnn.ops.core import activations
 from fastnn.ops.core.declare import declare
 from fastnn.ops.core.packed_weight import unfit
 from fastnn.ops.linear import functional, ops
@@ -12,18 +11,14 @@ from fastnn.ops.linear import functional, ops
 _ROWS_IN_PLACE = 4
 
 
-# What the library knows activations as.
-_UNPACKED = {"none": functional.linear, "relu": functional.linear_relu, "gelu": functional.linear_gelu}
-_NUMBERS = {name: number for number, name in enumerate(_UNPACKED)}
-_STOCK = (F.linear, ops.stock_relu, ops.stock_gelu)
-
-
 linear_packed = declare(
     "linear_packed",
-    stock=lambda input, weight, bias, packed, activation: _STOCK[activation](input, weight, bias),
+    stock=lambda input, weight, bias, packed, activation: ops.stock_activation(
+        input, weight, bias, None, activation
+    ),
     unsupported=lambda input, weight, bias, packed, activation: (
         unfit(packed)
-        or (None if 0 <= activation < len(_STOCK) else "no such activation")
+        or (None if 0 <= activation < len(activations.NAMES) else "no such activation")
         or ops.unsupported(input, weight, bias)
     ),
     fake=lambda input, weight, bias, packed, activation: ops.fake(input, weight, bias),
@@ -33,8 +28,8 @@ linear_packed = declare(
 
 
 def linear_with(packed, input, weight, bias, activation="none"):
-    """A linear layer, with "relu", "gelu" or "none" after it, whose weight has a :class:`~fastnn.ops.core.packed_weight.PackedWeight`."""
+    """A linear layer with an activation after it, by its name, whose weight has a :class:`~fastnn.ops.core.packed_weight.PackedWeight`."""
     data = packed.data_for(input, weight, worthwhile=input.numel() > _ROWS_IN_PLACE * weight.shape[1])
     if data is None:
-        return _UNPACKED[activation](input, weight, bias)
-    return linear_packed(input, weight, bias, data, _NUMBERS[activation])
+        return functional.linear_activation(input, weight, bias, activation)
+    return linear_packed(input, weight, bias, data, activations.NUMBERS[activation])

@@ -54,7 +54,7 @@ def slower_relu(input, weight, bias=None):
 _WIDE_WITH_GELU = 512
 
 
-def slower_gelu(input, weight, bias=None):
+def slower_activation(input, weight, bias=None):
     features, width = weight.shape
     many = features >= _MANY_FEATURES and width >= _WIDE_WITH_GELU and input.numel() >= _MANY_ROWS * width
     if many and _library.in_tile_registers(input.dtype):
