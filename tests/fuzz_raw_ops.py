@@ -4,6 +4,9 @@ Tensors of any dtype, shape and layout end where a page begins that must not be 
 mostly small and valid, else numbers at which arithmetic breaks. A call either raises an error of Python's, and then the op's
 declaration names a reason too, or agrees with the op's stock form in float64.
 
+What a refusal says has to hold too: that there is not enough memory only where tensors and results take much, and of a forced
+algorithm what the library says of it. A call that takes long by the clock or by the processor is ended.
+
 Call number i depends on family, seed and i alone. The process writes which call it is at, and whether in the op or in torch, to
 the file named by FUZZ_STATE, so that whoever started it can tell what ended it.
 """
@@ -24,13 +27,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastnn.nn.functional  # noqa: F401  it declares the ops
 from fastnn import _library
+from fastnn.ops.core.algorithms import covers_by
 from fastnn.ops.core.op import OPS
 from fastnn.ops.core.options import PackedOptions
 from fastnn.ops.core.plan import why_unfit
 
-# For a machine that is busy with other things; what a call may take beside what is loaded already.
-SECONDS_PER_CALL = 120
-MEMORY = 1 << 29
+# Of a call: by the clock, for a machine that is busy with other things, and by the processor.
+SECONDS_PER_CALL, PROCESSOR_SECONDS_PER_CALL = 120, 30
+# What a call may take beside what is loaded already. Nearly all that a call with much memory adds is time; a few have it, and
+# so has the oracle.
+MEMORY, MUCH_MEMORY = 1 << 26, 1 << 29
+# How many times what its dense tensors hold.
+MOST_SCRATCH = 4
 
 FAMILIES = {
     "pool": ("max_pool2d", "avg_pool2d", "adaptive"),
@@ -40,6 +48,8 @@ FAMILIES = {
     "norm": ("add_layer_norm",),
 }
 IN_OP, IN_TORCH = 0, 1
+# Of the file: the call's number, where it is, and how many calls before it were answered and compared.
+STATE = struct.Struct("<qqqq")
 WINOGRAD = torch.ops.fastnn._conv2d_algorithms().split(",").index("winograd")
 
 HOSTILE = [0, -1, -2, 255, 256, 257, 1000, 2**31 - 1, 2**31, 2**31 + 1, 2**62, 2**63 - 1, -(2**63)]
@@ -57,13 +67,34 @@ class Wrong(Exception):
     """An answer that is not stock's, or a refusal that the declaration does not name."""
 
 
+def statm(field):
+    """Bytes of the process: 0 for what it has mapped, 1 for what is resident."""
+    return int(Path("/proc/self/statm").read_text().split()[field]) * resource.getpagesize()
+
+
+def out_of_memory(error):
+    """Whether that is what an error is about; others name memory formats."""
+    text = str(error)
+    return any(t in text for t in ("allocate", "bad_alloc", "not enough memory", "could not create a"))
+
+
+def may_take(memory):
+    """Bounds the memory of what comes, beside what is there."""
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (statm(0) + memory, most))
+
+
 class Call:
     """One call: `args` as the overload takes them, and `full` as the schema has them, without algorithms."""
 
     def __init__(self, family, seed, number):
         self.rng = random.Random(f"{family} {seed} {number}")
         self.hostile = self.rng.choice((0.0, 0.0, 0.05, 0.3))
-        self.comparable = True
+        self.memory = MUCH_MEMORY if self.rng.random() < 0.005 else MEMORY
+        may_take(self.memory)
+        self.comparable, self.compared = True, False
+        # Whether a call that is refused needs a reason: of a backward op, where a forward pass may lead to it.
+        self.led = True
         self.level = self.rng.choice(LEVELS)
         self.threads = 1 if self.rng.random() < 0.9 else 2
         _library.set_isa(self.level)
@@ -106,6 +137,7 @@ class Call:
             ]
             # Places are those of other windows.
             self.comparable &= not self.name.startswith("max_pool2d") or "backward" not in self.name
+            self.led &= "backward" not in self.name
         options = [numbers[i // 7] >> i % 7 * 8 & 255 for i in range(len(arguments))]
         for i, a in enumerate(arguments):
             if str(a.type) == "bool":
@@ -184,6 +216,12 @@ class Call:
         bytes = guarded.memory(span * dtype.itemsize, at_end=self.rng.random() < 0.7)
         return torch.frombuffer(bytes, dtype=dtype).as_strided(shape, strides)
 
+    def gradient(self, made):
+        """Of what a forward pass made, or of what stands in for it."""
+        grad = self.tensor(*made.shape)
+        self.led &= grad.shape == made.shape
+        return grad
+
     def placed(self, t):
         """A copy in guarded memory."""
         if t.numel() > 1 << 24:
@@ -209,6 +247,7 @@ class Call:
             if "backward" not in self.name:
                 return [x, *outputs]
             grad = self.tensor(*x.shape[:2], *[min(o, 50) for o in outputs])
+            self.led = False
             return [grad, *self.sizes(x), self.flag()]
         if "backward" not in self.name:
             return [x, *(average if self.name.startswith("avg") else window)]
@@ -222,9 +261,10 @@ class Call:
         try:
             made = forward(x, *options)
         except Exception:
+            self.led = False
             made = [self.tensor(2, 3, 4, 5), self.tensor(2, 3, 4, 5, dtype=torch.uint8)]
         made = [made] if isinstance(made, torch.Tensor) else list(made)
-        grad = self.tensor(*made[0].shape)
+        grad = self.gradient(made[0])
         if self.name.startswith("avg"):
             return [grad, *self.sizes(x), *options, self.flag()]
         places = self.placed(made[1])
@@ -246,6 +286,7 @@ class Call:
     def sizes(self, x):
         if x.dim() == 4 and not self.odd():
             return list(x.shape[2:4])
+        self.led = False
         return self.pair(1, 30)
 
     def conv(self):
@@ -284,10 +325,11 @@ class Call:
             forward = torch.ops.fastnn.conv2d_relu_max_pool2d if pooled else torch.ops.fastnn.conv2d_relu
             made = forward.raw(x, w, None, *options, *(pool if pooled else ()))
         except Exception:
+            self.led = False
             made = (self.tensor(2, 3, 4, 5), self.tensor(2, 3, 4, 5, dtype=torch.uint8))
             made = made if pooled else made[0]
         y = made[0] if pooled else made
-        grad = self.tensor(*y.shape)
+        grad = self.gradient(y)
         middle = []
         if pooled:
             middle = [self.placed(made[1])]
@@ -343,8 +385,9 @@ class Call:
         try:
             _, total, mean, rstd = torch.ops.fastnn.add_layer_norm.raw(x, r, None, None, 1e-5, True, True)
         except Exception:
+            self.led = False
             total, mean, rstd = self.tensor(3, 4), self.tensor(3), self.tensor(3)
-        grad = self.tensor(*x.shape)
+        grad = self.gradient(total)
         grad_sum = None if self.flag() else self.tensor(*x.shape)
         kept = [self.placed(t) for t in (total, mean, rstd)]
         return [grad, *kept, grad_sum, w, *[self.flag() for _ in range(3)]]
@@ -374,8 +417,9 @@ class Call:
         try:
             y, statistics = torch.ops.fastnn.attention.raw(q, k, v, mask, causal, scale)
         except Exception:
+            self.led = False
             y, statistics = self.tensor(2, 3, 4, 5), self.tensor(2, 3, 4, 2)
-        grad = self.tensor(*y.shape)
+        grad = self.gradient(y)
         return [grad, q, k, v, mask, self.placed(y), self.placed(statistics), causal, scale]
 
     # ---- what may come of them ----
@@ -394,6 +438,29 @@ class Call:
         op = OPS[self.name]
         return why_unfit(op, self.full) or op.unsupported(*self.full)
 
+    def covered(self):
+        """Whether the forced algorithms, if any, are said to cover the call; None of an op that says nothing of its own."""
+        numbers, algorithms = self.algorithms, OPS[self.name].algorithms
+        if not any(numbers):
+            return True
+        if algorithms is None:
+            return None
+        if not all(0 <= n < len(algorithms.names) for n in numbers):
+            return False
+        masks = [result.covering(*self.full) for result in algorithms.results]
+        return all(map(covers_by, masks, numbers))
+
+    def needed(self):
+        """Bytes that dense inputs and the results take; infinity where there are no such results."""
+        try:
+            meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in self.full]
+            made = OPS[self.name].fake(*meta)
+        except Exception:
+            return float("inf")
+        made = [made] if isinstance(made, torch.Tensor) else made
+        tensors = [t for t in (*meta, *made) if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     def run(self, state):
         overload = getattr(getattr(torch.ops.fastnn, self.name), self.overload)
         try:
@@ -401,35 +468,42 @@ class Call:
         except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
             state(IN_TORCH)
             text = str(error)
-            if "memory" in text or "more than" in text or "overflow" in text.lower():
+            if out_of_memory(error):
+                if self.needed() < self.memory / MOST_SCRATCH:
+                    raise Wrong(f"more memory than such a call needs: {text}") from error
                 return False
-            if "algorithm" in text and any(self.algorithms):
+            if "more than" in text or "overflow" in text.lower():
                 return False
-            if self.name.endswith("backward"):
-                return False  # nothing but a forward op leads there, with shapes that it made
             try:
-                reason = self.reason()
+                reason, covered = self.reason(), self.covered()
             except Exception:
                 return False
-            if reason is None:
+            if covered is None:
+                covered = "algorithm" not in text
+            if reason is None and covered and self.led:
                 raise Wrong(f"refused, and the declaration has no reason: {text}") from error
             return False
         state(IN_TORCH)
+        may_take(MUCH_MEMORY)
         reason = self.reason()
         if reason is not None:
             raise Wrong(f"taken, though the declaration says: {reason}")
+        if self.covered() is False:
+            raise Wrong("taken, by an algorithm that does not cover it")
         if self.comparable:
             try:
-                self.compare(out)
+                self.compared = self.compare(out)
             except RuntimeError as error:
-                if "memory" not in str(error):
+                if not out_of_memory(error):
                     raise
         return True
 
     def compare(self, out):
+        """Whether the oracle, which takes more memory, had enough."""
+
         def exact(a):
             if isinstance(a, torch.Tensor) and a.is_floating_point():
-                return a.detach().double().contiguous(memory_format=torch.preserve_format)
+                return a.detach().double()
             return a
 
         try:
@@ -437,8 +511,8 @@ class Call:
             with sdpa_kernel(SDPBackend.MATH):
                 want = OPS[self.name].stock(*[exact(a) for a in self.full])
         except Exception as error:
-            if "memory" in str(error):
-                return  # float64 takes more
+            if out_of_memory(error):
+                return False
             raise Wrong(f"taken, though torch raises {type(error).__name__}: {error}") from error
         out = [out] if isinstance(out, torch.Tensor) else list(out)
         want = [want] if isinstance(want, torch.Tensor) else list(want)
@@ -460,10 +534,19 @@ class Call:
                 raise Wrong(f"result {i}: NaN elsewhere")
             if not finite.any():
                 continue
-            scale = theirs[finite].abs().max().item() + 1
+            scale = theirs[finite].abs().max().item() + 1 + self.cancelled(dtype)
             error = (ours - theirs)[finite].abs().max().item()
             if not error <= self.tolerance(dtype) * scale:
                 raise Wrong(f"result {i}: off by {error:.3g} where values are up to {scale:.3g}")
+        return True
+
+    def cancelled(self, dtype):
+        """How large the numbers are that may cancel to nothing."""
+        if self.name != "attention_backward" or dtype.itemsize < 4:
+            return 0
+        # The gradients of a query's scores, less their mean.
+        grad, _, _, value = self.full[:4]
+        return (grad.abs().max() * value.abs().max()).item() * value.shape[-1] ** 0.5
 
     def tolerance(self, dtype):
         eps = torch.finfo(dtype).eps
@@ -475,32 +558,37 @@ class Call:
 
 
 def main(family, seed, first, count):
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     state_file = open(os.environ["FUZZ_STATE"], "r+b", buffering=0)
-    answered = 0
+    answered = compared = 0
+    loaded = statm(1)
     for number in range(first, first + count):
 
-        def state(where, number=number, answered=answered):
-            os.pwrite(state_file.fileno(), struct.pack("<qqq", number, where, answered), 0)
+        def state(where, number=number, answered=answered, compared=compared):
+            os.pwrite(state_file.fileno(), STATE.pack(number, where, answered, compared), 0)
 
         state(IN_OP)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_CALL)  # whose signal ends the process
+        # Whose signals end the process.
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_CALL)
+        signal.setitimer(signal.ITIMER_PROF, PROCESSOR_SECONDS_PER_CALL)
         try:
             call = Call(family, seed, number)
         except (OSError, RuntimeError) as error:
-            if "memory" not in str(error):
+            if not out_of_memory(error):
                 raise
             continue  # its own tensors are too large
         try:
             answered += call.run(state)
+            compared += call.compared
         except Wrong as wrong:
             print(f"{call}: {wrong}", flush=True)
             sys.exit(3)
         del call
-    state(IN_TORCH, answered=answered)
+    state(IN_TORCH, answered=answered, compared=compared)
+    more = statm(1) - loaded
+    if more > MUCH_MEMORY / 2:
+        print(f"{more >> 20} MiB resident that were not there {count} calls ago", flush=True)
+        sys.exit(3)
 
 
 if __name__ == "__main__":
