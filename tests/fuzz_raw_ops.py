@@ -46,6 +46,7 @@ FAMILIES = {
     "linear": ("linear",),
     "attention": ("attention",),
     "norm": ("add_layer_norm",),
+    "told": (),  # ops that are asked about a call, and that pack a weight
 }
 IN_OP, IN_TORCH = 0, 1
 # Of the file: the call's number, where it is, and how many calls before it were answered and compared.
@@ -100,6 +101,9 @@ class Call:
         _library.set_isa(self.level)
         torch.set_num_threads(self.threads)
         self.dtype = self.rng.choice(FLOATS)
+        self.draw(family)
+
+    def draw(self, family):
         self.name = self.rng.choice(names(family))
         self.full = getattr(self, family)()
         self.overload, self.args, self.algorithms = "raw", self.full, []
@@ -557,6 +561,63 @@ class Call:
         return 8 * eps if dtype.itemsize >= 4 else 2 * eps
 
 
+QUESTIONS = [
+    f"_{call}_{asked}"
+    for call in ("conv2d", "conv2d_backward", "linear", "linear_backward", "attention")
+    for asked in ("covering", "automatic")
+]
+
+
+class Question(Call):
+    """Of an op that is told a call in numbers, or that packs a weight."""
+
+    def draw(self, family):
+        self.overload, self.name = "default", self.rng.choice((*QUESTIONS, "_pack_weight"))
+        if self.name == "_pack_weight":
+            sizes = [self.size(40), self.size(40), self.size(3), self.size(3)]
+            self.args = [self.tensor(*sizes[: self.rng.choice((2, 4))]), self.option(1, 3)]
+            return
+        if "conv" in self.name:
+            sizes = [self.flag(), self.flag(), self.numbers(16), self.numbers(self.rng.choice((0, 8)))]
+        elif "linear" in self.name:
+            sizes = [*self.numbers(3, False), *([self.flag()] if self.name == "_linear_automatic" else ())]
+        else:
+            sizes = [self.numbers(7)]
+        self.args = [self.option(0, 3), *sizes]
+
+    def numbers(self, count, of_any_count=True):
+        if of_any_count and self.odd(0.1):
+            count = self.rng.randint(0, 20)
+        most = self.rng.choice((9, 300, 2**31, 2**56))
+        return [self.option(self.rng.randint(0, 1), most) for _ in range(count)]
+
+    def run(self, state):
+        ops = torch.ops.fastnn
+        try:
+            out = getattr(ops, self.name)(*self.args)
+        except RuntimeError:
+            return False
+        finally:
+            state(IN_TORCH)
+        if self.name == "_pack_weight":
+            return out.dtype is torch.uint8 and out.dim() == 1
+        args = self.args[: 4 if "linear" in self.name else None]
+        masks = getattr(ops, self.name.replace("automatic", "covering"))(*args)
+        names = getattr(ops, f"_{self.name.split('_')[1]}_algorithms")().split(",")
+        # Both gradients of a convolution have one mask.
+        masks, out = (answer if type(answer) is tuple else (answer,) for answer in (masks, out))
+        for mask, answer in zip(masks * (len(out) // len(masks)), out, strict=True):
+            if not mask & 1 or mask >> len(names):
+                raise Wrong(f"covered by {mask:#x} of {len(names)} algorithms")
+            if "automatic" in self.name and not covers_by(mask, answer):
+                raise Wrong(f"{answer} does not cover it, but {mask:#x} do")
+        return True
+
+
+def made(family, seed, number):
+    return (Question if family == "told" else Call)(family, seed, number)
+
+
 def main(family, seed, first, count):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     state_file = open(os.environ["FUZZ_STATE"], "r+b", buffering=0)
@@ -572,7 +633,7 @@ def main(family, seed, first, count):
         signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_CALL)
         signal.setitimer(signal.ITIMER_PROF, PROCESSOR_SECONDS_PER_CALL)
         try:
-            call = Call(family, seed, number)
+            call = made(family, seed, number)
         except (OSError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -593,6 +654,6 @@ def main(family, seed, first, count):
 
 if __name__ == "__main__":
     if sys.argv[1] == "describe":
-        print(Call(sys.argv[2], sys.argv[3], int(sys.argv[4])))
+        print(made(sys.argv[2], sys.argv[3], int(sys.argv[4])))
     else:
         main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

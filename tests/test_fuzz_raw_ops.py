@@ -67,4 +67,4 @@ def test_an_error_or_stocks_answer(family, tmp_path):
     )
     # A trial of refusals alone would show nothing.
     assert answered > CALLS / 3
-    assert compared > CALLS / 3
+    assert compared > CALLS / 3 or family == "told"
