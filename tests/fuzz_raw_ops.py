@@ -196,8 +196,8 @@ class Call:
         if shape and self.rng.random() < 0.05:
             strides[self.rng.randrange(len(shape))] = 0
         if self.rng.random() < 0.02 and self.hostile:
-            # More than any memory, by strides of 0.
-            shape = list(shape)
+            # More than any memory, by strides of 0; or none, of so many rows of nothing.
+            shape = [0 if self.rng.random() < 0.1 else n for n in shape]
             for d in self.rng.sample(range(len(shape)), min(2, len(shape))):
                 shape[d] = self.rng.choice((2**20, 2**24))
             strides = [0] * len(shape)
@@ -630,6 +630,12 @@ def made(family, seed, number):
     return (Question if family == "told" else Call)(family, seed, number)
 
 
+def bound_time():
+    """From now on; by signals that end the process."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_CALL)
+    signal.setitimer(signal.ITIMER_PROF, PROCESSOR_SECONDS_PER_CALL)
+
+
 def main(family, seed, first, count):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     state_file = open(os.environ["FUZZ_STATE"], "r+b", buffering=0)
@@ -641,9 +647,7 @@ def main(family, seed, first, count):
             os.pwrite(state_file.fileno(), STATE.pack(number, where, answered, compared), 0)
 
         state(IN_OP)
-        # Whose signals end the process.
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_CALL)
-        signal.setitimer(signal.ITIMER_PROF, PROCESSOR_SECONDS_PER_CALL)
+        bound_time()
         try:
             call = made(family, seed, number)
         except (OSError, RuntimeError) as error:
@@ -666,6 +670,7 @@ def main(family, seed, first, count):
 
 if __name__ == "__main__":
     if sys.argv[1] == "describe":
+        bound_time()  # a forward pass may be what did not end
         print(made(sys.argv[2], sys.argv[3], int(sys.argv[4])))
     else:
         main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
