@@ -38,7 +38,7 @@ SECONDS_PER_CALL, PROCESSOR_SECONDS_PER_CALL = 120, 30
 # so has the oracle.
 MEMORY, MUCH_MEMORY = 1 << 26, 1 << 29
 # How many times what its dense tensors hold.
-MOST_SCRATCH = 4
+MOST_SCRATCH = 16
 
 FAMILIES = {
     "pool": ("max_pool2d", "avg_pool2d", "adaptive"),
@@ -275,6 +275,7 @@ class Call:
             made = forward(x, *options)
         except Exception:
             self.led = False
+            self.comparable = self.name.startswith("avg")  # places may be any numbers
             made = [self.tensor(2, 3, 4, 5), self.tensor(2, 3, 4, 5, dtype=torch.uint8)]
         made = [made] if isinstance(made, torch.Tensor) else list(made)
         grad = self.gradient(made[0])
