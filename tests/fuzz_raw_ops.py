@@ -4,6 +4,9 @@ Tensors of any dtype, shape and layout end where a page begins that must not be 
 mostly small and valid, else numbers at which arithmetic breaks. A call either raises an error of Python's, and then the op's
 declaration names a reason too, or agrees with the op's stock form in float64.
 
+What a refusal says has to hold too: that there is not enough memory only where tensors and results take much, and of a forced
+algorithm what the library says of it. A call that takes long by the clock or by the processor is ended.
+
 Call number i depends on family, seed and i alone. The process writes which call it is at, and whether in the op or in torch, to
 the file named by FUZZ_STATE, so that whoever started it can tell what ended it.
 """
@@ -24,13 +27,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastnn.nn.functional  # noqa: F401  it declares the ops
 from fastnn import _library
+from fastnn.ops.core.algorithms import covers_by
 from fastnn.ops.core.op import OPS
 from fastnn.ops.core.options import PackedOptions
 from fastnn.ops.core.plan import why_unfit
 
-# For a machine that is busy with other things; what a call may take beside what is loaded already.
-SECONDS_PER_CALL = 120
-MEMORY = 1 << 29
+# Of a call: by the clock, for a machine that is busy with other things, and by the processor.
+SECONDS_PER_CALL, PROCESSOR_SECONDS_PER_CALL = 120, 30
+# What a call may take beside what is loaded already. Nearly all that a call with much memory adds is time; a few have it, and
+# so has the oracle.
+MEMORY, MUCH_MEMORY = 1 << 26, 1 << 29
+# How many times what its dense tensors hold.
+MOST_SCRATCH = 16
 
 FAMILIES = {
     "pool": ("max_pool2d", "avg_pool2d", "adaptive"),
@@ -38,8 +46,11 @@ FAMILIES = {
     "linear": ("linear",),
     "attention": ("attention",),
     "norm": ("add_layer_norm",),
+    "told": (),  # ops that are asked about a call, and that pack a weight
 }
 IN_OP, IN_TORCH = 0, 1
+# Of the file: the call's number, where it is, and how many calls before it were answered and compared.
+STATE = struct.Struct("<qqqq")
 WINOGRAD = torch.ops.fastnn._conv2d_algorithms().split(",").index("winograd")
 
 HOSTILE = [0, -1, -2, 255, 256, 257, 1000, 2**31 - 1, 2**31, 2**31 + 1, 2**62, 2**63 - 1, -(2**63)]
@@ -57,18 +68,42 @@ class Wrong(Exception):
     """An answer that is not stock's, or a refusal that the declaration does not name."""
 
 
+def statm(field):
+    """Bytes of the process: 0 for what it has mapped, 1 for what is resident."""
+    return int(Path("/proc/self/statm").read_text().split()[field]) * resource.getpagesize()
+
+
+def out_of_memory(error):
+    """Whether that is what an error is about; others name memory formats."""
+    text = str(error)
+    return any(t in text for t in ("allocate", "bad_alloc", "not enough memory", "could not create a"))
+
+
+def may_take(memory):
+    """Bounds the memory of what comes, beside what is there."""
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (statm(0) + memory, most))
+
+
 class Call:
     """One call: `args` as the overload takes them, and `full` as the schema has them, without algorithms."""
 
     def __init__(self, family, seed, number):
         self.rng = random.Random(f"{family} {seed} {number}")
         self.hostile = self.rng.choice((0.0, 0.0, 0.05, 0.3))
-        self.comparable = True
+        self.memory = MUCH_MEMORY if self.rng.random() < 0.005 else MEMORY
+        may_take(self.memory)
+        self.comparable, self.compared = True, False
+        # Whether a call that is refused needs a reason: of a backward op, where a forward pass may lead to it.
+        self.led = True
         self.level = self.rng.choice(LEVELS)
         self.threads = 1 if self.rng.random() < 0.9 else 2
         _library.set_isa(self.level)
         torch.set_num_threads(self.threads)
         self.dtype = self.rng.choice(FLOATS)
+        self.draw(family)
+
+    def draw(self, family):
         self.name = self.rng.choice(names(family))
         self.full = getattr(self, family)()
         self.overload, self.args, self.algorithms = "raw", self.full, []
@@ -106,6 +141,7 @@ class Call:
             ]
             # Places are those of other windows.
             self.comparable &= not self.name.startswith("max_pool2d") or "backward" not in self.name
+            self.led &= "backward" not in self.name
         options = [numbers[i // 7] >> i % 7 * 8 & 255 for i in range(len(arguments))]
         for i, a in enumerate(arguments):
             if str(a.type) == "bool":
@@ -160,18 +196,27 @@ class Call:
         if shape and self.rng.random() < 0.05:
             strides[self.rng.randrange(len(shape))] = 0
         if self.rng.random() < 0.02 and self.hostile:
-            # More than any memory, by strides of 0.
-            shape = list(shape)
+            # More than any memory, by strides of 0; or none, of so many rows of nothing.
+            shape = [0 if self.rng.random() < 0.1 else n for n in shape]
             for d in self.rng.sample(range(len(shape)), min(2, len(shape))):
                 shape[d] = self.rng.choice((2**20, 2**24))
             strides = [0] * len(shape)
         out = self.guarded(shape, strides, dtype)
         if out.numel():
-            generator = torch.Generator().manual_seed(self.rng.getrandbits(31))
-            flat = out.as_strided((self.span(shape, strides),), (1,))
+            flat = self.flat(out)
             low, high = values or (0 if dtype in (torch.uint8, torch.bool) else -3, 4)
-            flat.copy_(torch.randint(low, high, flat.shape, generator=generator))
+            flat.copy_(torch.randint(low, high, flat.shape, generator=self.generator()))
         return out
+
+    def scramble(self, t):
+        self.flat(t).random_(generator=self.generator())
+
+    def flat(self, t):
+        """The memory of a tensor, of which several elements may be one."""
+        return t.as_strided((self.span(t.shape, t.stride()),), (1,))
+
+    def generator(self):
+        return torch.Generator().manual_seed(self.rng.getrandbits(31))
 
     @staticmethod
     def span(shape, strides):
@@ -183,6 +228,12 @@ class Call:
             return torch.empty(shape, dtype=dtype)
         bytes = guarded.memory(span * dtype.itemsize, at_end=self.rng.random() < 0.7)
         return torch.frombuffer(bytes, dtype=dtype).as_strided(shape, strides)
+
+    def gradient(self, made):
+        """Of what a forward pass made, or of what stands in for it."""
+        grad = self.tensor(*made.shape)
+        self.led &= grad.shape == made.shape
+        return grad
 
     def placed(self, t):
         """A copy in guarded memory."""
@@ -209,6 +260,7 @@ class Call:
             if "backward" not in self.name:
                 return [x, *outputs]
             grad = self.tensor(*x.shape[:2], *[min(o, 50) for o in outputs])
+            self.led = False
             return [grad, *self.sizes(x), self.flag()]
         if "backward" not in self.name:
             return [x, *(average if self.name.startswith("avg") else window)]
@@ -222,16 +274,18 @@ class Call:
         try:
             made = forward(x, *options)
         except Exception:
+            self.led = False
+            self.comparable = self.name.startswith("avg")  # places may be any numbers
             made = [self.tensor(2, 3, 4, 5), self.tensor(2, 3, 4, 5, dtype=torch.uint8)]
         made = [made] if isinstance(made, torch.Tensor) else list(made)
-        grad = self.tensor(*made[0].shape)
+        grad = self.gradient(made[0])
         if self.name.startswith("avg"):
             return [grad, *self.sizes(x), *options, self.flag()]
         places = self.placed(made[1])
         if self.odd(0.5):
             # What no forward pass wrote: nothing to compare with, but nothing may be touched that is not there.
             self.comparable = False
-            places.random_()
+            self.scramble(places)
         if x.dim() != 4 or made[0].numel() == 0:
             self.comparable = False
         elif torch.isnan(x.float()).any() or places.dtype is not torch.uint8:
@@ -246,6 +300,7 @@ class Call:
     def sizes(self, x):
         if x.dim() == 4 and not self.odd():
             return list(x.shape[2:4])
+        self.led = False
         return self.pair(1, 30)
 
     def conv(self):
@@ -284,16 +339,17 @@ class Call:
             forward = torch.ops.fastnn.conv2d_relu_max_pool2d if pooled else torch.ops.fastnn.conv2d_relu
             made = forward.raw(x, w, None, *options, *(pool if pooled else ()))
         except Exception:
+            self.led = False
             made = (self.tensor(2, 3, 4, 5), self.tensor(2, 3, 4, 5, dtype=torch.uint8))
             made = made if pooled else made[0]
         y = made[0] if pooled else made
-        grad = self.tensor(*y.shape)
+        grad = self.gradient(y)
         middle = []
         if pooled:
             middle = [self.placed(made[1])]
             if self.odd(0.5):
                 self.comparable = False
-                middle[0].random_()
+                self.scramble(middle[0])
         elif "relu" in self.name:
             middle = [self.placed(y)]
         return [grad, x, w, *middle, *options, *(pool if pooled else ()), *wanted]
@@ -317,7 +373,7 @@ class Call:
             elif kind == 2:
                 packed = torch.cat([packed, packed])
             else:
-                packed[:64].random_()
+                self.scramble(packed[:64])
         return self.placed(packed.contiguous())
 
     def linear(self):
@@ -343,8 +399,9 @@ class Call:
         try:
             _, total, mean, rstd = torch.ops.fastnn.add_layer_norm.raw(x, r, None, None, 1e-5, True, True)
         except Exception:
+            self.led = False
             total, mean, rstd = self.tensor(3, 4), self.tensor(3), self.tensor(3)
-        grad = self.tensor(*x.shape)
+        grad = self.gradient(total)
         grad_sum = None if self.flag() else self.tensor(*x.shape)
         kept = [self.placed(t) for t in (total, mean, rstd)]
         return [grad, *kept, grad_sum, w, *[self.flag() for _ in range(3)]]
@@ -374,8 +431,9 @@ class Call:
         try:
             y, statistics = torch.ops.fastnn.attention.raw(q, k, v, mask, causal, scale)
         except Exception:
+            self.led = False
             y, statistics = self.tensor(2, 3, 4, 5), self.tensor(2, 3, 4, 2)
-        grad = self.tensor(*y.shape)
+        grad = self.gradient(y)
         return [grad, q, k, v, mask, self.placed(y), self.placed(statistics), causal, scale]
 
     # ---- what may come of them ----
@@ -394,6 +452,29 @@ class Call:
         op = OPS[self.name]
         return why_unfit(op, self.full) or op.unsupported(*self.full)
 
+    def covered(self):
+        """Whether the forced algorithms, if any, are said to cover the call; None of an op that says nothing of its own."""
+        numbers, algorithms = self.algorithms, OPS[self.name].algorithms
+        if not any(numbers):
+            return True
+        if algorithms is None:
+            return None
+        if not all(0 <= n < len(algorithms.names) for n in numbers):
+            return False
+        masks = [result.covering(*self.full) for result in algorithms.results]
+        return all(map(covers_by, masks, numbers))
+
+    def needed(self):
+        """Bytes that dense inputs and the results take; infinity where there are no such results."""
+        try:
+            meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in self.full]
+            made = OPS[self.name].fake(*meta)
+        except Exception:
+            return float("inf")
+        made = [made] if isinstance(made, torch.Tensor) else made
+        tensors = [t for t in (*meta, *made) if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     def run(self, state):
         overload = getattr(getattr(torch.ops.fastnn, self.name), self.overload)
         try:
@@ -401,35 +482,43 @@ class Call:
         except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
             state(IN_TORCH)
             text = str(error)
-            if "memory" in text or "more than" in text or "overflow" in text.lower():
+            if out_of_memory(error):
+                if self.needed() < self.memory / MOST_SCRATCH:
+                    raise Wrong(f"more memory than such a call needs: {text}") from error
                 return False
-            if "algorithm" in text and any(self.algorithms):
+            if "more than" in text or "overflow" in text.lower():
                 return False
-            if self.name.endswith("backward"):
-                return False  # nothing but a forward op leads there, with shapes that it made
             try:
-                reason = self.reason()
+                reason, covered = self.reason(), self.covered()
             except Exception:
                 return False
-            if reason is None:
+            if covered is None:
+                covered = "algorithm" not in text
+            if reason is None and covered and self.led:
                 raise Wrong(f"refused, and the declaration has no reason: {text}") from error
             return False
         state(IN_TORCH)
+        may_take(MUCH_MEMORY)
         reason = self.reason()
         if reason is not None:
             raise Wrong(f"taken, though the declaration says: {reason}")
+        if self.covered() is False:
+            raise Wrong("taken, by an algorithm that does not cover it")
         if self.comparable:
             try:
-                self.compare(out)
+                self.compared = self.compare(out)
             except RuntimeError as error:
-                if "memory" not in str(error):
+                if not out_of_memory(error):
                     raise
         return True
 
     def compare(self, out):
+        """Whether the oracle, which takes more memory, had enough."""
+
         def exact(a):
+            # Dense: torch refuses some layouts of gradients.
             if isinstance(a, torch.Tensor) and a.is_floating_point():
-                return a.detach().double().contiguous(memory_format=torch.preserve_format)
+                return a.detach().double().contiguous()
             return a
 
         try:
@@ -437,15 +526,17 @@ class Call:
             with sdpa_kernel(SDPBackend.MATH):
                 want = OPS[self.name].stock(*[exact(a) for a in self.full])
         except Exception as error:
-            if "memory" in str(error):
-                return  # float64 takes more
+            if out_of_memory(error):
+                return False
             raise Wrong(f"taken, though torch raises {type(error).__name__}: {error}") from error
         out = [out] if isinstance(out, torch.Tensor) else list(out)
         want = [want] if isinstance(want, torch.Tensor) else list(want)
         dtype = next(a for a in self.full if isinstance(a, torch.Tensor)).dtype
         for i, (ours, theirs) in enumerate(zip(out, want, strict=True)):
-            if theirs is None or not ours.numel():
+            if theirs is None or not (ours.numel() or theirs.numel()):
                 continue
+            if self.name == "add_layer_norm" and not ours.numel():
+                continue  # not asked for
             if not ours.is_floating_point():
                 if ours.dtype is torch.int64 and not torch.equal(ours, theirs):
                     raise Wrong(f"result {i}: other indices")
@@ -460,10 +551,19 @@ class Call:
                 raise Wrong(f"result {i}: NaN elsewhere")
             if not finite.any():
                 continue
-            scale = theirs[finite].abs().max().item() + 1
+            scale = theirs[finite].abs().max().item() + 1 + self.cancelled(dtype)
             error = (ours - theirs)[finite].abs().max().item()
             if not error <= self.tolerance(dtype) * scale:
                 raise Wrong(f"result {i}: off by {error:.3g} where values are up to {scale:.3g}")
+        return True
+
+    def cancelled(self, dtype):
+        """How large the numbers are that may cancel to nothing."""
+        if self.name != "attention_backward" or dtype.itemsize < 4:
+            return 0
+        # The gradients of a query's scores, less their mean.
+        grad, _, _, value = self.full[:4]
+        return (grad.abs().max() * value.abs().max()).item() * value.shape[-1] ** 0.5
 
     def tolerance(self, dtype):
         eps = torch.finfo(dtype).eps
@@ -474,37 +574,104 @@ class Call:
         return 8 * eps if dtype.itemsize >= 4 else 2 * eps
 
 
+QUESTIONS = [
+    f"_{call}_{asked}"
+    for call in ("conv2d", "conv2d_backward", "linear", "linear_backward", "attention")
+    for asked in ("covering", "automatic")
+]
+
+
+class Question(Call):
+    """Of an op that is told a call in numbers, or that packs a weight."""
+
+    def draw(self, family):
+        self.overload, self.name = "default", self.rng.choice((*QUESTIONS, "_pack_weight"))
+        if self.name == "_pack_weight":
+            sizes = [self.size(40), self.size(40), self.size(3), self.size(3)]
+            self.args = [self.tensor(*sizes[: self.rng.choice((2, 4))]), self.option(1, 3)]
+            return
+        if "conv" in self.name:
+            sizes = [self.flag(), self.flag(), self.numbers(16), self.numbers(self.rng.choice((0, 8)))]
+        elif "linear" in self.name:
+            sizes = [*self.numbers(3, False), *([self.flag()] if self.name == "_linear_automatic" else ())]
+        else:
+            sizes = [self.numbers(7)]
+        self.args = [self.option(0, 3), *sizes]
+
+    def numbers(self, count, of_any_count=True):
+        if of_any_count and self.odd(0.1):
+            count = self.rng.randint(0, 20)
+        most = self.rng.choice((9, 300, 2**31, 2**56))
+        return [self.option(self.rng.randint(0, 1), most) for _ in range(count)]
+
+    def run(self, state):
+        ops = torch.ops.fastnn
+        try:
+            out = getattr(ops, self.name)(*self.args)
+        except RuntimeError:
+            return False
+        finally:
+            state(IN_TORCH)
+        if self.name == "_pack_weight":
+            return out.dtype is torch.uint8 and out.dim() == 1
+        args = self.args[: 4 if "linear" in self.name else None]
+        masks = getattr(ops, self.name.replace("automatic", "covering"))(*args)
+        names = getattr(ops, f"_{self.name.split('_')[1]}_algorithms")().split(",")
+        # Both gradients of a convolution have one mask.
+        masks, out = (answer if type(answer) is tuple else (answer,) for answer in (masks, out))
+        for mask, answer in zip(masks * (len(out) // len(masks)), out, strict=True):
+            if not mask & 1 or mask >> len(names):
+                raise Wrong(f"covered by {mask:#x} of {len(names)} algorithms")
+            if "automatic" in self.name and not covers_by(mask, answer):
+                raise Wrong(f"{answer} does not cover it, but {mask:#x} do")
+        return True
+
+
+def made(family, seed, number):
+    return (Question if family == "told" else Call)(family, seed, number)
+
+
+def bound_time():
+    """From now on; by signals that end the process."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_CALL)
+    signal.setitimer(signal.ITIMER_PROF, PROCESSOR_SECONDS_PER_CALL)
+
+
 def main(family, seed, first, count):
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     state_file = open(os.environ["FUZZ_STATE"], "r+b", buffering=0)
-    answered = 0
+    answered = compared = 0
+    loaded = statm(1)
     for number in range(first, first + count):
 
-        def state(where, number=number, answered=answered):
-            os.pwrite(state_file.fileno(), struct.pack("<qqq", number, where, answered), 0)
+        def state(where, number=number, answered=answered, compared=compared):
+            os.pwrite(state_file.fileno(), STATE.pack(number, where, answered, compared), 0)
 
         state(IN_OP)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_CALL)  # whose signal ends the process
+        bound_time()
         try:
-            call = Call(family, seed, number)
+            call = made(family, seed, number)
         except (OSError, RuntimeError) as error:
-            if "memory" not in str(error):
+            if not (out_of_memory(error) or "numel: integer multiplication overflow" in str(error)):
                 raise
             continue  # its own tensors are too large
         try:
             answered += call.run(state)
+            compared += call.compared
         except Wrong as wrong:
             print(f"{call}: {wrong}", flush=True)
             sys.exit(3)
         del call
-    state(IN_TORCH, answered=answered)
+    state(IN_TORCH, answered=answered, compared=compared)
+    more = statm(1) - loaded
+    if more > MUCH_MEMORY / 2:
+        print(f"{more >> 20} MiB resident that were not there {count} calls ago", flush=True)
+        sys.exit(3)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "describe":
-        print(Call(sys.argv[2], sys.argv[3], int(sys.argv[4])))
+        bound_time()  # a forward pass may be what did not end
+        print(made(sys.argv[2], sys.argv[3], int(sys.argv[4])))
     else:
         main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -263,6 +263,24 @@ MUTANTS = (
         "(bias->dim() == 1 && bias->size(0) <= n)",
         "tests/test_declare.py tests/test_linear.py tests/test_fuzz_raw_ops.py",
     ),
+    Mutant(
+        "csrc/ops/conv.cpp",
+        "[&](ConvAlgorithm a) { return uncovered_gradient(call, a); };\n  const auto input_algorithm",
+        "[&](ConvAlgorithm) -> const char* { return nullptr; };\n  const auto input_algorithm",
+        "tests/test_fuzz_raw_ops.py -k conv",
+    ),
+    Mutant(
+        "csrc/ops/common.cpp",
+        "    const size_t rounded = (bytes + 63) / 64 * 64;",
+        "    bytes *= 2048;\n    const size_t rounded = (bytes + 63) / 64 * 64;",
+        "tests/test_fuzz_raw_ops.py -k conv",
+    ),
+    Mutant(
+        "csrc/ops/packed.cpp",
+        "weight.numel() > 0",
+        "weight.dim() > 0",
+        "tests/test_hostile_arguments.py -k without_elements",
+    ),
 )
 
 

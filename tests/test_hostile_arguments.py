@@ -181,6 +181,21 @@ def test_gradient_of_a_tap_past_31_bits():
     assert out[0, 0, 0, :8].abs().sum() == 0
 
 
+@pytest.mark.parametrize("shape", [(2**40, 0), (2**40, 0, 1, 1), (2, 0, 2**20, 2**20), (0, 2, 2**40, 2**40)])
+def test_packing_of_a_weight_without_elements(shape):
+    """Its other sizes are more than a loop can count."""
+    run(f"""
+    import signal, torch, fastnn
+    signal.alarm(30)
+    try:
+        torch.ops.fastnn._pack_weight(torch.empty(0).as_strided({shape}, (1,) * {len(shape)}), 1)
+    except RuntimeError as error:
+        assert "a weight with elements" in str(error)
+    else:
+        raise AssertionError("packed")
+    """)
+
+
 def test_divisor_that_floats_round():
     for divisor in (2**63 - 1, -(2**63), 2**62 + 1):
         y = ops.avg_pool2d.raw(X, 2, 2, 2, 2, 0, 0, False, True, divisor)

@@ -13,6 +13,8 @@ Tensor pack_weight(Tensor weight, int64_t groups) {
                "the CPU, got "
                "shape ",
                shape(weight));
+  // One without elements may have more rows than any loop can count.
+  FASTNN_CHECK(weight.numel() > 0, "pack_weight expects a weight with elements, got shape ", shape(weight));
   FASTNN_CHECK(groups >= 1 && weight.size(0) % groups == 0 && (windows || groups == 1),
                "pack_weight expects groups that divide the output channels, 1 for a linear layer; got ",
                groups, " for a weight of shape ", shape(weight));
