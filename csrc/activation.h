@@ -9,11 +9,10 @@ constexpr const char* kActivations[] = {"none",  "relu",      "gelu",    "gelu_t
                                         "relu6", "hardswish", "sigmoid", "tanh"};
 constexpr int kActivationCount = sizeof(kActivations) / sizeof(kActivations[0]);
 
-// Whether its derivative can be told from its result alone.
+// Whether there is one, and its derivative can be told from its result alone.
 constexpr bool derivative_by_result(Activation activation) {
-  return activation == Activation::none || activation == Activation::relu ||
-         activation == Activation::relu6 || activation == Activation::sigmoid ||
-         activation == Activation::tanh;
+  return activation == Activation::relu || activation == Activation::relu6 ||
+         activation == Activation::sigmoid || activation == Activation::tanh;
 }
 
 }  // namespace fastnn

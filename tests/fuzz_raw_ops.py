@@ -27,6 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastnn.nn.functional  # noqa: F401  it declares the ops
 from fastnn import _library
+from fastnn.ops.core import activations
+from fastnn.ops.core.activations import NAMES as ACTIVATIONS
 from fastnn.ops.core.algorithms import covers_by
 from fastnn.ops.core.op import OPS
 from fastnn.ops.core.options import PackedOptions
@@ -330,11 +332,13 @@ class Call:
         }
         if self.name in out:
             return list(out[self.name])
-        if self.name.endswith("packed"):
-            packed = self.packed(w, groups)
-            rest = pool if "pool" in self.name else [self.flag()]
-            return [x, w, b, packed, *options, *rest]
-        pooled = "pool" in self.name
+        pooled, activation = "pool" in self.name, self.option(0, len(ACTIVATIONS) - 1)
+        if pooled and self.name.endswith("packed"):
+            return [x, w, b, self.packed(w, groups), *options, *pool]
+        if self.name in ("conv2d_activation", "conv2d_packed"):
+            packed = [self.packed(w, groups)] if "packed" in self.name else []
+            shape = self.shape_of(lambda: torch.ops.fastnn.conv2d.raw(x, w, None, *options))
+            return [x, w, b, self.beside(shape), *packed, *options, activation]
         try:
             forward = torch.ops.fastnn.conv2d_relu_max_pool2d if pooled else torch.ops.fastnn.conv2d_relu
             made = forward.raw(x, w, None, *options, *(pool if pooled else ()))
@@ -350,9 +354,26 @@ class Call:
             if self.odd(0.5):
                 self.comparable = False
                 self.scramble(middle[0])
-        elif "relu" in self.name:
-            middle = [self.placed(y)]
-        return [grad, x, w, *middle, *options, *(pool if pooled else ()), *wanted]
+        elif "relu" in self.name or "activation" in self.name:
+            middle = [self.placed(self.behind(y, activation) if "activation" in self.name else y)]
+        behind = [activation, self.flag()] if "activation" in self.name else []
+        return [grad, x, w, *middle, *options, *(pool if pooled else ()), *behind, *wanted]
+
+    def shape_of(self, call):
+        """The sizes of what a call gives; some sizes if it is refused."""
+        try:
+            return tuple(call().shape)
+        except Exception:
+            return (2, 3, 4, 5)
+
+    def behind(self, y, activation):
+        """What an activation makes of a tensor: its derivative is told by that."""
+        known = y.is_floating_point() and 0 <= activation < len(ACTIVATIONS)
+        return activations.activated(y, activation) if known else y
+
+    def beside(self, shape):
+        """A residual for an output of a shape, or none."""
+        return None if self.flag() else self.tensor(*shape)
 
     def packed(self, w, groups):
         try:
@@ -381,13 +402,18 @@ class Call:
         leading = [self.size(self.rng.choice((3, 40))) for _ in range(self.rng.randint(0, 2))]
         x, w = self.tensor(*leading, features), self.tensor(outputs, features)
         b = None if self.flag() else self.tensor(outputs)
-        if self.name == "linear_packed":
-            return [x, w, b, self.packed(w, 1), self.option(0, 2)]
+        activation = self.option(0, len(ACTIVATIONS) - 1)
+        if self.name in ("linear_activation", "linear_packed"):
+            packed = [self.packed(w, 1)] if "packed" in self.name else []
+            return [x, w, b, self.beside((*leading, outputs)), *packed, activation]
         if "backward" not in self.name:
             return [x, w, b]
         grad = self.tensor(*leading, outputs)
-        y = [self.tensor(*leading, outputs)] if "relu" in self.name else []
-        return [grad, x, w, *y, *[self.flag() for _ in range(3)]]
+        y = [self.tensor(*leading, outputs)] if "relu" in self.name or "activation" in self.name else []
+        if "activation" in self.name:
+            y = [self.placed(self.behind(y[0], activation))]
+        behind = [activation, self.flag()] if "activation" in self.name else []
+        return [grad, x, w, *y, *behind, *[self.flag() for _ in range(3)]]
 
     def norm(self):
         leading, width = [self.size(9) for _ in range(self.rng.randint(0, 2))], self.size(70)

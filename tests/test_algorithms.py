@@ -151,9 +151,9 @@ def test_linear(dtype, shape, level):
     for number, y in made.items():
         assert_as_good(y, stock, exact, depth=k)
         assert torch.equal(ops.linear_relu.raw(x, w, b, number), y.relu())
-        assert torch.equal(ops.linear_packed.raw(x, w, b, panels, 1, number), y.relu())
+        assert torch.equal(ops.linear_packed.raw(x, w, b, None, panels, 1, number), y.relu())
     assert torch.equal(ops.linear(x, w, b), made[ops._linear_automatic(*call, False)])
-    assert torch.equal(ops.linear_packed(x, w, b, panels, 0), made[ops._linear_automatic(*call, True)])
+    assert torch.equal(ops.linear_packed(x, w, b, None, panels, 0), made[ops._linear_automatic(*call, True)])
 
     covering, automatic = ops._linear_backward_covering(*call), ops._linear_backward_automatic(*call)
     for which, (left, right) in enumerate(((g, w), (g.T, x))):

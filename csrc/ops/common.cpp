@@ -147,8 +147,8 @@ Activation activation_of(int64_t number) {
 
 Activation differentiable(int64_t number) {
   const Activation activation = activation_of(number);
-  FASTNN_CHECK(derivative_by_result(activation), "the result of ", kActivations[number],
-               " does not tell its derivative");
+  FASTNN_CHECK(derivative_by_result(activation),
+               "expected an activation whose result tells its derivative, got ", kActivations[number]);
   return activation;
 }
 

@@ -176,11 +176,11 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, s
   return forward(input, weight, bias, std::nullopt, s, Activation::relu, &pool, algorithm);
 }
 
-Tensor conv2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed, FASTNN_CONV_ARGS,
-                     int64_t activation, int64_t algorithm) {
+Tensor conv2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+                     Tensor packed, FASTNN_CONV_ARGS, int64_t activation, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
-  return std::get<0>(forward(input, weight, bias, std::nullopt, s, activation_of(activation), nullptr,
-                             algorithm, packed_of(packed, input)));
+  return std::get<0>(forward(input, weight, bias, residual, s, activation_of(activation), nullptr, algorithm,
+                             packed_of(packed, input)));
 }
 
 Tensor conv2d_relu_max_pool2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed,
@@ -300,7 +300,7 @@ FASTNN_OP(conv2d_relu_max_pool2d,
           "(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV ", " FASTNN_POOL ") -> (Tensor, Tensor)",
           "algorithm")
 FASTNN_OP(conv2d_packed,
-          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, " FASTNN_CONV
+          "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor packed, " FASTNN_CONV
           ", int activation) -> Tensor",
           "algorithm")
 FASTNN_OP(conv2d_relu_max_pool2d_packed,

@@ -68,9 +68,9 @@ Tensor linear_activation(Tensor input, Tensor weight, std::optional<Tensor> bias
   return forward(input, weight, bias, residual, activation_of(activation), algorithm);
 }
 
-Tensor linear_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed,
-                     int64_t activation, int64_t algorithm) {
-  return forward(input, weight, bias, std::nullopt, activation_of(activation), algorithm,
+Tensor linear_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+                     Tensor packed, int64_t activation, int64_t algorithm) {
+  return forward(input, weight, bias, residual, activation_of(activation), algorithm,
                  packed_of(packed, input));
 }
 
@@ -150,8 +150,10 @@ FASTNN_OP(linear_relu, "(Tensor input, Tensor weight, Tensor? bias) -> Tensor", 
 FASTNN_OP(linear_activation,
           "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> Tensor",
           "algorithm")
-FASTNN_OP(linear_packed,
-          "(Tensor input, Tensor weight, Tensor? bias, Tensor packed, int activation) -> Tensor", "algorithm")
+FASTNN_OP(
+    linear_packed,
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor packed, int activation) -> Tensor",
+    "algorithm")
 FASTNN_OP(linear_backward,
           "(Tensor grad, Tensor input, Tensor weight, bool input_grad, bool weight_grad, bool bias_grad)"
           " -> (Tensor, Tensor, Tensor)",

@@ -114,7 +114,7 @@ def _with_packed(packed, images, weight, bias, activation, pool, options):
         return None
     if pool:
         return by_packed.conv2d_relu_max_pool2d_packed(images, weight, bias, data, *options, *pool)
-    return by_packed.conv2d_packed(images, weight, bias, data, *options, activation)
+    return by_packed.conv2d_packed(images, weight, bias, None, data, *options, activation)
 
 
 def _unchanged(output):

@@ -210,7 +210,7 @@ def _fake_activation_backward(grad, input, weight, output, *rest):
 
 
 def _unsupported_activation_backward(grad, input, weight, output, *rest):
-    if rest[7] not in activations.BY_RESULT:
+    if rest[7] not in activations.TOLD_BY_RESULT:
         return "an activation whose result does not tell its derivative"
     return _unsupported_relu_backward(grad, input, weight, output, *rest)
 

@@ -8,14 +8,18 @@ from fastnn.ops.core.packed_weight import unfit
 
 conv2d_packed = declare(
     "conv2d_packed",
-    stock=lambda input, weight, bias, packed, *rest: shapes.stock_activation(
-        input, weight, bias, None, *rest
+    stock=lambda input, weight, bias, residual, packed, *rest: shapes.stock_activation(
+        input, weight, bias, residual, *rest
     ),
-    unsupported=lambda input, weight, bias, packed, *rest: (
-        unfit(packed) or shapes.unsupported(input, weight, bias, *rest[:7])
+    unsupported=lambda input, weight, bias, residual, packed, *rest: (
+        unfit(packed) or shapes.unsupported_activation(input, weight, bias, residual, *rest)
     ),
-    fake=lambda input, weight, bias, packed, *rest: shapes.fake_activation(input, weight, bias, None, *rest),
-    cost=lambda input, weight, bias, packed, *rest: shapes.cost(input, weight, bias, *rest[:7]),
+    fake=lambda input, weight, bias, residual, packed, *rest: shapes.fake_activation(
+        input, weight, bias, residual, *rest
+    ),
+    cost=lambda input, weight, bias, residual, packed, *rest: shapes.cost_of_activation(
+        input, weight, bias, residual, *rest
+    ),
     own_dtype=("packed",),
 )
 

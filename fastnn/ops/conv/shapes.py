@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastnn.ops.core.activations import NONE, with_residual
+from fastnn.ops.core.activations import NONE, unknown, with_residual
 from fastnn.ops.core.numbers import MOST_OPTION
 from fastnn.ops.core.op import Cost, tensor_bytes
 
@@ -123,7 +123,7 @@ def stock_activation(input, weight, bias, residual, *rest):
 
 
 def unsupported_activation(input, weight, bias, residual, *rest):
-    reason = unsupported(input, weight, bias, *rest[:7])
+    reason = unknown(rest[7]) or unsupported(input, weight, bias, *rest[:7])
     if reason is None and residual is not None and residual.shape != output_shape(input, weight, *rest[:7]):
         return "a residual that is not of the output's shape"
     return reason

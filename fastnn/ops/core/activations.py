@@ -23,7 +23,8 @@ def _unchanged(x):
     return x
 
 
-_BY_TORCH: dict[str, Callable] = {
+#: By torch's ops, by name.
+BY_TORCH: dict[str, Callable] = {
     "none": _unchanged,
     "relu": torch.relu,
     "gelu": F.gelu,
@@ -45,8 +46,9 @@ _THROUGH: dict[str, Callable] = {
     "sigmoid": _aten.sigmoid_backward,
     "tanh": _aten.tanh_backward,
 }
-#: The numbers of those.
+#: The numbers of those, with that of none, and without it.
 BY_RESULT = frozenset(NUMBERS[name] for name in _THROUGH)
+TOLD_BY_RESULT = BY_RESULT - {NONE}
 
 
 def number_of(activation: str) -> int:
@@ -63,9 +65,22 @@ def number_of(activation: str) -> int:
     return number
 
 
+def unknown(number: int) -> str | None:
+    """Why a number stands for no activation, or None."""
+    return None if 0 <= number < len(NAMES) else "no such activation"
+
+
 def activated(x: torch.Tensor, number: int) -> torch.Tensor:
-    """An activation by torch's op."""
-    return _BY_TORCH[NAMES[number]](x)
+    """An activation by torch's op.
+
+    Raises
+    ------
+    RuntimeError
+        If there is none of that number.
+    """
+    if unknown(number):
+        raise RuntimeError(f"expected an activation from 0 to {len(NAMES) - 1}, got {number}")
+    return BY_TORCH[NAMES[number]](x)
 
 
 def through(grad: torch.Tensor, output: torch.Tensor, number: int) -> torch.Tensor:

@@ -57,7 +57,7 @@ def cost_of_activation(input, weight, bias, residual, activation):
 
 
 def unsupported_activation(input, weight, bias, residual, activation):
-    reason = unsupported(input, weight, bias)
+    reason = activations.unknown(activation) or unsupported(input, weight, bias)
     if reason is None and residual is not None and residual.shape != (*input.shape[:-1], weight.shape[0]):
         return "a residual that is not of the output's shape"
     return reason
@@ -239,7 +239,7 @@ def _activation_backward_candidates():
 
 
 def _uncovered_activation_backward(grad, input, weight, output, activation, *rest):
-    if activation not in activations.BY_RESULT:
+    if activation not in activations.TOLD_BY_RESULT:
         return "an activation whose result does not tell its derivative"
     return _uncovered(grad, input, weight, output)
 

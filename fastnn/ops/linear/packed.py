@@ -13,16 +13,16 @@ _ROWS_IN_PLACE = 4
 
 linear_packed = declare(
     "linear_packed",
-    stock=lambda input, weight, bias, packed, activation: ops.stock_activation(
-        input, weight, bias, None, activation
+    stock=lambda input, weight, bias, residual, packed, activation: ops.stock_activation(
+        input, weight, bias, residual, activation
     ),
-    unsupported=lambda input, weight, bias, packed, activation: (
-        unfit(packed)
-        or (None if 0 <= activation < len(activations.NAMES) else "no such activation")
-        or ops.unsupported(input, weight, bias)
+    unsupported=lambda input, weight, bias, residual, packed, activation: (
+        unfit(packed) or ops.unsupported_activation(input, weight, bias, residual, activation)
     ),
-    fake=lambda input, weight, bias, packed, activation: ops.fake(input, weight, bias),
-    cost=lambda input, weight, bias, packed, activation: ops.cost(input, weight, bias),
+    fake=lambda input, weight, bias, residual, packed, activation: ops.fake(input, weight, bias),
+    cost=lambda input, weight, bias, residual, packed, activation: ops.cost_of_activation(
+        input, weight, bias, residual, activation
+    ),
     own_dtype=("packed",),
 )
 
@@ -32,4 +32,4 @@ def linear_with(packed, input, weight, bias, activation="none"):
     data = packed.data_for(input, weight, worthwhile=input.numel() > _ROWS_IN_PLACE * weight.shape[1])
     if data is None:
         return functional.linear_activation(input, weight, bias, activation)
-    return linear_packed(input, weight, bias, data, activations.NUMBERS[activation])
+    return linear_packed(input, weight, bias, None, data, activations.NUMBERS[activation])
