@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     algorithm: str = (
         ""  # of the CPU's kernel, where there are several; of gradients one for each that is wanted
     )
+    share: float | None = None  # of the time, of a frozen model's calls
 
 
 class Explanation:
@@ -63,6 +65,9 @@ class Explanation:
             (r.layer, r.op, "x".join(map(str, r.shape)), r.dtype, r.where, r.algorithm, r.reason)
             for r in self.rows
         ]
+        if any(r.share is not None for r in self.rows):
+            shares = ["share", *("" if r.share is None else f"{r.share:.1%}" for r in self.rows)]
+            cells = [(*row, share) for row, share in zip(cells, shares, strict=True)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         lines.insert(1, "  ".join("-" * w for w in widths))
@@ -145,7 +150,8 @@ def explain(
     ----------
     model : torch.nn.Module or callable
         What to run: a copy of it, with the same parameters and with buffers of its own. Layers compiled by
-        :func:`torch.compile` are run as they were before.
+        :func:`torch.compile` are run as they were before. Of a frozen model the graph of such a call is told of, with the share of
+        the time that each of its ops takes.
     *inputs, **kwargs
         What to call it with.
     training : bool, optional
@@ -168,6 +174,9 @@ def explain(
     --------
     >>> print(fastnn.explain(model, torch.randn(1, 3, 32, 32), training=False))  # doctest: +SKIP
     """
+    graphs = sys.modules.get("fastnn.graph.frozen")
+    if graphs is not None and isinstance(model, graphs.FrozenModel):
+        return Explanation(graphs.rows(model, inputs, kwargs))
     copy = _rehearsal.Copy(model)
     if training is not None:
         copy.set_mode(training)

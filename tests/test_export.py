@@ -385,7 +385,7 @@ def test_whole_models_with_any_batch(rules, converted):
     if converted:
         ours = fastnn.convert(copy.deepcopy(stock))
     else:
-        ours = fastnn.freeze(stock, x)
+        ours = fastnn.freeze(stock)
     program = torch.export.export(ours, (x,), dynamic_shapes=({0: Dim("batch")},)).module()
     for b in (1, 2, 3, 40):
         x = last(b, 3, 14, 14)

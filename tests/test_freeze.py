@@ -10,6 +10,7 @@ from conftest import DTYPES, assert_as_good
 
 import fastnn
 from fastnn import nn
+from fastnn.freeze import freeze_layers
 from fastnn.ops.core.packed_weight import PackedWeight
 
 
@@ -102,7 +103,7 @@ def test_a_frozen_transformer(level, norm_first, activation):
     )
     model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     x = torch.randn(2, 9, 48)
-    frozen = fastnn.freeze(model, x)
+    frozen = freeze_layers(model, x)
     with torch.inference_mode():
         assert_as_good(frozen(x), model(x), copy.deepcopy(model).double()(x.double()), roundings=8)
     attention = ["linear_packed", "attention", "linear_packed", "add_layer_norm"]
@@ -112,7 +113,7 @@ def test_a_frozen_transformer(level, norm_first, activation):
 
 def test_example_inputs_choose_what_is_packed():
     model = net()
-    plain = fastnn.freeze(model, images().contiguous())
+    plain = freeze_layers(model, images().contiguous())
     assert ops_of(plain, images()) == [
         "conv2d_relu_max_pool2d",
         "conv2d",
@@ -120,7 +121,7 @@ def test_example_inputs_choose_what_is_packed():
         "conv2d",
         *PACKED[4:],
     ]
-    few = fastnn.freeze(model, images(2))
+    few = freeze_layers(model, images(2))
     assert [few[i]._packed is None for i in (0, 3, 5, 7, 9, 12)] == [False, False, False, True, True, True]
 
 
@@ -166,7 +167,7 @@ def test_calls_that_are_not_plain_inference():
 
 
 def test_copies_and_pickles():
-    frozen = fastnn.freeze(net(), images())
+    frozen = freeze_layers(net(), images())
     expected = frozen(images())
     for again in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
         assert ops_of(again, images()) == PACKED
@@ -292,7 +293,7 @@ def test_a_weight_that_wants_gradients_is_let_go_of():
 
 
 def test_moves_pack_anew():
-    frozen = fastnn.freeze(net(), images())
+    frozen = freeze_layers(net(), images())
     frozen.to(memory_format=torch.channels_last)
     assert frozen[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert ops_of(frozen, images()) == PACKED
@@ -321,7 +322,7 @@ def test_a_frozen_attention_that_moves():
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     x = torch.randn(2, 5, 16)
-    frozen = fastnn.freeze(layer, x).double()
+    frozen = freeze_layers(layer, x).double()
     with torch.no_grad():
         torch.testing.assert_close(frozen(x.double()), layer.eval().double()(x.double()))
     assert ops_of(frozen, x.double()).count("linear_packed") == 4
@@ -335,7 +336,7 @@ def test_reverted_it_is_torchs_alone():
         (net(), images()),
         (torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16)),
     ):
-        frozen = fastnn.freeze(model, x)
+        frozen = freeze_layers(model, x)
         assert b"fastnn" in pickle.dumps(frozen)
         plain = fastnn.revert(frozen)
         assert b"fastnn" not in pickle.dumps(plain)
@@ -354,16 +355,16 @@ def test_arguments_by_name():
             return self.linear(x) if mask is None else self.linear(x) + self.other(x) * mask
 
     x, mask = torch.randn(6, 8), torch.ones(6, 1)
-    assert ops_of(fastnn.freeze(Masked(), x, mask=mask, model=0), x) == ["linear_packed"]
-    frozen = fastnn.freeze(Masked(), x=x)
+    assert ops_of(freeze_layers(Masked(), x, mask=mask, model=0), x) == ["linear_packed"]
+    frozen = freeze_layers(Masked(), x=x)
     assert [m._packed is not None for m in (frozen.linear, frozen.other)] == [True, False]
-    frozen = fastnn.freeze(Masked(), x, mask=mask)
+    frozen = freeze_layers(Masked(), x, mask=mask)
     assert [m._packed is not None for m in (frozen.linear, frozen.other)] == [True, True]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_traces_hold_no_packed_weight():
-    frozen = fastnn.freeze(net(), images())
+    frozen = freeze_layers(net(), images())
     traced = torch.jit.trace(frozen, images())
     assert "fastnn" not in str(traced.inlined_graph).replace("__torch__.fastnn", "")
     other = net()

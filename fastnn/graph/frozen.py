@@ -1,0 +1,227 @@
+"""Models for inference as graphs: what :func:`fastnn.freeze` gives."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.nn import Module
+from torch.utils import _pytree as pytree
+
+from fastnn import _library
+from fastnn.convert import revert
+from fastnn.graph import fuse, ir, layout, lower, normalise
+from fastnn.graph.capture import Captured, capture, in_evaluation
+
+if TYPE_CHECKING:
+    from fastnn._explain import Row
+
+__all__ = ["FrozenModel", "optimise"]
+
+# Kinds of calls, by the sizes and dtypes of their tensors, whose graphs a frozen model keeps.
+_MOST_KINDS = 8
+
+
+def optimise(captured: Captured, args: tuple) -> GraphModule:
+    """All passes over a captured graph; `args` are what it is called with."""
+    gm = captured.module
+    normalise.fold_constants(gm)
+    normalise.normalise(gm)
+    fuse.fold_batch_norm(gm)
+    fuse.fold_scales(gm)
+    fuse.fuse(gm)
+    layout.to_nhwc(gm)
+    with torch.no_grad(), _without_autocast():
+        lower.lower(gm, args)
+    return gm
+
+
+class _Kind(NamedTuple):
+    """What calls of one kind run."""
+
+    graph: GraphModule
+    places: tuple[int, ...]  # of the graph's inputs among the leaves of a call
+    out_spec: pytree.TreeSpec
+
+
+# Graphs are for one instruction-set level.
+_alive: weakref.WeakSet[FrozenModel] = weakref.WeakSet()
+
+
+def _forget_graphs() -> None:
+    for model in list(_alive):
+        model._kinds.clear()
+
+
+_library.on_set_isa.append(_forget_graphs)
+
+
+class FrozenModel(Module):
+    """A model for inference, whose calls run a graph of fused ops with packed weights; :func:`fastnn.freeze` makes it.
+
+    Each kind of call, by the sizes and dtypes of its tensors and by its other arguments, has a graph, which the first such call
+    captures; a few are kept. There are no parameters to change or to move: the weights are those of the model that it was made
+    of. It gives no gradients, and runs in the dtypes of its weights under autocast too.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Is not changed.
+    args : tuple
+    kwargs : dict
+        The arguments of a call.
+
+    Raises
+    ------
+    CannotCapture
+        If the model has no graph.
+    """
+
+    def __init__(self, model: Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.training = False
+        state = self.__dict__
+        state["_source"] = revert(in_evaluation(model))
+        state["_kinds"], state["_lock"] = OrderedDict(), threading.RLock()
+        self._of(args, kwargs)
+        _alive.add(self)
+
+    def _of(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Kind, list]:
+        """What a call runs, and its leaves."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = (
+            *((t.shape, t.dtype, t.device) if isinstance(t, torch.Tensor) else (type(t), t) for t in leaves),
+            spec,
+        )
+        found = self._kinds.get(key)
+        if found is None:
+            with self._lock:
+                captured = capture(self._source, args, kwargs)
+                given = tuple(leaves[i] for i in captured.places)
+                found = _Kind(optimise(captured, given), captured.places, captured.out_spec)
+                self._kinds[key] = found
+                while len(self._kinds) > _MOST_KINDS:
+                    self._kinds.popitem(last=False)
+        return found, leaves
+
+    def graph_of(self, *args, **kwargs) -> tuple[GraphModule, list[torch.Tensor]]:
+        """The graph that a call runs, and what it is handed."""
+        kind, leaves = self._of(args, kwargs)
+        return kind.graph, [leaves[i] for i in kind.places]
+
+    def forward(self, *args, **kwargs):
+        kind, leaves = self._of(args, kwargs)
+        with torch.no_grad(), _without_autocast():
+            made = kind.graph(*[leaves[i] for i in kind.places])
+        return pytree.tree_unflatten(made, kind.out_spec)
+
+    def train(self, mode: bool = True):
+        """Frozen models are for inference.
+
+        Raises
+        ------
+        RuntimeError
+            If `mode` is True.
+        """
+        if mode:
+            raise RuntimeError(
+                "a frozen model is for inference: train the model that it was made of, and freeze it again"
+            )
+        return self
+
+    def _apply(self, fn, recurse=True):
+        raise RuntimeError(
+            "a frozen model keeps its dtype and its device: move or cast the model that it was made of, and freeze it again"
+        )
+
+    def __deepcopy__(self, memo):
+        other = type(self).__new__(type(self))
+        Module.__init__(other)
+        other.training = False
+        # What graphs hold never changes.
+        state = {"_source": self._source, "_kinds": OrderedDict(self._kinds), "_lock": threading.RLock()}
+        other.__dict__.update(state)
+        _alive.add(other)
+        return other
+
+    def __reduce__(self):
+        raise TypeError(
+            "a frozen model is not pickled: keep the model that it was made of, and freeze it again"
+        )
+
+    def extra_repr(self) -> str:
+        return f"{type(self._source).__name__}, {len(self._kinds)} kinds of calls"
+
+
+@contextlib.contextmanager
+def _turned_off():
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+_as_it_is = contextlib.nullcontext()
+
+
+def _without_autocast():
+    return _turned_off() if torch._C._is_any_autocast_enabled() else _as_it_is
+
+
+# ---- what fastnn.explain shows ----
+
+
+class _Timed(torch.fx.Interpreter):
+    """Runs a graph node by node, and notes how long each takes."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.seconds: dict[Node, list[float]] = {}
+        self.views: set[Node] = set()  # what gives its argument's memory moves nothing
+
+    def run_node(self, node: Node):
+        start = time.perf_counter()
+        made = super().run_node(node)
+        self.seconds.setdefault(node, []).append(time.perf_counter() - start)
+        if isinstance(made, torch.Tensor) and node.op == "call_function":
+            read = [self.env[n] for n in node.all_input_nodes if n in self.env]
+            at = made.untyped_storage().data_ptr()
+            if any(isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() == at for t in read):
+                self.views.add(node)
+        return made
+
+
+_ROUNDS = 5
+
+
+def rows(model: FrozenModel, args: tuple, kwargs: dict[str, Any]) -> list[Row]:
+    """A row for each op of the graph that a call runs."""
+    from fastnn._explain import Row
+
+    gm, given = model.graph_of(*args, **kwargs)
+    timed = _Timed(gm)
+    with torch.no_grad(), _without_autocast():
+        for _ in range(_ROUNDS):
+            timed.run(*given)
+    calls = [
+        node
+        for node in gm.graph.nodes
+        if node.op == "call_function" and node.target is not operator.getitem and node not in timed.views
+    ]
+    seconds = {node: min(timed.seconds[node]) for node in calls}
+    total = sum(seconds.values())
+    found = []
+    for node in calls:
+        name, where, reason, algorithm = lower.told(node)
+        read = next((n for n in node.all_input_nodes if ir.shape_of(n) is not None), None)
+        shape = () if read is None else ir.shape_of(read)
+        dtype = "" if read is None else str(ir.dtype_of(read)).removeprefix("torch.")
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        layer = stack[-1][0] if stack else ""
+        found.append(Row(layer, name, shape, dtype, where, reason, algorithm, seconds[node] / total))
+    return found
