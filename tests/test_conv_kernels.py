@@ -383,6 +383,15 @@ FORCED = [
     (1, 40, 9, 6, 70, 1, 1, 1, 1, 0, 0, 1, 1, 1),
     (1, 300, 5, 6, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1),
     *WINOGRAD[:3],
+    # Depthwise: every kind of tile and edge, windows beyond the image, one channel more and less than vectors hold.
+    (2, 33, 9, 19, 33, 3, 3, 1, 1, 1, 1, 1, 1, 33),
+    (1, 16, 8, 23, 16, 3, 3, 2, 2, 1, 1, 1, 1, 16),
+    (1, 17, 6, 30, 17, 5, 5, 1, 1, 2, 2, 1, 1, 17),
+    (1, 31, 11, 21, 31, 5, 5, 2, 2, 2, 2, 1, 1, 31),
+    (2, 8, 10, 17, 8, 7, 7, 1, 1, 3, 3, 1, 1, 8),
+    (1, 9, 2, 3, 9, 3, 5, 1, 1, 4, 5, 1, 1, 9),
+    (1, 18, 12, 14, 18, 3, 2, 3, 2, 2, 1, 2, 3, 18),
+    (1, 2, 1, 40, 2, 1, 9, 1, 1, 0, 4, 1, 1, 2),
 ]
 
 
@@ -474,7 +483,7 @@ def test_every_algorithm_of_the_convolution(level, channels_last):
     made = set()
     for call in pairs(FORCED, level, channels_last):
         made |= by_every_algorithm(level, channels_last, *call)
-    layout = {"rows", "pixels", "linear"} if channels_last else {"transposed"}
+    layout = {"rows", "pixels", "linear", "depthwise"} if channels_last else {"transposed"}
     assert made == {"planes", "winograd", *layout}
 
 

@@ -1,6 +1,7 @@
 #include "cpu/conv.h"
 
 #include "cpu/conv_choice.h"
+#include "cpu/conv_depthwise.h"
 #include "cpu/conv_pixels.h"
 #include "cpu/conv_pool.h"
 #include "cpu/conv_product.h"
@@ -264,6 +265,8 @@ void forward(const ConvArgs& args, const Context& context) {
           context);
     case ConvAlgorithm::winograd:
       return winograd_forward(args, context);
+    case ConvAlgorithm::depthwise:
+      return depthwise_forward(args, context);
   }
 }
 

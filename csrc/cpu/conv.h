@@ -36,9 +36,10 @@ enum class ConvAlgorithm : int {
   transposed,  // NCHW images as NHWC, then `pixels`
   linear,      // 1 x 1 windows of NHWC images: one matrix product
   winograd,    // F(4 x 4, 3 x 3): a quarter of the products, less exactly
+  depthwise,   // direct: each channel of NHWC images by itself
 };
-constexpr const char* kConvAlgorithms[] = {"automatic",  "planes", "rows",    "pixels",
-                                           "transposed", "linear", "winograd"};
+constexpr const char* kConvAlgorithms[] = {"automatic",  "planes", "rows",     "pixels",
+                                           "transposed", "linear", "winograd", "depthwise"};
 
 struct ConvArgs {
   DType dtype;

@@ -128,6 +128,14 @@ static inline const char* uncovered(const ConvCall& call, ConvAlgorithm algorith
       return s.kh == 3 && s.kw == 3 && s.sh == 1 && s.sw == 1 && s.dh == 1 && s.dw == 1 && s.groups == 1
                  ? nullptr
                  : "it takes windows of 3 x 3 with strides, dilations and groups of 1";
+    case ConvAlgorithm::depthwise:
+      // Its sums are one chain each.
+      constexpr int64_t kMostTaps = 256;
+      if (!call.channels_last) return "it takes images in NHWC only";
+      if (call.pool != nullptr) return "it does not pool";
+      if (s.kh * s.kw > kMostTaps) return "it takes windows of up to 256 elements";
+      return s.groups > 1 && s.groups == s.c && s.k == s.c ? nullptr
+                                                           : "it takes one output for each channel only";
   }
   return "there is no such algorithm";
 }
@@ -148,6 +156,7 @@ static inline const char* uncovered_gradient(const ConvCall& call, ConvAlgorithm
       return uncovered_linear(call);
     case ConvAlgorithm::rows:
     case ConvAlgorithm::winograd:
+    case ConvAlgorithm::depthwise:
       return "it makes no gradients";
   }
   return "there is no such algorithm";

@@ -36,6 +36,7 @@ static inline ConvAlgorithm automatic(const ConvCall& call) {
   const ConvShape& s = call.shape;
   const auto covers = [&](ConvAlgorithm algorithm) { return uncovered(call, algorithm) == nullptr; };
   if (covers(ConvAlgorithm::linear)) return ConvAlgorithm::linear;
+  if (covers(ConvAlgorithm::depthwise)) return ConvAlgorithm::depthwise;
   if (covers(ConvAlgorithm::rows) && rows_pay(call)) return ConvAlgorithm::rows;
   const ConvAlgorithm product = call.channels_last ? ConvAlgorithm::pixels : ConvAlgorithm::transposed;
   if (many_channels(s) && (call.channels_last || by_tile_registers(call.dtype, call.level))) return product;
