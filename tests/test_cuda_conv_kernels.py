@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from kernel_module import DTYPES, bound, kernels
+from kernel_module import ACTIVATIONS, DTYPES, SLOPES, behind, bound, kernels
 from test_conv_kernels import back, conv, gradients, laid_out, max_pool, sizes_of, unpool
 
 SANITIZED = "sanitize" in os.environ.get("FASTNN_KERNELS", "")
@@ -136,7 +136,7 @@ def test_stem_of_nan():
     x64[0, 1, 5, 6] = np.nan
     y = np.empty_like(g)
     x = laid_out(x64, True).astype(np.float16)
-    kernels.cuda_conv_forward(shape, False, AUTOMATIC_TILE, x, weight, None, False, False, y, None)
+    kernels.cuda_conv_forward(shape, False, AUTOMATIC_TILE, x, weight, None, "none", None, False, y, None)
     assert np.array_equal(np.isnan(back(y, True)), np.isnan(conv(case, x64, w64)))
 
 
@@ -157,12 +157,12 @@ def check_conv(case, dtype, tf32, tile):
     shape, (x64, w64, b64, g64), (x, weight, bias, g) = arrays(case, dtype)
     depth = c // case[-1] * kh * kw
     y = np.full_like(g, np.nan)
-    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, True, False, y, None)
+    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, "relu", None, False, y, None)
     want = np.maximum(conv(case, x64, w64) + b64[:, None, None], 0)
     scale = conv(case, np.abs(x64), np.abs(w64)) + np.abs(b64)[:, None, None]
     assert np.all(np.abs(back(y, True) - want) <= allowed(dtype, tf32, depth, scale))
 
-    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, None, False, False, y, None)
+    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, None, "none", None, False, y, None)
     assert np.all(np.abs(back(y, True) - conv(case, x64, w64)) <= allowed(dtype, tf32, depth, scale))
 
     gx, gw = np.full_like(x, np.nan), np.full_like(weight, np.nan)
@@ -193,13 +193,13 @@ def test_conv_in_parts(case, dtype, tf32, tile):
     depth = case[1] // case[-1] * case[5] * case[6]
     exact, scale = conv(case, x64, w64), conv(case, np.abs(x64), np.abs(w64))
     y, again = np.full_like(g, np.nan), np.full_like(g, np.nan)
-    workspace = kernels.cuda_conv_forward(shape, tf32, tile, x, weight, None, False, False, y, None)
+    workspace = kernels.cuda_conv_forward(shape, tf32, tile, x, weight, None, "none", None, False, y, None)
     assert parts(workspace, y) > 1
     assert np.all(np.abs(back(y, True) - exact) <= allowed(dtype, tf32, depth, scale))
-    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, None, False, False, again, None)
+    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, None, "none", None, False, again, None)
     assert again.tobytes() == y.tobytes()
 
-    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, True, False, y, None)
+    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, "relu", None, False, y, None)
     want, scale = np.maximum(exact + b64[:, None, None], 0), scale + np.abs(b64)[:, None, None]
     assert np.all(np.abs(back(y, True) - want) <= allowed(dtype, tf32, depth, scale))
 
@@ -207,12 +207,14 @@ def test_conv_in_parts(case, dtype, tf32, tile):
     where[best == 0] = 255
     pooled = laid_out(best, True).astype(y.dtype)
     ours, places = np.full_like(pooled, np.nan), np.full(pooled.shape, 77, np.uint8)
-    workspace = kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, True, True, ours, places)
+    workspace = kernels.cuda_conv_forward(
+        shape, tf32, tile, x, weight, bias, "relu", None, True, ours, places
+    )
     assert parts(workspace, y[:, : y.shape[1] // 2 * 2, : y.shape[2] // 2 * 2]) > 1
     assert ours.tobytes() == pooled.tobytes()
     assert np.array_equal(back(places, True), where)
     ours.fill(np.nan)
-    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, True, True, ours, None)
+    kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, "relu", None, True, ours, None)
     assert ours.tobytes() == pooled.tobytes()
 
 
@@ -232,7 +234,7 @@ def test_only_deep_products_of_few_tiles_are_in_parts():
     for case in (CASES[1], (1, 88, 64, 92, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1)):
         shape, _, (x, weight, _, g) = arrays(case, "float32")
         how = (shape, False, AUTOMATIC_TILE)
-        assert kernels.cuda_conv_forward(*how, x, weight, None, False, False, g, None) == 0
+        assert kernels.cuda_conv_forward(*how, x, weight, None, "none", None, False, g, None) == 0
         assert kernels.cuda_conv_input_gradient(*how, g, weight, x) == 0
 
 
@@ -248,18 +250,122 @@ def test_only_deep_products_of_few_tiles_are_in_parts():
 def test_conv_relu_max_pool(case, tile, dtype):
     shape, _, (x, weight, bias, g) = arrays(case, dtype)
     y = np.full_like(g, np.nan)
-    kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, True, False, y, None)
+    kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, "relu", None, False, y, None)
     # The kernel pools what it would have stored.
     best, where = max_pool(back(y, True), (2, 2, 2, 2, 0, 0))
     where[best == 0] = 255
     pooled = laid_out(best, True).astype(y.dtype)
     ours, places = np.full_like(pooled, np.nan), np.full(pooled.shape, 77, np.uint8)
-    kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, True, True, ours, places)
+    kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, "relu", None, True, ours, places)
     assert ours.tobytes() == pooled.tobytes()
     assert np.array_equal(back(places, True), where)
     ours.fill(np.nan)
-    kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, True, True, ours, None)
+    kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, "relu", None, True, ours, None)
     assert ours.tobytes() == pooled.tobytes()
+
+
+# Every kernel with an epilogue: 16 bytes at a time and one by one, whole tiles and not, groups, parts, pixels side by side.
+EPILOGUES = [
+    *((case, SMALL_TILE) for case in (CASES[1], CASES[5], CASES[7], CASES[8])),
+    (CASES[3], LARGE_TILE),
+    *((case, WARPGROUPS) for case in (CASES[1], CASES[3])),
+    *((case, AUTOMATIC_TILE) for case in (STEMS[1], STEMS[2], DEEP[0], DEEP[4])),
+    *((DEPTHWISE[i], AUTOMATIC_TILE) for i in (0, 1, 2, 3, 8)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=["float32", "tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("case", "tile"), EPILOGUES, ids=str)
+def test_activations(case, tile, dtype, tf32):
+    shape, (x64, w64, b64, _), (x, weight, bias, g) = arrays(case, dtype, seed=5)
+    depth = case[1] // case[-1] * case[5] * case[6]
+    exact = conv(case, x64, w64) + b64[:, None, None]
+    scale = conv(case, np.abs(x64), np.abs(w64)) + np.abs(b64)[:, None, None]
+    # Accumulated in float, and stored once: what one more rounding of the sum would add is not allowed.
+    most = 2**-23 * (depth + 8) * scale + (2**-10 * scale if tf32 else 0)
+    rng = np.random.default_rng(7)
+    residual = (3 * rng.standard_normal(g.shape)).astype(g.dtype)
+    for activation in ACTIVATIONS:
+        for added in (None, residual):
+            y = np.full_like(g, np.nan)
+            kernels.cuda_conv_forward(shape, tf32, tile, x, weight, bias, activation, added, False, y, None)
+            beside = None if added is None else back(added, True)
+            want, allowed = behind(activation, exact, beside, dtype, most)
+            subnormal = 2**-24 if dtype == "float16" else 0
+            assert np.all(np.abs(back(y, True) - want) <= allowed + subnormal), activation
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation_of_every_value(activation, dtype):
+    """From 0 to infinity and NaN, relative to each: near 0 too."""
+    kind = DTYPES[dtype]
+    sizes = np.array(
+        [0, 1e-30, 1e-7, 1e-4, 0.6249, 0.6251, 2.999, 3.001, 5.39, 5.41, 6, 6.001, 87, 104, 3e4, np.inf]
+    )
+    sizes = np.concatenate([sizes, np.geomspace(1e-6, 12, 1007)])
+    x = np.concatenate([sizes, -sizes, [np.nan, 1]]).astype(kind).reshape(1, 1, 64, 32)
+    z = x.astype(np.float64)
+    y = np.empty_like(x)
+    kernels.cuda_bias_activation(x, None, activation, None, False, y, None)
+    y = y.astype(np.float64)
+    with np.errstate(all="ignore"):
+        want = ACTIVATIONS[activation](z).astype(kind).astype(np.float64)
+    # A GELU of -infinity is its limit, or NaN as torch's.
+    defined = z != -np.inf
+    assert np.array_equal(np.isnan(y)[defined], np.isnan(want)[defined])
+    finite = np.isfinite(want) & defined
+    assert np.array_equal(y[~finite & defined & ~np.isnan(want)], want[~finite & defined & ~np.isnan(want)])
+    size = np.abs(z if activation in ("gelu", "gelu_tanh") else want)[finite]
+    eps, least = np.finfo(np.float32).eps, np.finfo(np.float32).smallest_normal
+    eps = 2**-52 if dtype == "float64" else eps
+    rounding = {"bfloat16": 2**-7, "float16": 2**-10}.get(dtype, 0)
+    subnormal = 2**-24 if dtype == "float16" else 0
+    allowed = 8 * eps * np.minimum(size, 1e3 if dtype != "float64" else np.inf) + rounding * np.abs(
+        want[finite]
+    )
+    assert np.all(np.abs(y[finite] - want[finite]) <= allowed + 128 * least + subnormal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(2, 5, 7, 24), (1, 4, 4, 5), (1, 1, 1, 3)])
+def test_bias_residual_and_activation(sizes, dtype):
+    rng = np.random.default_rng(sum(sizes))
+    x, residual = (rng.standard_normal(sizes).astype(DTYPES[dtype]) for _ in range(2))
+    bias = rng.standard_normal(sizes[-1]).astype(DTYPES[dtype])
+    eps = 2**-52 if dtype == "float64" else 2**-23
+    for activation in ACTIVATIONS:
+        for added in (None, bias):
+            exact = x.astype(np.float64) + (0 if added is None else added.astype(np.float64))
+            y = np.full_like(x, np.nan)
+            kernels.cuda_bias_activation(x, added, activation, residual, False, y, None)
+            want, allowed = behind(activation, exact, residual.astype(np.float64), dtype, eps * np.abs(exact))
+            subnormal = 2**-24 if dtype == "float16" else 0
+            assert np.all(np.abs(y.astype(np.float64) - want) <= allowed + subnormal), activation
+            # In place of the input, as behind torch's convolution.
+            again = x.copy()
+            kernels.cuda_bias_activation(again, added, activation, residual, False, again, None)
+            assert again.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("case", "tile"),
+    [(CASES[1], SMALL_TILE), (CASES[1], WARPGROUPS)]
+    + [(case, AUTOMATIC_TILE) for case in (DEEP[0], DEPTHWISE[0], STEMS[1])],
+    ids=str,
+)
+def test_nan_behind_activations(case, tile, activation):
+    """It stays where it comes from the image or the residual, and is nowhere else."""
+    shape, (x64, w64, *_), (_, weight, bias, g) = arrays(case, "float16")
+    x64[0, 0, 2, 3] = np.nan
+    residual = np.zeros(conv(case, x64, w64).shape)
+    residual[0, -1, -1, -1] = np.nan
+    y = np.zeros_like(g)
+    x = laid_out(x64, True).astype(np.float16)
+    added = laid_out(residual, True).astype(np.float16)
+    kernels.cuda_conv_forward(shape, False, tile, x, weight, bias, activation, added, False, y, None)
+    assert np.array_equal(np.isnan(back(y, True)), np.isnan(conv(case, x64, w64) + residual))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -280,7 +386,7 @@ def test_bias_relu(sizes, dtype):
     want = exact.astype(kind)
     want = np.where(want <= 0, 0, want).astype(kind)
     y = np.empty_like(x)
-    kernels.cuda_bias_relu(x, bias, False, y, None)
+    kernels.cuda_bias_activation(x, bias, "relu", None, False, y, None)
     np.testing.assert_array_equal(y.astype(np.float64), want.astype(np.float64))
     if sizes[1] < 2:
         return
@@ -291,7 +397,7 @@ def test_bias_relu(sizes, dtype):
     best[0, 0, 0, 0] = np.nan
     pooled, places = laid_out(best, True).astype(kind), np.empty(best.shape, np.uint8)
     ours, places = np.empty_like(pooled), np.empty(pooled.shape, np.uint8)
-    kernels.cuda_bias_relu(x, bias, True, ours, places)
+    kernels.cuda_bias_activation(x, bias, "relu", None, True, ours, places)
     np.testing.assert_array_equal(ours.astype(np.float64), pooled.astype(np.float64))
     np.testing.assert_array_equal(back(places, True), where)
 
@@ -314,21 +420,54 @@ def test_mask_and_sum(sizes, dtype):
         return np.all(error <= bound(dtype, n * h * w, np.abs(exact).sum((0, 1, 2))))
 
     masked, grad_bias = np.empty_like(g), np.empty(k, kind)
-    kernels.cuda_mask_and_sum(sizes, g, y, None, masked, grad_bias)
+    kernels.cuda_mask_and_sum(sizes, g, y, "relu", None, masked, grad_bias)
     assert np.array_equal(masked.astype(np.float64), want)
     assert summed(grad_bias, want)
-    kernels.cuda_mask_and_sum(sizes, g, y, None, masked, None)
+    kernels.cuda_mask_and_sum(sizes, g, y, "relu", None, masked, None)
     assert np.array_equal(masked.astype(np.float64), want)
-    kernels.cuda_mask_and_sum(sizes, g, None, None, None, grad_bias)
+    kernels.cuda_mask_and_sum(sizes, g, None, "none", None, None, grad_bias)
     assert summed(grad_bias, g.astype(np.float64))
 
     pooled = g[:, : h // 2, : w // 2].copy()
     places = rng.choice([0, 1, 2, 3, 255], pooled.shape).astype(np.uint8)
     spread = unpool(back(pooled, True), back(places, True).astype(int), (2, 2, 2, 2, 0, 0), (n, k, h, w))
     masked.fill(np.nan)
-    kernels.cuda_mask_and_sum(sizes, pooled, None, places, masked, grad_bias)
+    kernels.cuda_mask_and_sum(sizes, pooled, None, "relu", places, masked, grad_bias)
     assert np.array_equal(back(masked, True), spread)
     assert summed(grad_bias, laid_out(spread, True))
+
+
+@pytest.mark.parametrize("activation", SLOPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(2, 5, 7, 24), (1, 4, 4, 5), (4, 90, 90, 8)])
+def test_gradient_through_an_activation(sizes, activation, dtype):
+    rng = np.random.default_rng(sum(sizes))
+    kind = DTYPES[dtype]
+    n, h, w, k = sizes
+    g = rng.standard_normal(sizes).astype(kind)
+    y = ACTIVATIONS[activation](4 * rng.standard_normal(sizes)).astype(kind)
+    y.flat[:3] = [np.nan, 0, 6]
+    y64, g64 = y.astype(np.float64), g.astype(np.float64)
+    slope = SLOPES[activation](y64)
+    if activation.startswith("relu"):
+        slope = np.where(np.isnan(y64), 1, slope)  # NaN lets it through
+    want = g64 * slope
+    masked, grad_bias = np.full_like(g, 17), np.empty(k, kind)
+    kernels.cuda_mask_and_sum(sizes, g, y, activation, None, masked, grad_bias)
+    # 1 - y y cancels: its factors are exact.
+    most = bound(dtype, 0, np.abs(want)) + 4 * (2**-52 if dtype == "float64" else 2**-23) * np.abs(g64)
+    assert np.array_equal(np.isnan(masked.astype(np.float64)), np.isnan(want))
+    there = ~np.isnan(want)
+    assert np.all(np.abs(masked.astype(np.float64) - want)[there] <= most[there])
+    # Summed before it is rounded.
+    columns = ~np.isnan(want).any((0, 1, 2))
+    error = np.abs(grad_bias.astype(np.float64) - want.sum((0, 1, 2)))
+    scale = np.abs(g64).sum((0, 1, 2))
+    assert np.all((error <= bound(dtype, n * h * w, scale))[columns])
+    assert np.array_equal(np.isnan(grad_bias.astype(np.float64)), ~columns)
+    alone = np.full_like(g, 17)
+    kernels.cuda_mask_and_sum(sizes, g, y, activation, None, alone, None)
+    assert alone.tobytes() == masked.tobytes()
 
 
 @pytest.mark.skipif(SANITIZED, reason="what they do is what sanitizers end a process for")

@@ -236,6 +236,66 @@ def test_conv_relu(dtype, pooled, native):
         assert_as_good(mine, theirs, exact)
 
 
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", activations.NAMES)
+@pytest.mark.parametrize(
+    ("image", "kernel", "options"),
+    [
+        ((8, 3, 64, 64), (32, 3, 7, 7), {"stride": 2, "padding": 3}),
+        ((2, 64, 29, 30), (136, 64, 3, 3), {"padding": 1}),
+        ((1, 512, 7, 7), (64, 512, 3, 3), {"padding": 1}),
+        ((4, 96, 15, 16), (96, 1, 3, 3), {"padding": 1, "groups": 96}),
+        ((3, 13, 17, 19), (67, 13, 3, 3), {"padding": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conv_activation(dtype, image, kernel, options, activation, with_residual, native):
+    generator, number = torch.Generator().manual_seed(0), activations.NUMBERS[activation]
+    depth = kernel[1] * kernel[2] * kernel[3]
+    x, w, b = (
+        torch.randn(s, generator=generator).mul(scale).to("cuda", dtype)
+        for s, scale in ((image, 1), (kernel, 2 * depth**-0.5), (kernel[:1], 1))
+    )
+    x = x.contiguous(memory_format=torch.channels_last)
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        plain, truth = (
+            TF.conv2d(*(t.to(kind) for t in (x, w, b)), **options) for kind in (dtype, torch.float64)
+        )
+        residual = torch.randn(plain.shape, generator=generator).to(plain) if with_residual else None
+        stock = activations.with_residual(plain, residual, number)
+        exact = activations.with_residual(truth, None if residual is None else residual.double(), number)
+        y = conv.conv2d_activation(x, w, b, **options, activation=activation, residual=residual)
+        assert y.stride() == stock.stride()
+        assert_as_good(y, stock, exact, roundings=2, depth=depth)
+        alone = {(False, "none"): "conv2d", (False, "relu"): "conv2d_relu"}
+        assert native == [(alone.get((with_residual, activation), "conv2d_activation"), None)]
+        stride, padding, groups = (
+            options.get(name, 1 if name != "padding" else 0) for name in ("stride", "padding", "groups")
+        )
+        flat = (stride, stride, padding, padding, 1, 1, groups)
+        args = (x, w, b, residual, *flat, number)
+        for name, candidate in OPS["conv2d_activation"].candidates.items():
+            if covers(OPS["conv2d_activation"], name, args):
+                assert_as_good(candidate(*args), stock, exact, roundings=2, depth=depth)
+        if number not in activations.BY_RESULT:
+            return
+        # From the same rounded result, which is what the derivative is told by.
+        backward = OPS["conv2d_activation_backward"]
+        g = torch.randn(y.shape, generator=generator).to(y)
+        args = (g, x, w, y, *flat, number, True, True, True, True)
+        theirs = backward.stock(*args)
+        exact = backward.stock(*(t.double() for t in args[:4]), *args[4:])
+        for name, candidate in backward.candidates.items():
+            if covers(backward, name, args):
+                for ours, b, c in zip(candidate(*args), theirs, exact, strict=True):
+                    assert_as_good(ours, b, c, roundings=8)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_with_dropout(dtype, native):
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from conftest import BUILD, OPS_ON_HOST, assert_as_good, missing
 from fastnn.ops.attention import ops as attention
 from fastnn.ops.conv import on_gpus as conv_on_gpus
 from fastnn.ops.conv import shapes as conv_shapes
-from fastnn.ops.core import gpu
+from fastnn.ops.core import activations, gpu
 from fastnn.ops.core.op import OPS
 from fastnn.ops.pool import maximum as pool_max
 
@@ -103,6 +103,73 @@ def test_conv(in_place_of_a_gpu, image, kernel, options, dtype, weight_layout, l
         assert torch.equal(some[1], ours[1])
 
 
+FORWARD, BACKWARD = (OPS[f"conv2d_activation{kind}"].candidates for kind in ("", "_backward"))
+ON_HOST = [name for name in FORWARD if name != gpu.WARPGROUPS]
+EACH_ACTIVATION = pytest.mark.parametrize("activation", activations.NAMES)
+
+
+@EACH_ACTIVATION
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("image", "kernel", "options"), CONVS, ids=str)
+def test_conv_with_activation(in_place_of_a_gpu, image, kernel, options, dtype, layout, activation):
+    number, depth = activations.NUMBERS[activation], kernel[1] * kernel[2] * kernel[3]
+    x, w, b = (
+        t.to(dtype)
+        for t in (
+            random(*image, seed=1, layout=FORMATS[layout]),
+            random(*kernel, seed=2) * depth**-0.5,
+            random(kernel[0], seed=3),
+        )
+    )
+    plain = conv_shapes.stock_conv2d(x, w, b, *options)
+    exact = conv_shapes.stock_conv2d(x.double(), w.double(), b.double(), *options)
+    # A residual in either layout, whichever the images have.
+    residuals = [None, *(random(*plain.shape, seed=4, layout=of).to(dtype) for of in FORMATS.values())]
+    for residual in residuals:
+        beside = None if residual is None else residual.double()
+        stock, truth = (
+            activations.with_residual(plain, residual, number),
+            activations.with_residual(exact, beside, number),
+        )
+        for name in ON_HOST:
+            y = FORWARD[name](x, w, b, residual, *options, number)
+            assert y.stride() == OPS["conv2d_activation"].fake(x, w, b, residual, *options, number).stride()
+            assert_as_good(y, stock, truth, roundings=2, depth=depth)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("image", "kernel", "options"), CONVS, ids=str)
+@pytest.mark.parametrize(
+    "activation", [name for name in activations.NAMES if activations.NUMBERS[name] in activations.BY_RESULT]
+)
+def test_gradients_behind_activation(in_place_of_a_gpu, activation, image, kernel, options, dtype, layout):
+    number = activations.NUMBERS[activation]
+    x, w = (t.to(dtype) for t in (random(*image, seed=1, layout=FORMATS[layout]), random(*kernel, seed=2)))
+    y = activations.activated(conv_shapes.stock_conv2d(x, w, None, *options), number)
+    g = random(*y.shape, seed=3).to(dtype)
+    op, wanted = OPS["conv2d_activation_backward"], (True, True, True)
+    args = (g, x, w, y, *options, number)
+    stock = op.stock(*args, True, *wanted)
+    exact = op.stock(*(t.double() for t in args[:4]), *args[4:], True, *wanted)
+    like = op.fake(*args, True, *wanted)
+    for name in BACKWARD:
+        if name == gpu.WARPGROUPS:
+            continue
+        ours = BACKWARD[name](*args, True, *wanted)
+        for a, b, c, f in zip(ours, stock, exact, like, strict=True):
+            assert a.stride() == f.stride()
+            assert_as_good(a, b, c, roundings=2, depth=y.numel() // y.shape[1])
+        without = BACKWARD[name](*args, False, True, False, True)
+        assert [t.numel() for t in without] == [x.numel(), 0, y.shape[1], 0]
+        assert torch.equal(without[0], ours[0])
+        assert torch.equal(without[2], ours[2])
+        alone = BACKWARD[name](*args, True, False, False, False)
+        assert [t.numel() for t in alone] == [0, 0, 0, y.numel()]
+        assert torch.equal(alone[3], ours[3])
+
+
 def test_reduced_precision(in_place_of_a_gpu):
     x, w = random(1, 16, 6, 6, seed=1).float(), random(8, 16, 3, 3, seed=2).float()
     exact = F.conv2d(x.double(), w.double())
@@ -153,10 +220,25 @@ def test_pass_behind_a_convolution(ops):
     assert torch.equal(pooled, F.max_pool2d(want, 2))
     assert pooled.is_contiguous(memory_format=torch.channels_last)
     assert locations.dtype is torch.uint8
-    ops._bias_relu_on_gpu_(y, bias)
+    for name, number in activations.NUMBERS.items():
+        for residual in (None, random(2, 24, 7, 6, seed=3).float()):
+            z = y.clone()
+            ops._bias_activation_on_gpu_(z, bias, residual, number)
+            exact = y.double() + bias.double()[:, None, None]
+            exact = activations.with_residual(exact, None if residual is None else residual.double(), number)
+            torch.testing.assert_close(z, exact.float(), msg=lambda text, name=name: f"{name}: {text}")
+    ops._bias_activation_on_gpu_(y, bias, None, activations.RELU)
     assert torch.equal(y, want)
     with pytest.raises(RuntimeError, match="channels_last"):
-        ops._bias_relu_on_gpu_(torch.zeros(2, 3, 4, 5), None)
+        ops._bias_activation_on_gpu_(torch.zeros(2, 3, 4, 5), None, None, 1)
+    for residual, number, message in (
+        (None, 9, "an activation from 0 to 8, got 9"),
+        (None, -1, "an activation from 0 to 8"),
+        (torch.zeros(2, 24, 7, 5), 1, "residual of the output's shape"),
+        (torch.zeros(2, 24, 7, 6, dtype=torch.float64), 1, "dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops._bias_activation_on_gpu_(y, bias, residual, number)
     with pytest.raises(RuntimeError, match="larger than the output"):
         ops._bias_relu_max_pool2d_on_gpu(torch.zeros(2, 1, 1, 5), None)
 
@@ -181,6 +263,9 @@ def test_storage_that_is_not_aligned(in_place_of_a_gpu, ops, groups, dtype):
         a, b, c = make(x, w, g)
         y, want = (conv_on_gpus.kernel(False)(*t, None, *options) for t in ((a, b), (a.clone(), b)))
         torch.testing.assert_close(y, want)
+        # A residual, and what is stored, one by one and 16 bytes at a time.
+        y, want = (FORWARD["kernel"](a, b, None, t, *options, 8) for t in (c, c.clone()))
+        torch.testing.assert_close(y, want)
         args = (None, None, options, (), (True, True, True))
         for ours, theirs in zip(
             backward(c, a, b, *args), backward(c.clone(), a.clone(), b, *args), strict=True
@@ -204,6 +289,8 @@ def test_conv_by_warpgroups(in_place_of_hopper, dtype, layout):
     kernels = [conv_on_gpus.kernel(True, tile=tile)(x, w, b, *options) for tile in ("warpgroups", "64 x 64")]
     torch.testing.assert_close(*kernels)
     assert kernels[0].stride() == kernels[1].stride()
+    behind = (upstream, *options, activations.NUMBERS["gelu"])
+    torch.testing.assert_close(*(FORWARD[tile](x, w, b, *behind) for tile in ("warpgroups", "64 x 64")))
     args = (upstream, x, w, None, None, options, (), (True, True, True))
     candidates = conv_on_gpus.backward_candidates(lambda *args: args)
     for ours, others in zip(candidates["warpgroups"](*args), candidates["64 x 64"](*args), strict=True):
@@ -326,6 +413,31 @@ def test_refused(in_place_of_a_gpu, ops):
             conv_on_gpus.kernel(False)(*args, *options)
     with pytest.raises(RuntimeError, match="gradient of the output's shape"):
         backward(torch.zeros(1, 8, 5, 5), x, w, None, None, options, (), (True, True, True))
+    y = torch.zeros(1, 8, 3, 3)
+    for residual, number, pooled, message in (
+        (None, 9, False, "an activation from 0 to 8, got 9"),
+        (None, 2**40, False, "an activation from 0 to 8"),
+        (y[:, :4], 1, False, "residual of the output's shape"),
+        (y[0], 1, False, "residual of the output's shape"),
+        (y.double(), 1, False, "dtype"),
+        (y, 1, True, "a pooling stands behind a ReLU, without a residual"),
+        (None, 4, True, "a pooling stands behind a ReLU, without a residual"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops._conv2d_on_gpu(x, w, None, residual, *options, number, pooled, False, 0)
+    places = torch.zeros(1, 8, 1, 1, dtype=torch.uint8)
+    for output, locations, number, residual_grad, message in (
+        (y, None, 4, True, "silu does not tell its derivative"),
+        (y, None, -1, True, "an activation from 0 to 8"),
+        (None, None, 1, True, "no gradient of a residual without an output"),
+        (y[:, :, :1, :1], places, 1, False, "not both"),
+        (y[:, :4], None, 1, False, "an output of the gradient's shape"),
+        (y.double(), None, 1, False, "dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops._conv2d_backward_on_gpu(
+                y, x, w, output, locations, *options, number, residual_grad, True, True, True, False, 0
+            )
 
 
 WINDOW = (3, 2, 2, 2, 1, 0, 1, 1, False)

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnn.ops import attention, conv, linear, pool
-from fastnn.ops.core import choices, gpu, on_gpus, watch
-from fastnn.ops.core.op import OPS
+from fastnn.ops.core import activations, choices, gpu, on_gpus, watch
+from fastnn.ops.core.op import OPS, ROUTES
 from fastnn.ops.linear import routes as linear_routes
 
 
@@ -215,6 +215,64 @@ def test_conv(fake_gpu, native):
         ("conv2d_relu_max_pool2d", None),
         ("conv2d", "too many elements for the CUDA kernel"),
     ]
+
+
+def test_conv_with_activation(fake_gpu, native):
+    x, w, residual = fake_gpu(2, 8, 6, 6), fake_gpu(4, 8, 3, 3), fake_gpu(2, 4, 4, 4)
+    assert conv.conv2d_activation(x, w, activation="gelu", residual=residual).shape == residual.shape
+    assert conv.conv2d_activation(x, w, activation="silu").shape == residual.shape
+    conv.conv2d_activation(*(t.double() for t in (x, w)), activation="silu")
+    conv.conv2d_activation(fake_gpu(1, 1, 1 << 15, 1 << 15), fake_gpu(1, 1, 1, 1), activation="tanh")
+    # One that broadcasts is torch's.
+    conv.conv2d_activation(x, w, activation="relu", residual=fake_gpu(1, 4, 4, 4))
+    assert native == [
+        ("conv2d_activation", None),
+        ("conv2d_activation", None),
+        ("conv2d_activation", "no CUDA kernel for torch.float64"),
+        ("conv2d_activation", "too many elements for the CUDA kernel"),
+        ("conv2d_activation", "a residual that is not of the output's shape"),
+    ]
+
+
+def test_gradients_of_a_conv_with_activation(fake_gpu, native):
+    x, w, y = fake_gpu(2, 8, 6, 6), fake_gpu(4, 8, 3, 3), fake_gpu(2, 4, 4, 4)
+    options = (1, 1, 0, 0, 1, 1, 1)
+    wanted = (True, True, True, True)
+    backward = ROUTES["conv2d_activation_backward"]
+    made = backward(y, x, w, y, *options, activations.NUMBERS["relu6"], *wanted)
+    assert [g.shape for g in made] == [t.shape for t in (x, w, fake_gpu(4), y)]
+    backward(*(t.double() for t in (y, x, w, y)), *options, activations.NUMBERS["tanh"], *wanted)
+    x, w, y = fake_gpu(1, 1, 1 << 15, 1 << 15), fake_gpu(1, 1, 1, 1), fake_gpu(1, 1, 1 << 15, 1 << 15)
+    backward(y, x, w, y, *options, activations.NUMBERS["sigmoid"], *wanted)
+    assert [reason for _, reason in native] == [
+        None,
+        "no CUDA kernel for torch.float64",
+        "too many elements for the CUDA kernel",
+    ]
+
+
+def test_chosen_kernels_of_a_conv_with_activation(fake_gpu, monkeypatch):
+    x, w, residual = fake_gpu(2, 8, 6, 6), fake_gpu(4, 8, 3, 3), fake_gpu(2, 4, 4, 4)
+    chosen = {"conv2d_activation": "torch, then one pass", "conv2d_activation_backward": "64 x 64"}
+    looked_up = look_ups(monkeypatch, chosen)
+    options = (1, 1, 0, 0, 1, 1, 1)
+    with InPlaceOfKernels() as kernels_run:
+        conv.conv2d_activation(x, w, activation="silu", residual=residual)
+        torch.ops.fastnn.conv2d_activation_backward(
+            residual, x, w, residual, *options, 8, True, True, True, True
+        )
+    assert kernels_run.ran == list(chosen.items())
+    assert looked_up == list(chosen)
+    # By warpgroups where they take the call: elements of 2 bytes, channels in eights, forward and back.
+    look_ups(monkeypatch, dict.fromkeys(chosen, "warpgroups"))
+    for t, covered in ((x, "kernel"), (x.half(), "warpgroups")):
+        args = (t, w.to(t), None, residual.to(t), *options, 4)
+        assert on_gpus.candidate_of(OPS["conv2d_activation"], args) == covered
+        args = (residual.to(t), t, w.to(t), residual.to(t), *options, 8, True, True, True, True)
+        assert on_gpus.candidate_of(OPS["conv2d_activation_backward"], args) == "kernel"
+        wide = torch.empty(8, 8, 3, 3, device="cuda").to(t)
+        args = (residual.to(t), t, wide, residual.to(t), *args[4:])
+        assert on_gpus.candidate_of(OPS["conv2d_activation_backward"], args) == covered
 
 
 def test_registered_where_there_are_kernels():

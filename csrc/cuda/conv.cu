@@ -18,13 +18,14 @@ enum class Pass { forward, input_gradient };
 
 struct Gather {
   Conv s;
-  bool wide;  // whether rows of the result may be written 16 bytes at a time
-  bool relu, pooled;
+  bool wide;  // whether rows of the result, and of the residual, may be moved 16 bytes at a time
+  Activation activation;
+  bool pooled;
   uint32_t rows, columns;
   Divisor by_columns, by_height,
       by_width;  // tiles of columns; the grid that the rows of the product go through
   Divisor by_phases, by_depth, by_kw, by_sh, by_sw;
-  const void *source, *weight, *bias;
+  const void *source, *weight, *bias, *residual;
   void* output;
   uint8_t* locations;
   float* workspace;  // [parts][groups and phases][rows][columns], null where there is one part
@@ -264,7 +265,14 @@ __global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) gather_product(Ga
     return;
   }
 
-  const Epilogue epilogue{p.wide, p.relu, kForward && p.pooled ? 4 : 1, p.bias, p.output, p.locations};
+  // A gradient has nothing behind it, and its kernels no code for it.
+  const Epilogue epilogue{p.wide,
+                          kForward ? p.activation : Activation::none,
+                          kForward && p.pooled ? 4 : 1,
+                          kForward ? p.bias : nullptr,
+                          kForward ? p.residual : nullptr,
+                          p.output,
+                          kForward ? p.locations : nullptr};
   write_tile<T, Tile::kRows, Tile::kColumns, kStagedPitch<Tile>, Tile::kWorkers>(
       epilogue, staged, worker, static_cast<int>(group) * width + first_column, width - first_column,
       [&](int row) { return rows[row].to; });
@@ -292,9 +300,14 @@ __global__ void __launch_bounds__(kThreads) finish_parts(Gather p, Divisor by_co
     for (int k = 0; k < parts; ++k) all += from[k * part + int64_t{e} * p.columns];
     return all;
   };
-  const Finished<T> finished = finish<T>(p.relu, together, bias, sum);
-  static_cast<T*>(p.output)[row + channel] = finished.value;
-  if (p.locations != nullptr) p.locations[row + channel] = finished.location;
+  const Largest found = largest<T>(together, bias, sum);
+  float value[] = {found.value};
+  if constexpr (kPass == Pass::forward) {
+    if (p.residual != nullptr) value[0] += widen(static_cast<const T*>(p.residual)[row + channel]);
+    activate<1>(p.activation, value);
+  }
+  static_cast<T*>(p.output)[row + channel] = narrow<T>(value[0]);
+  if (p.locations != nullptr) p.locations[row + channel] = found.location;
 }
 
 // What the shape, and whether elements can be fetched 16 bytes at a time, make of a product.
@@ -377,8 +390,9 @@ Plan plan_of(const ConvForwardArgs& a) {
   const int vector = 16 / size_of(a.dtype);
   const int height = a.pooled ? s.oh / 2 : s.oh, width = a.pooled ? s.ow / 2 : s.ow;
   const Gather p{s,
-                 s.group_k % vector == 0 && is_aligned(a.output, 16) && is_aligned(a.locations, vector),
-                 a.relu,
+                 s.group_k % vector == 0 && is_aligned(a.output, 16) && is_aligned(a.residual, 16) &&
+                     is_aligned(a.locations, vector),
+                 a.activation,
                  a.pooled,
                  static_cast<uint32_t>(int64_t{s.n} * height * width * (a.pooled ? 4 : 1)),
                  static_cast<uint32_t>(s.group_k),
@@ -393,6 +407,7 @@ Plan plan_of(const ConvForwardArgs& a) {
                  a.input,
                  a.weight,
                  a.bias,
+                 a.residual,
                  a.output,
                  a.locations,
                  nullptr};
@@ -409,7 +424,7 @@ Plan plan_of(const ConvInputGradientArgs& a) {
             width = flat ? s.w : static_cast<int>(ceil_div(s.w, s.sw));
   const Gather p{s,
                  s.group_c % vector == 0 && is_aligned(a.grad_input, 16),
-                 false,
+                 Activation::none,
                  false,
                  static_cast<uint32_t>(int64_t{s.n} * height * width),
                  static_cast<uint32_t>(s.group_c),
@@ -423,6 +438,7 @@ Plan plan_of(const ConvInputGradientArgs& a) {
                  Divisor(s.sw),
                  a.grad,
                  a.weight,
+                 nullptr,
                  nullptr,
                  a.grad_input,
                  nullptr,

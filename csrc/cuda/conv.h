@@ -28,11 +28,12 @@ struct ConvForwardArgs {
   const void* input;
   const void* weight;
   const void* bias;  // [k] or null
-  bool relu;
-  bool pooled;         // behind it a max-pooling of 2 x 2 windows side by side
-  void* output;        // [n, oh, ow, k], pooled [n, oh / 2, ow / 2, k]
-  uint8_t* locations;  // pooled: where in its window each maximum stood, kNoLocation where it is 0; or null
-  void* workspace;     // of forward_workspace's bytes
+  Activation activation;
+  const void* residual;  // like the output, added before the activation; or null
+  bool pooled;           // behind a ReLU, without a residual: a max-pooling of 2 x 2 windows side by side
+  void* output;          // [n, oh, ow, k], pooled [n, oh / 2, ow / 2, k]
+  uint8_t* locations;    // pooled: where in its window each maximum stood, kNoLocation where it is 0; or null
+  void* workspace;       // of forward_workspace's bytes
 };
 
 struct ConvInputGradientArgs {
@@ -68,26 +69,29 @@ const char* conv_input_gradient(const ConvInputGradientArgs& args, Stream stream
 const char* conv_weight_gradient(const ConvWeightGradientArgs& args, Stream stream);
 
 // One pass over the output of a convolution without a bias, [pixels of n images of h x w, k].
-struct BiasReluArgs {
+struct BiasActivationArgs {
   DType dtype;
   int64_t n, h, w, k;
   const void* input;
   const void* bias;  // or null
-  bool pooled;       // as ConvForwardArgs
-  void* output;      // may be the input if there is no pooling
+  Activation activation;
+  const void* residual;  // as ConvForwardArgs; may be the input
+  bool pooled;
+  void* output;  // may be the input if there is no pooling
   uint8_t* locations;
 };
-const char* bias_relu(const BiasReluArgs& args, Stream stream);
+const char* bias_activation(const BiasActivationArgs& args, Stream stream);
 
-// One pass over the gradient of the output: masked by the ReLU or spread back through the pooling, and added
-// up for the bias in two stages, in an order that the shape says.
+// One pass over the gradient of the output: taken through the activation or spread back through the pooling,
+// and added up for the bias in two stages, in an order that the shape says.
 struct MaskAndSumArgs {
   DType dtype;
   int64_t n, h, w, k;        // of the convolution's output
   const void* grad;          // like it, or like the pooling's output
-  const void* output;        // of the ReLU; no gradient passes where it is 0; or null
+  const void* output;        // of the activation, which tells its derivative; or null
+  Activation activation;     // where there is an output
   const uint8_t* locations;  // of the pooling of 2 x 2 windows, or null
-  void* masked;              // like the convolution's output; null if grad is as it should be
+  void* masked;              // like the convolution's output, and its residual's gradient; null if `grad` is
   void* grad_bias;           // or null
   void* workspace;           // of mask_and_sum_workspace's bytes if there is a grad_bias
 };

@@ -1,43 +1,43 @@
-// What stands behind the product of a convolution: bias, ReLU, and a max-pooling of 2 x 2 windows.
+// What stands behind the product of a convolution: bias, residual and activation; or bias, a max-pooling of
+// 2 x 2 windows and a ReLU.
 #pragma once
 
+#include "cuda/activation.h"
 #include "cuda/conv.h"
 #include "cuda/runtime.h"
 
 namespace fastnn::cuda {
 
-template <class T>
-__device__ float activate(float value, bool relu) {
-  // Rounded as it would be stored, since pooling compares what is stored. A NaN stays.
-  value = widen(narrow<T>(value));
-  return relu && value <= 0 ? 0.0f : value;
-}
-
-template <class T>
-struct Finished {
-  T value;
+struct Largest {
+  float value;
   uint8_t location;
 };
 
-// An element of the output from sum(0) of the product, or from those of `together` that are pooled.
+// sum(0) of the product with its bias; or the largest of those of `together` that are pooled, and where it
+// is.
 template <class T, class Sum>
-__device__ Finished<T> finish(bool relu, int together, float bias, const Sum& sum) {
-  float best = activate<T>(sum(0) + bias, relu);
+__device__ Largest largest(int together, float bias, const Sum& sum) {
+  float best = sum(0) + bias;
+  if (together == 1) return {best, 0};
+  // Rounded as they would be stored, since pooling compares what is stored.
+  best = widen(narrow<T>(best));
   int at = 0;
   for (int e = 1; e < together; ++e) {
-    const float value = activate<T>(sum(e) + bias, relu);
+    const float value = widen(narrow<T>(sum(e) + bias));
     // Of several largest the first counts, and of several NaN the last.
     if (value > best || value != value) best = value, at = e;
   }
-  return {narrow<T>(best), static_cast<uint8_t>(best <= 0 ? kNoLocation : at)};
+  // Behind it is a ReLU.
+  return {best, static_cast<uint8_t>(best <= 0 ? kNoLocation : at)};
 }
 
 // How an output is made of sums: `together` rows of them are pooled, else it is 1.
 struct Epilogue {
-  bool wide;  // whether rows of the output may be written 16 bytes at a time
-  bool relu;
+  bool wide;  // whether rows of the output, and of the residual, may be moved 16 bytes at a time
+  Activation activation;
   int together;
-  const void* bias;  // or null
+  const void* bias;      // or null
+  const void* residual;  // like the output, or null
   void* output;
   uint8_t* locations;  // or null
 };
@@ -48,7 +48,7 @@ struct Epilogue {
 template <class T, int kRows, int kColumns, int kPitch, int kWorkers, class To>
 __device__ void write_tile(const Epilogue& e, const float* staged, int worker, int first, int columns,
                            const To& to) {
-  constexpr int V = 16 / sizeof(T), kAcross = kColumns / V;
+  constexpr int V = 16 / sizeof(T), kAcross = kColumns / V, kAtOnce = 4;
   const int column = worker % kAcross * V, valid = columns - column;
   if (valid <= 0) return;
   const int channel = first + column;
@@ -63,15 +63,33 @@ __device__ void write_tile(const Epilogue& e, const float* staged, int worker, i
     const int64_t pixel = to(i);
     if (pixel < 0) continue;
     const float* from = staged + i * kPitch + column;
-    Vector<T, V> out;
+    float value[V];
     Vector<uint8_t, V> places;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const auto sum = [&](int row) { return from[row * kPitch + v]; };
-      const Finished<T> finished = finish<T>(e.relu, e.together, bias[v], sum);
-      out.element[v] = finished.value;
-      places.element[v] = finished.location;
+      const Largest found = largest<T>(e.together, bias[v], sum);
+      value[v] = found.value;
+      places.element[v] = found.location;
     }
+    if (e.residual != nullptr) {
+      const T* residual = static_cast<const T*>(e.residual) + pixel + channel;
+      Vector<T, V> added{};
+      if (e.wide) {
+        added = *reinterpret_cast<const Vector<T, V>*>(residual);
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          if (v < valid) added.element[v] = residual[v];
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) value[v] += widen(added.element[v]);
+    }
+    activate<kAtOnce>(e.activation, value);
+    Vector<T, V> out;
+#pragma unroll
+    for (int v = 0; v < V; ++v) out.element[v] = narrow<T>(value[v]);
     T* output = static_cast<T*>(e.output) + pixel + channel;
     uint8_t* locations = e.locations == nullptr ? nullptr : e.locations + pixel + channel;
     if (e.wide) {

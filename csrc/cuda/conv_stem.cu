@@ -233,8 +233,9 @@ const char* stem_forward(const ConvForwardArgs& a, Stream stream) {
                 tiles_y = ceil_div(height * pooled, kTileHeight);
   const Sizes z = sizes_of(a);
   const Stem p{s,
-               {s.k % vector == 0 && is_aligned(a.output, 16) && is_aligned(a.locations, vector), a.relu,
-                a.pooled ? 4 : 1, a.bias, a.output, a.locations},
+               {s.k % vector == 0 && is_aligned(a.output, 16) && is_aligned(a.residual, 16) &&
+                    is_aligned(a.locations, vector),
+                a.activation, a.pooled ? 4 : 1, a.bias, a.residual, a.output, a.locations},
                static_cast<int>(z.depth),
                static_cast<int>(z.weight_pitch),
                static_cast<int>(z.patch_height),

@@ -1,5 +1,6 @@
 #include "cuda/depthwise.h"
 
+#include "cuda/activation.h"
 #include "cuda/conv_tiles.h"
 #include "cuda/parts.h"
 
@@ -12,7 +13,8 @@ struct Depthwise {
   int channels, source_h, source_w, height,
       width;  // of the image that is read, and of the one that is written
   int kh, kw, sh, sw, ph, pw, dh, dw;
-  bool flipped, relu;
+  bool flipped;
+  Activation activation;
   int64_t count;  // threads that there is work for, of one vector of channels
   Divisor by_tiles, by_height;
   Lanes lanes;
@@ -39,22 +41,41 @@ __device__ inline void load_weights(const Depthwise& p, const T* weight, float* 
   __syncthreads();
 }
 
-template <class T, int V>
-__device__ inline void finish(const Depthwise& p, const float (&sum)[V], const T* bias, int channel, T* to) {
-  Vector<T, V> out;
+// The first `count` of N pixels side by side, the first of them at element `at` of the output.
+template <class T, int V, int N>
+__device__ inline void finish(const Depthwise& p, Activation activation, float (&sum)[N * V], const T* bias,
+                              int channel, const T* residual, T* output, int64_t at, int count) {
+  constexpr int kAtOnce = V > 1 ? 2 : 1;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    float value = sum[v] + (bias == nullptr ? 0.0f : widen(bias[channel + v]));
-    if (p.relu && value <= 0) value = 0.0f;
-    out.element[v] = narrow<T>(value);
+    const float added = bias == nullptr ? 0.0f : widen(bias[channel + v]);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[i * V + v] += added;
   }
-  *reinterpret_cast<Vector<T, V>*>(to) = out;
+  if (residual != nullptr) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i >= count) continue;
+      const auto added = *reinterpret_cast<const Vector<T, V>*>(residual + at + int64_t{i} * p.channels);
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum[i * V + v] += widen(added.element[v]);
+    }
+  }
+  activate<kAtOnce>(activation, sum);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i >= count) continue;
+    Vector<T, V> out;
+#pragma unroll
+    for (int v = 0; v < V; ++v) out.element[v] = narrow<T>(sum[i * V + v]);
+    *reinterpret_cast<Vector<T, V>*>(output + at + int64_t{i} * p.channels) = out;
+  }
 }
 
 // K: the kernel is K x K without dilation, at a stride of kStride along both axes; or 0, any.
 template <class T, int V, int K, int kStride, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, 2)
-    convolve(Depthwise p, const T* source, const T* weight, const T* bias, T* output) {
+    convolve(Depthwise p, const T* source, const T* weight, const T* bias, const T* residual, T* output) {
   float* weights = shared_memory<float>();
   load_weights<T, V>(p, weight, weights);
   const int block_channels = p.lanes.columns * V, column = p.lanes.column() * V,
@@ -64,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   uint32_t n = static_cast<uint32_t>(number);
   const int tile = static_cast<int>(p.by_tiles.split(n)), y = static_cast<int>(p.by_height.split(n));
   const T* image = source + int64_t{n} * p.source_h * p.source_w * p.channels + channel;
-  T* line = output + (int64_t{n} * p.height + y) * p.width * p.channels + channel;
+  const int64_t line = (int64_t{n} * p.height + y) * p.width * p.channels + channel;
   const auto read = [&](int row, int x) {
     Vector<T, V> value{};
     if (static_cast<unsigned>(x) < static_cast<unsigned>(p.source_w)) {
@@ -78,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     constexpr int kWindow = (kTile - 1) * kStride + K;
     [[maybe_unused]] constexpr int kRowsAtOnce = K == 3 ? 3 : 1;
     const int x0 = tile * kTile;
-    float sum[kTile][V] = {};
+    float sum[kTile * V] = {};
 #pragma unroll kRowsAtOnce
     for (int r = 0; r < K; ++r) {
       const int row = y * kStride - p.ph + r;
@@ -92,13 +113,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int t = 0; t < kTile; ++t)
 #pragma unroll
-          for (int v = 0; v < V; ++v) sum[t][v] += widen(x[t * kStride + q].element[v]) * w[v];
+          for (int v = 0; v < V; ++v) sum[t * V + v] += widen(x[t * kStride + q].element[v]) * w[v];
       }
     }
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) {
-      if (x0 + t < p.width) finish<T, V>(p, sum[t], bias, channel, line + int64_t{x0 + t} * p.channels);
-    }
+    finish<T, V, kTile>(p, p.activation, sum, bias, channel, residual, output,
+                        line + int64_t{x0} * p.channels, p.width - x0);
   } else {
     float sum[V] = {};
     for (int r = 0; r < p.kh; ++r) {
@@ -120,7 +139,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int v = 0; v < V; ++v) sum[v] += widen(x.element[v]) * w[v];
       }
     }
-    finish<T, V>(p, sum, bias, channel, line + int64_t{tile} * p.channels);
+    // The kernel of gradients alone has nothing behind it, and no code for it.
+    const Activation activation = kTransposed ? Activation::none : p.activation;
+    finish<T, V, 1>(p, activation, sum, bias, channel, kTransposed ? nullptr : residual, output,
+                    line + int64_t{tile} * p.channels, 1);
   }
 }
 
@@ -195,7 +217,7 @@ const char* with_elements(DType dtype, F&& f) {
 
 template <class T, int V, int K, int kStride, bool kTransposed>
 const char* start(Depthwise p, int64_t images, const void* source, const void* weight, const void* bias,
-                  void* output, Stream stream) {
+                  const void* residual, void* output, Stream stream) {
   const int64_t vectors = p.channels / V, bytes = sizeof(float) * V * p.kh * p.kw;
   const int tiles = K > 0 ? static_cast<int>(ceil_div(p.width, kTile)) : p.width;
   int most = kMostColumns;
@@ -209,16 +231,17 @@ const char* start(Depthwise p, int64_t images, const void* source, const void* w
                      static_cast<unsigned>(ceil_div(vectors, p.lanes.columns))),
                 dim3(kThreads), static_cast<size_t>(p.lanes.columns * bytes), stream, p,
                 static_cast<const T*>(source), static_cast<const T*>(weight), static_cast<const T*>(bias),
-                static_cast<T*>(output));
+                static_cast<const T*>(residual), static_cast<T*>(output));
 }
 
 template <class T, int V>
 const char* start(const Depthwise& p, bool transposed, int64_t images, const void* source, const void* weight,
-                  const void* bias, void* output, Stream stream) {
+                  const void* bias, const void* residual, void* output, Stream stream) {
   const auto run = [&]<int K, int kStride, bool kTransposed>() {
     // Eight channels of a large window's row do not fit into the registers.
     constexpr int kVector = K > 3 && V > 4 ? 4 : V;
-    return start<T, kVector, K, kStride, kTransposed>(p, images, source, weight, bias, output, stream);
+    return start<T, kVector, K, kStride, kTransposed>(p, images, source, weight, bias, residual, output,
+                                                      stream);
   };
   if (transposed) return run.template operator()<0, 0, true>();
   if (p.kh == p.kw && p.dh == 1 && p.dw == 1 && p.sh == p.sw && (p.sh == 1 || p.sh == 2)) {
@@ -234,12 +257,13 @@ const char* start(const Depthwise& p, bool transposed, int64_t images, const voi
 }
 
 const char* start(const Depthwise& p, DType dtype, bool transposed, int64_t images, const void* source,
-                  const void* weight, const void* bias, void* output, Stream stream) {
+                  const void* weight, const void* bias, const void* residual, void* output, Stream stream) {
   return with_elements(dtype, [&]<class T>() {
     constexpr int V = 16 / sizeof(T);
-    const bool wide = p.channels % V == 0 && is_aligned(source, 16) && is_aligned(output, 16);
-    return wide ? start<T, V>(p, transposed, images, source, weight, bias, output, stream)
-                : start<T, 1>(p, transposed, images, source, weight, bias, output, stream);
+    const bool wide =
+        p.channels % V == 0 && is_aligned(source, 16) && is_aligned(residual, 16) && is_aligned(output, 16);
+    return wide ? start<T, V>(p, transposed, images, source, weight, bias, residual, output, stream)
+                : start<T, 1>(p, transposed, images, source, weight, bias, residual, output, stream);
   });
 }
 
@@ -253,15 +277,17 @@ constexpr int64_t kMostParts = 256, kLeastSteps = 16;
 
 const char* depthwise_forward(const ConvForwardArgs& a, Stream stream) {
   const Conv s(a.shape);
-  const Depthwise p{s.c,  s.h,  s.w,  s.oh,  s.ow,   s.kh, s.kw,      s.sh,      s.sw,       s.ph,
-                    s.pw, s.dh, s.dw, false, a.relu, 0,    Divisor(), Divisor(), Lanes(1, 1)};
-  return start(p, a.dtype, false, s.n, a.input, a.weight, a.bias, a.output, stream);
+  const Depthwise p{s.c,  s.h,  s.w,  s.oh,  s.ow,         s.kh, s.kw,      s.sh,      s.sw,       s.ph,
+                    s.pw, s.dh, s.dw, false, a.activation, 0,    Divisor(), Divisor(), Lanes(1, 1)};
+  return start(p, a.dtype, false, s.n, a.input, a.weight, a.bias, a.residual, a.output, stream);
 }
 
 const char* depthwise_input_gradient(const ConvInputGradientArgs& a, Stream stream) {
   const Conv s(a.shape);
-  Depthwise p{s.c,  s.oh, s.ow, s.h,   s.w,   s.kh, s.kw,      s.sh,      s.sw,       s.ph,
-              s.pw, s.dh, s.dw, false, false, 0,    Divisor(), Divisor(), Lanes(1, 1)};
+  Depthwise p{s.c,  s.oh,      s.ow,      s.h,        s.w,
+              s.kh, s.kw,      s.sh,      s.sw,       s.ph,
+              s.pw, s.dh,      s.dw,      false,      Activation::none,
+              0,    Divisor(), Divisor(), Lanes(1, 1)};
   const bool strided = s.sh > 1 || s.sw > 1;
   if (!strided) {
     // The same convolution, from the other end.
@@ -269,7 +295,7 @@ const char* depthwise_input_gradient(const ConvInputGradientArgs& a, Stream stre
     p.ph = s.dh * (s.kh - 1) - s.ph;
     p.pw = s.dw * (s.kw - 1) - s.pw;
   }
-  return start(p, a.dtype, strided, s.n, a.grad, a.weight, nullptr, a.grad_input, stream);
+  return start(p, a.dtype, strided, s.n, a.grad, a.weight, nullptr, nullptr, a.grad_input, stream);
 }
 
 size_t depthwise_workspace(const ConvShape& s) { return sizeof(float) * kMostParts * s.k * s.kh * s.kw; }

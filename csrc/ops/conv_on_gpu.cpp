@@ -1,4 +1,4 @@
-// Convolutions on a GPU: what the ops' implementations for GPUs (fastnn/ops/_conv_on_gpus.py) choose among.
+// Convolutions on a GPU: what the ops' implementations for GPUs (fastnn/ops/conv/on_gpus.py) choose among.
 #ifdef FASTNN_CUDA
 
 #include "cuda/depthwise.h"
@@ -64,9 +64,10 @@ void check_bias(const Tensor& input, const std::optional<Tensor>& bias) {
                "expected a bias of shape [", input.size(1), "]");
 }
 
-std::optional<Tensor> dense_or_none(const std::optional<Tensor>& t) {
+std::optional<Tensor> dense_or_none(const std::optional<Tensor>& t,
+                                    MemoryFormat format = MemoryFormat::Contiguous) {
   if (!t.has_value()) return std::nullopt;
-  return dense(*t);
+  return dense(*t, format);
 }
 
 std::tuple<Tensor, Tensor> _bias_relu_max_pool2d_on_gpu(Tensor input, std::optional<Tensor> bias) {
@@ -75,43 +76,39 @@ std::tuple<Tensor, Tensor> _bias_relu_max_pool2d_on_gpu(Tensor input, std::optio
   const std::optional<Tensor> b = dense_or_none(bias);
   Pooled out = empty_pooled(input, input.size(0), input.size(1), input.size(2), input.size(3),
                             suggested_format(input));
-  const cuda::BiasReluArgs args{dtype_of(input, "input"),
-                                input.size(0),
-                                input.size(2),
-                                input.size(3),
-                                input.size(1),
-                                input.const_data_ptr(),
-                                data_or_null(b),
-                                true,
-                                out.values.mutable_data_ptr(),
-                                byte_data(out.locations)};
-  run_on_gpu(cuda::bias_relu, input, args);
+  const cuda::BiasActivationArgs args{
+      dtype_of(input, "input"),      input.size(0),           input.size(2),    input.size(3), input.size(1),
+      input.const_data_ptr(),        data_or_null(b),         Activation::relu, nullptr,       true,
+      out.values.mutable_data_ptr(), byte_data(out.locations)};
+  run_on_gpu(cuda::bias_activation, input, args);
   return {out.values, out.locations};
 }
 
-void _bias_relu_on_gpu_(Tensor input, std::optional<Tensor> bias) {
+void _bias_activation_on_gpu_(Tensor input, std::optional<Tensor> bias, std::optional<Tensor> residual,
+                              int64_t activation) {
+  const Activation behind = activation_of(activation);
   check_channels_last(input, "input");
   check_bias(input, bias);
-  const std::optional<Tensor> b = dense_or_none(bias);
-  const cuda::BiasReluArgs args{dtype_of(input, "input"),
-                                input.size(0),
-                                input.size(2),
-                                input.size(3),
-                                input.size(1),
-                                input.const_data_ptr(),
-                                data_or_null(b),
-                                false,
-                                input.mutable_data_ptr(),
-                                nullptr};
-  run_on_gpu(cuda::bias_relu, input, args);
+  check_residual(input, residual, sizes_of(input));
+  const std::optional<Tensor> b = dense_or_none(bias), r = dense_or_none(residual, kLast);
+  const cuda::BiasActivationArgs args{
+      dtype_of(input, "input"), input.size(0),   input.size(2), input.size(3),   input.size(1),
+      input.const_data_ptr(),   data_or_null(b), behind,        data_or_null(r), false,
+      input.mutable_data_ptr(), nullptr};
+  run_on_gpu(cuda::bias_activation, input, args);
 }
 
 std::tuple<Tensor, Tensor> _conv2d_on_gpu(Tensor input, Tensor weight, std::optional<Tensor> bias,
-                                          FASTNN_CONV_ARGS, bool relu, bool pooled, bool tf32, int64_t tile) {
+                                          std::optional<Tensor> residual, FASTNN_CONV_ARGS,
+                                          int64_t activation, bool pooled, bool tf32, int64_t tile) {
   const ConvShape s = check_on_gpu(input, weight, bias, FASTNN_CONV_OPTIONS);
+  const Activation behind = activation_of(activation);
+  check_residual(input, residual, {s.n, s.k, s.oh, s.ow});
+  FASTNN_CHECK(!pooled || (behind == Activation::relu && !residual.has_value()),
+               "a pooling stands behind a ReLU, without a residual");
   const MemoryFormat format = conv_format(input, weight);
   const Tensor x = dense(input, kLast), w = dense(weight, kLast);
-  const std::optional<Tensor> b = dense_or_none(bias);
+  const std::optional<Tensor> b = dense_or_none(bias), r = dense_or_none(residual, kLast);
   const bool depthwise = cuda::is_depthwise(s), fused = pooled && !depthwise;
   Pooled out = fused ? empty_pooled(input, s.n, s.k, s.oh, s.ow, format)
                      : Pooled{empty_channels_last(input, input.scalar_type(), {s.n, s.k, s.oh, s.ow}, format),
@@ -123,7 +120,8 @@ std::tuple<Tensor, Tensor> _conv2d_on_gpu(Tensor input, Tensor weight, std::opti
                              x.const_data_ptr(),
                              w.const_data_ptr(),
                              data_or_null(b),
-                             relu,
+                             behind,
+                             data_or_null(r),
                              fused,
                              out.values.mutable_data_ptr(),
                              fused ? byte_data(out.locations) : nullptr,
@@ -137,14 +135,18 @@ std::tuple<Tensor, Tensor> _conv2d_on_gpu(Tensor input, Tensor weight, std::opti
   return {dense(out.values, format), pooled ? dense(out.locations, format) : out.locations};
 }
 
-// Gradients that are not asked for come back as empty tensors. `output` is that of the ReLU, `locations`
-// those of the pooling behind it.
-std::tuple<Tensor, Tensor, Tensor> _conv2d_backward_on_gpu(Tensor grad, Tensor input, Tensor weight,
-                                                           std::optional<Tensor> output,
-                                                           std::optional<Tensor> locations, FASTNN_CONV_ARGS,
-                                                           bool input_grad, bool weight_grad, bool bias_grad,
-                                                           bool tf32, int64_t tile) {
+// Gradients that are not asked for come back as empty tensors, the residual's behind the others. `output` is
+// that of the activation, `locations` those of the pooling behind a ReLU: at most one of them.
+std::tuple<Tensor, Tensor, Tensor, Tensor> _conv2d_backward_on_gpu(
+    Tensor grad, Tensor input, Tensor weight, std::optional<Tensor> output, std::optional<Tensor> locations,
+    FASTNN_CONV_ARGS, int64_t activation, bool residual_grad, bool input_grad, bool weight_grad,
+    bool bias_grad, bool tf32, int64_t tile) {
   const ConvShape s = check_on_gpu(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
+  const Activation behind = differentiable(activation);
+  FASTNN_CHECK(!output.has_value() || !locations.has_value(),
+               "conv2d's backward takes an activation's output or a pooling's locations, not both");
+  FASTNN_CHECK(output.has_value() || !residual_grad,
+               "conv2d's backward has no gradient of a residual without an output");
   check_like(input, grad, "grad");
   check_like(input, output, "output");
   const Sizes sizes =
@@ -152,7 +154,8 @@ std::tuple<Tensor, Tensor, Tensor> _conv2d_backward_on_gpu(Tensor grad, Tensor i
   FASTNN_CHECK(sizes_of(grad) == sizes, "conv2d's backward expects a gradient of the output's shape, got ",
                shape(grad), " for an input of ", shape(input), " and a weight of ", shape(weight));
   FASTNN_CHECK(!output.has_value() || sizes_of(*output) == sizes,
-               "conv2d_relu's backward expects an output of the gradient's shape ", shape(grad));
+               "conv2d's backward expects an output of the gradient's shape ", shape(grad), ", got ",
+               output.has_value() ? shape(*output) : std::string("none"));
   FASTNN_CHECK(!locations.has_value() || (locations->scalar_type() == ScalarType::Byte &&
                                           same_device(*locations, input) && sizes_of(*locations) == sizes),
                "conv2d_relu_max_pool2d's backward expects uint8 locations of the gradient's shape ",
@@ -165,12 +168,18 @@ std::tuple<Tensor, Tensor, Tensor> _conv2d_backward_on_gpu(Tensor grad, Tensor i
                   : empty_like(like, Sizes{0});
   };
   Tensor grad_bias = empty_like(weight, bias_grad ? Sizes{s.k} : Sizes{0});
+  Tensor grad_residual = made(residual_grad, grad, images);
   if (output.has_value() || locations.has_value() || bias_grad) {
     std::optional<Tensor> y, l;
     if (output.has_value()) y = dense(*output, kLast);
     if (locations.has_value()) l = dense(*locations, kLast);
     const bool masks = y.has_value() || l.has_value();
-    Tensor masked = masks ? empty_like(grad, {s.n, s.k, s.oh, s.ow}, kLast) : dy;
+    Tensor masked = dy;
+    if (residual_grad) {
+      masked = grad_residual;
+    } else if (masks) {
+      masked = empty_like(grad, {s.n, s.k, s.oh, s.ow}, kLast);
+    }
     cuda::MaskAndSumArgs args{dtype,
                               s.n,
                               s.oh,
@@ -178,6 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> _conv2d_backward_on_gpu(Tensor grad, Tensor i
                               s.k,
                               dy.const_data_ptr(),
                               data_or_null(y),
+                              behind,
                               static_cast<const uint8_t*>(data_or_null(l)),
                               masks ? masked.mutable_data_ptr() : nullptr,
                               bias_grad ? grad_bias.mutable_data_ptr() : nullptr,
@@ -220,22 +230,23 @@ std::tuple<Tensor, Tensor, Tensor> _conv2d_backward_on_gpu(Tensor grad, Tensor i
     run_on_gpu(depthwise ? cuda::depthwise_weight_gradient : cuda::conv_weight_gradient, input, args);
     grad_weight = dense(grad_weight, weights);
   }
-  return {grad_input, grad_weight, grad_bias};
+  return {grad_input, grad_weight, grad_bias, residual_grad ? dense(grad_residual, images) : grad_residual};
 }
 
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {
-  m.def("_conv2d_on_gpu(Tensor input, Tensor weight, Tensor? bias, " FASTNN_CONV
-        ", bool relu, bool pooled, bool tf32, int tile) -> (Tensor, Tensor)");
+  m.def("_conv2d_on_gpu(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, " FASTNN_CONV
+        ", int activation, bool pooled, bool tf32, int tile) -> (Tensor, Tensor)");
   m.def(
       "_conv2d_backward_on_gpu(Tensor grad, Tensor input, Tensor weight, Tensor? output, Tensor? "
-      "locations, " FASTNN_CONV ", " FASTNN_WANTED ", bool tf32, int tile) -> (Tensor, Tensor, Tensor)");
-  m.def("_bias_relu_on_gpu_(Tensor(a!) input, Tensor? bias) -> ()");
+      "locations, " FASTNN_CONV ", int activation, bool residual_grad, " FASTNN_WANTED
+      ", bool tf32, int tile) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("_bias_activation_on_gpu_(Tensor(a!) input, Tensor? bias, Tensor? residual, int activation) -> ()");
   m.def("_bias_relu_max_pool2d_on_gpu(Tensor input, Tensor? bias) -> (Tensor, Tensor)");
 }
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, FASTNN_GPU_KEY, m) {
   m.impl("_conv2d_on_gpu", TORCH_BOX(&_conv2d_on_gpu));
   m.impl("_conv2d_backward_on_gpu", TORCH_BOX(&_conv2d_backward_on_gpu));
-  m.impl("_bias_relu_on_gpu_", TORCH_BOX(&_bias_relu_on_gpu_));
+  m.impl("_bias_activation_on_gpu_", TORCH_BOX(&_bias_activation_on_gpu_));
   m.impl("_bias_relu_max_pool2d_on_gpu", TORCH_BOX(&_bias_relu_max_pool2d_on_gpu));
 }
 

@@ -31,7 +31,8 @@ struct Workspace {
 
 // Forward and the input gradient tell how many bytes of workspace they had.
 size_t forward(const Ints& shape, bool tf32, int tile, const py::array& x, const py::array& w,
-               const py::object& bias, bool relu, bool pooled, py::array y, const py::object& locations) {
+               const py::object& bias, const std::string& activation, const py::object& residual, bool pooled,
+               py::array y, const py::object& locations) {
   const ConvShape s = shape_of(shape);
   cuda::ConvForwardArgs args{dtype_of(x),
                              s,
@@ -40,7 +41,8 @@ size_t forward(const Ints& shape, bool tf32, int tile, const py::array& x, const
                              x.data(),
                              w.data(),
                              in(bias),
-                             relu,
+                             activation_named(activation),
+                             in(residual),
                              pooled,
                              y.mutable_data(),
                              static_cast<uint8_t*>(out(locations)),
@@ -83,19 +85,29 @@ void weight_gradient(const Ints& shape, bool tf32, int tile, const py::array& gr
 }
 
 // Arrays of [n, h, w, k].
-void bias_relu(const py::array& x, const py::object& bias, bool pooled, py::array y,
-               const py::object& locations) {
-  succeed(cuda::bias_relu({dtype_of(x), x.shape(0), x.shape(1), x.shape(2), x.shape(3), x.data(), in(bias),
-                           pooled, y.mutable_data(), static_cast<uint8_t*>(out(locations))},
-                          nullptr));
+void bias_activation(const py::array& x, const py::object& bias, const std::string& activation,
+                     const py::object& residual, bool pooled, py::array y, const py::object& locations) {
+  succeed(cuda::bias_activation({dtype_of(x), x.shape(0), x.shape(1), x.shape(2), x.shape(3), x.data(),
+                                 in(bias), activation_named(activation), in(residual), pooled,
+                                 y.mutable_data(), static_cast<uint8_t*>(out(locations))},
+                                nullptr));
 }
 
 void mask_and_sum(const Ints& sizes, const py::array& grad, const py::object& output,
-                  const py::object& locations, const py::object& masked, const py::object& grad_bias) {
-  cuda::MaskAndSumArgs args{
-      dtype_of(grad), sizes[0],       sizes[1],   sizes[2],
-      sizes[3],       grad.data(),    in(output), static_cast<const uint8_t*>(in(locations)),
-      out(masked),    out(grad_bias), nullptr};
+                  const std::string& activation, const py::object& locations, const py::object& masked,
+                  const py::object& grad_bias) {
+  cuda::MaskAndSumArgs args{dtype_of(grad),
+                            sizes[0],
+                            sizes[1],
+                            sizes[2],
+                            sizes[3],
+                            grad.data(),
+                            in(output),
+                            activation_named(activation),
+                            static_cast<const uint8_t*>(in(locations)),
+                            out(masked),
+                            out(grad_bias),
+                            nullptr};
   const Workspace workspace(cuda::mask_and_sum_workspace(args));
   args.workspace = workspace.memory;
   succeed(cuda::mask_and_sum(args, nullptr));
@@ -141,8 +153,8 @@ void run_wrong(const std::string& which, py::array_t<float> memory) {
 
 bool is_stem(const Ints& shape, const py::array& x, bool tf32) {
   const ConvShape s = shape_of(shape);
-  return cuda::is_stem({dtype_of(x), s, tf32, cuda::TileSize::automatic, nullptr, nullptr, nullptr, false,
-                        false, nullptr, nullptr, nullptr});
+  return cuda::is_stem({dtype_of(x), s, tf32, cuda::TileSize::automatic, nullptr, nullptr, nullptr,
+                        Activation::none, nullptr, false, nullptr, nullptr, nullptr});
 }
 
 }  // namespace
@@ -152,7 +164,7 @@ void bind_cuda_conv(py::module_& m) {
   m.def("cuda_conv_input_gradient", &input_gradient);
   m.def("cuda_conv_weight_gradient", &weight_gradient);
   m.def("cuda_conv_is_stem", &is_stem);
-  m.def("cuda_bias_relu", &bias_relu);
+  m.def("cuda_bias_activation", &bias_activation);
   m.def("cuda_mask_and_sum", &mask_and_sum);
   m.def("cuda_run_wrong", &run_wrong);
   m.def("copies_arrive_at_once", [](bool at_once) { cuda::host::copies_arrive_at_once = at_once; });

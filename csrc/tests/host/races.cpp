@@ -30,24 +30,21 @@ struct Memory {
 const char* run(DType dtype, bool tf32, cuda::TileSize tile, const ConvShape& s) {
   Memory x, w, y, locations, workspace;
   const bool depthwise = cuda::is_depthwise(s);
-  const cuda::ConvForwardArgs forward{dtype,
-                                      s,
-                                      tf32,
-                                      tile,
-                                      x.data(),
-                                      w.data(),
-                                      nullptr,
-                                      true,
-                                      !depthwise,
-                                      y.data(),
-                                      static_cast<uint8_t*>(locations.data()),
-                                      workspace.data()};
+  const cuda::ConvForwardArgs forward{
+      dtype,           s,          tf32,     tile,
+      x.data(),        w.data(),   nullptr,  Activation::relu,
+      nullptr,         !depthwise, y.data(), static_cast<uint8_t*>(locations.data()),
+      workspace.data()};
   const cuda::ConvInputGradientArgs input{dtype,    s,        tf32,     tile,
                                           y.data(), w.data(), x.data(), workspace.data()};
   const cuda::ConvWeightGradientArgs weight{dtype,    s,        tf32,     tile,
                                             y.data(), x.data(), w.data(), workspace.data()};
-  const cuda::MaskAndSumArgs mask{
-      dtype, s.n, s.oh, s.ow, s.k, y.data(), x.data(), nullptr, locations.data(), w.data(), workspace.data()};
+  const cuda::MaskAndSumArgs mask{dtype,    s.n,
+                                  s.oh,     s.ow,
+                                  s.k,      y.data(),
+                                  x.data(), Activation::relu,
+                                  nullptr,  locations.data(),
+                                  w.data(), workspace.data()};
   if (const char* wrong = (depthwise ? cuda::depthwise_forward : cuda::conv_forward)(forward, nullptr))
     return wrong;
   if (const char* wrong =

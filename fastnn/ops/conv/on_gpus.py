@@ -6,6 +6,7 @@ import torch
 
 from fastnn.ops.conv.shapes import NO_LOCATION, memory_format_of, output_shape, relu_format, stock_conv2d
 from fastnn.ops.core import gpu
+from fastnn.ops.core.activations import NONE, RELU
 
 _ops = torch.ops.fastnn
 
@@ -16,6 +17,7 @@ WINDOW = (2, 2, 2, 2, 0, 0)
 
 
 def why_not(input, weight, bias, *rest):
+    """Why the kernels for GPUs do not take a call that the op does, or None; behind the seven options may come more."""
     if input.dtype is torch.float64:
         return "no CUDA kernel for torch.float64"
     n, c, h, w = input.shape
@@ -44,6 +46,8 @@ def allows_tf32():
 
 # The tiles of the products, in elements; "kernel" has them chosen by the shape.
 TILES = {"kernel": 0, "64 x 64": 1, "128 x 128": 2, gpu.WARPGROUPS: 3}
+#: The candidate that is torch's convolution with what stands behind it in one pass.
+BEHIND_TORCH = "torch, then one pass"
 
 
 def _covers_warpgroups(input, weight, bias, *rest):
@@ -53,6 +57,15 @@ def _covers_warpgroups(input, weight, bias, *rest):
 
 #: By forward candidate; and by backward candidate, where the output's channels count as well.
 COVERS = {gpu.WARPGROUPS: _covers_warpgroups}
+
+
+def _without_residual(function):
+    return lambda input, weight, bias, residual, *rest: function(input, weight, bias, *rest)
+
+
+#: The same of a convolution with an activation and perhaps a residual behind it.
+why_not_activation = _without_residual(why_not)
+ACTIVATION_COVERS = {name: _without_residual(covers) for name, covers in COVERS.items()}
 
 
 def backward_covers(split):
@@ -66,11 +79,24 @@ def backward_covers(split):
 def kernel(relu, pooled=False, tile="kernel"):
     def forward(input, weight, bias, *rest):
         fused = pooled and rest[7:] == WINDOW
-        options = (*rest[:7], relu, fused, allows_tf32(), TILES[tile])
-        made = _ops._conv2d_on_gpu(input, weight, bias, *options)
+        options = (*rest[:7], RELU if relu else NONE, fused, allows_tf32(), TILES[tile])
+        made = _ops._conv2d_on_gpu(input, weight, bias, None, *options)
         if fused:
             return made
         return pooled_apart(made[0], rest[7:]) if pooled else made[0]
+
+    return forward
+
+
+def kernel_with_activation(tile="kernel"):
+    """The kernel with a residual, or None, and an activation in its epilogue."""
+
+    def forward(input, weight, bias, residual, *rest):
+        *options, activation = rest
+        made = _ops._conv2d_on_gpu(
+            input, weight, bias, residual, *options, activation, False, allows_tf32(), TILES[tile]
+        )
+        return made[0]
 
     return forward
 
@@ -90,11 +116,20 @@ def pass_behind_torch(pooled):
         if pooled and rest[7:] == WINDOW:
             made = _ops._bias_relu_max_pool2d_on_gpu(y, bias)
             return tuple(t.contiguous(memory_format=layout) for t in made)
-        _ops._bias_relu_on_gpu_(y, bias)
+        _ops._bias_activation_on_gpu_(y, bias, None, RELU)
         y = y.contiguous(memory_format=layout)
         return pooled_apart(y, rest[7:]) if pooled else y
 
     return forward
+
+
+def activation_behind_torch(input, weight, bias, residual, *rest):
+    """torch's convolution, then bias, residual and activation in one pass."""
+    *options, activation = rest
+    layout = memory_format_of(input, weight)
+    y = stock_conv2d(input, weight, None, *options).contiguous(memory_format=torch.channels_last)
+    _ops._bias_activation_on_gpu_(y, bias, residual, activation)
+    return y.contiguous(memory_format=layout)
 
 
 def _laid_out_by_relu(forward):
@@ -112,17 +147,53 @@ def _laid_out_by_relu(forward):
     return laid_out
 
 
+def _laid_out_by_activation(forward):
+    """The same where the activation and the residual say whether anything stands behind the convolution."""
+
+    def laid_out(input, weight, bias, residual, *rest):
+        y = forward(input, weight, bias, residual, *rest)
+        if residual is None and rest[7] == NONE:
+            return y
+        if relu_format(input, weight, *rest[:7]) is memory_format_of(input, weight):
+            return y
+        return y.contiguous().view(-1).view(y.shape)
+
+    return laid_out
+
+
 def candidates(relu, pooled=False):
     made = {name: kernel(relu, pooled, name) for name in TILES}
     if not relu:
         return made
-    made["torch, then one pass"] = pass_behind_torch(pooled)
+    made[BEHIND_TORCH] = pass_behind_torch(pooled)
     return {name: _laid_out_by_relu(forward) for name, forward in made.items()}
 
 
+def activation_candidates():
+    made = {name: kernel_with_activation(name) for name in TILES}
+    made[BEHIND_TORCH] = activation_behind_torch
+    return {name: _laid_out_by_activation(forward) for name, forward in made.items()}
+
+
+def _backward(grad, input, weight, output, locations, options, activation, residual_grad, wanted, tile):
+    return _ops._conv2d_backward_on_gpu(
+        grad,
+        input,
+        weight,
+        output,
+        locations,
+        *options,
+        activation,
+        residual_grad,
+        *wanted,
+        allows_tf32(),
+        TILES[tile],
+    )
+
+
 def backward_candidates(split):
-    """`split` takes the arguments apart: three tensors, output, locations, the options of the convolution and of the pooling, and
-    which gradients are wanted."""
+    """`split` takes the arguments apart: three tensors, the ReLU's output, locations, the options of the convolution and of the
+    pooling, and which gradients are wanted."""
 
     def with_tile(tile):
         def backward(*args):
@@ -131,8 +202,21 @@ def backward_candidates(split):
                 size = output_shape(input, weight, *options)[2:]
                 grad = _ops.max_pool2d_backward(grad, locations, *size, *window, 1, 1, False)
                 locations = None
-            return _ops._conv2d_backward_on_gpu(
-                grad, input, weight, output, locations, *options, *wanted, allows_tf32(), TILES[tile]
+            activation = NONE if output is None else RELU
+            made = _backward(grad, input, weight, output, locations, options, activation, False, wanted, tile)
+            return made[:3]
+
+        return backward
+
+    return {name: with_tile(name) for name in TILES}
+
+
+def activation_backward_candidates():
+    def with_tile(tile):
+        def backward(grad, input, weight, output, *rest):
+            options, (activation, residual_grad), wanted = rest[:7], rest[7:9], rest[9:]
+            return _backward(
+                grad, input, weight, output, None, options, activation, residual_grad, wanted, tile
             )
 
         return backward

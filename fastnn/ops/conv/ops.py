@@ -251,6 +251,12 @@ conv2d_activation_backward = declare(
     keep=_keep_activation_backward,
     backward=_second_derivative_activation,
     algorithms=algorithms.of_gradients(_split_activation),
+    on_gpus="cuda",
+    unsupported_on_gpus=lambda grad, input, weight, output, *rest: on_gpus.why_not(
+        input, weight, None, *rest[:7]
+    ),
+    candidates=on_gpus.activation_backward_candidates(),
+    covers=on_gpus.backward_covers(_split_activation),
 )
 
 # ---- the forward ops ----
@@ -373,6 +379,10 @@ conv2d_activation = declare(
     "conv2d_activation",
     stock=shapes.stock_activation,
     unsupported=shapes.unsupported_activation,
+    unsupported_on_gpus=on_gpus.why_not_activation,
+    on_gpus="cuda",
+    candidates=on_gpus.activation_candidates(),
+    covers=on_gpus.ACTIVATION_COVERS,
     slower=routes.slower_activation,
     by_layout=True,
     algorithms=algorithms.ACTIVATION,

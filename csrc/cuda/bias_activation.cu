@@ -1,16 +1,10 @@
 // One pass behind a convolution, and one before its gradients.
+#include "cuda/activation.h"
 #include "cuda/conv.h"
 #include "cuda/parts.h"
 
 namespace fastnn::cuda {
 namespace {
-
-template <class T>
-__device__ acc_t<T> activate(acc_t<T> value) {
-  // Rounded as it would be stored, since pooling compares what is stored. A NaN stays.
-  value = widen(narrow<T>(value));
-  return value <= 0 ? acc_t<T>{0} : value;
-}
 
 // A row is a pixel, or a window of the pooling.
 struct Pass {
@@ -23,8 +17,10 @@ struct Pass {
 };
 
 template <class T, int V, bool kPooled>
-__global__ void activate_rows(Pass p, const T* input, const T* bias, T* output, uint8_t* locations) {
+__global__ void activate_rows(Pass p, Activation activation, const T* input, const T* bias, const T* residual,
+                              T* output, uint8_t* locations) {
   using A = acc_t<T>;
+  constexpr int kAtOnce = V < 4 ? V : 4;
   const int column = (static_cast<int>(blockIdx.y) * p.lanes.columns + p.lanes.column()) * V;
   int64_t row = int64_t{blockIdx.x} * p.lanes.rows + p.lanes.row();
   if (column >= p.k || row >= p.rows) return;
@@ -48,11 +44,19 @@ __global__ void activate_rows(Pass p, const T* input, const T* bias, T* output, 
     const auto x = *reinterpret_cast<const Vector<T, V>*>(input + from);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const A value = activate<T>(widen(x.element[v]) + added[v]);
+      A value = widen(x.element[v]) + added[v];
+      // Rounded as it would be stored, since pooling compares what is stored.
+      if constexpr (kPooled) value = widen(narrow<T>(value));
       // Of several largest the first counts, and of several NaN the last.
       if (e == 0 || value > best[v] || value != value) best[v] = value, at[v] = e;
     }
   }
+  if (residual != nullptr) {
+    const auto x = *reinterpret_cast<const Vector<T, V>*>(residual + to);
+#pragma unroll
+    for (int v = 0; v < V; ++v) best[v] += widen(x.element[v]);
+  }
+  activate<kAtOnce>(activation, best);
   Vector<T, V> out;
 #pragma unroll
   for (int v = 0; v < V; ++v) out.element[v] = narrow<T>(best[v]);
@@ -73,8 +77,8 @@ enum class From { grad, output, locations };  // what says where the gradient pa
 constexpr int64_t kMostParts = 256, kLeastSteps = 8;
 
 template <class T, int V, From kFrom>
-__global__ void mask_rows(Pass p, int h, const T* grad, const T* output, const uint8_t* locations, T* masked,
-                          acc_t<T>* parts) {
+__global__ void mask_rows(Pass p, int h, Activation activation, const T* grad, const T* output,
+                          const uint8_t* locations, T* masked, acc_t<T>* parts) {
   using A = acc_t<T>;
   const int column = (static_cast<int>(blockIdx.y) * p.lanes.columns + p.lanes.column()) * V;
   const int64_t first = int64_t{blockIdx.x} * p.lanes.rows * p.steps + p.lanes.row();
@@ -113,17 +117,22 @@ __global__ void mask_rows(Pass p, int h, const T* grad, const T* output, const u
       }
     } else {
       const int64_t at = row * p.k + column;
-      auto g = *reinterpret_cast<const Vector<T, V>*>(grad + at);
+      const auto g = *reinterpret_cast<const Vector<T, V>*>(grad + at);
+      A before[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) before[v] = widen(g.element[v]);
       if constexpr (kFrom == From::output) {
         const auto y = *reinterpret_cast<const Vector<T, V>*>(output + at);
+        Vector<T, V> out;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          if (widen(y.element[v]) <= 0) g.element[v] = narrow<T>(A{0});
+          before[v] = through(activation, before[v], widen(y.element[v]));
+          out.element[v] = narrow<T>(before[v]);
         }
-        *reinterpret_cast<Vector<T, V>*>(masked + at) = g;
+        *reinterpret_cast<Vector<T, V>*>(masked + at) = out;
       }
 #pragma unroll
-      for (int v = 0; v < V; ++v) sum[v] += widen(g.element[v]);
+      for (int v = 0; v < V; ++v) sum[v] += before[v];
     }
   }
   if (parts == nullptr) return;
@@ -151,7 +160,7 @@ int64_t mask_windows(const MaskAndSumArgs& a) {
 
 }  // namespace
 
-const char* bias_relu(const BiasReluArgs& a, Stream stream) {
+const char* bias_activation(const BiasActivationArgs& a, Stream stream) {
   const auto start = [&]<class T, int V>() {
     const int64_t vectors = a.k / V, rows = a.pooled ? a.n * (a.h / 2) * (a.w / 2) : a.n * a.h * a.w;
     const Lanes lanes(vectors, kThreads);
@@ -166,10 +175,12 @@ const char* bias_relu(const BiasReluArgs& a, Stream stream) {
     return launch(kernel,
                   dim3(static_cast<unsigned>(ceil_div(rows, lanes.rows)),
                        static_cast<unsigned>(ceil_div(vectors, lanes.columns))),
-                  dim3(kThreads), 0, stream, p, static_cast<const T*>(a.input), static_cast<const T*>(a.bias),
-                  static_cast<T*>(a.output), a.locations);
+                  dim3(kThreads), 0, stream, p, a.activation, static_cast<const T*>(a.input),
+                  static_cast<const T*>(a.bias), static_cast<const T*>(a.residual), static_cast<T*>(a.output),
+                  a.locations);
   };
-  return vectorized(a.dtype, a.k, a.locations, start, a.input, static_cast<const void*>(a.output));
+  return vectorized(a.dtype, a.k, a.locations, start, a.input, a.residual,
+                    static_cast<const void*>(a.output));
 }
 
 size_t mask_and_sum_workspace(const MaskAndSumArgs& a) {
@@ -199,7 +210,7 @@ const char* mask_and_sum(const MaskAndSumArgs& a, Stream stream) {
     A* parts = a.grad_bias == nullptr ? nullptr : static_cast<A*>(a.workspace);
     const char* wrong = launch(
         kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(vectors, lanes.columns))),
-        dim3(kThreads), sizeof(A) * V * kThreads, stream, p, static_cast<int>(a.h),
+        dim3(kThreads), sizeof(A) * V * kThreads, stream, p, static_cast<int>(a.h), a.activation,
         static_cast<const T*>(a.grad), static_cast<const T*>(a.output), a.locations,
         static_cast<T*>(a.masked), parts);
     if (wrong != nullptr || parts == nullptr) return wrong;
