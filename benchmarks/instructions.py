@@ -52,7 +52,7 @@ def run_kernels(module) -> None:
     shape = [2, 16, 28, 28, 32, 3, 3, *[1] * 6, 1, 28, 28]
     x, w, b = data(2, 16, 28, 28), data(32, 16, 3, 3), data(32)
     y = np.empty((2, 32, 28, 28), np.float32)
-    module.conv_forward(LEVEL, 1, shape, False, False, x, w, b, True, y, [], None)
+    module.conv_forward(LEVEL, 1, shape, False, False, x, w, b, "relu", y, [], None)
     gradients = np.empty_like(x), np.empty_like(w), np.empty_like(b)
     module.conv_backward(LEVEL, 1, shape, False, False, data(*y.shape), y, [], None, x, w, *gradients)
     axis = [56, 28, 2, 2, 0, 1]

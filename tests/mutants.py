@@ -160,10 +160,35 @@ MUTANTS = (
         "tests/test_convert.py -k 'pool or ceil'",
     ),
     Mutant(
-        "fastnn/nn/linear.py",
-        'lambda gelu: gelu.approximate == "none"',
-        "lambda gelu: True",
-        "tests/test_convert.py",
+        "fastnn/nn/_layer.py",
+        'lambda layer: layer.approximate == "none"',
+        "lambda layer: True",
+        "tests/test_activations.py -k sequentials",
+    ),
+    # Whole models.
+    Mutant(
+        "fastnn/graph/fuse.py",
+        "if not alike or other is node or is_constant(other):",
+        "if other is node or is_constant(other):",
+        "tests/test_graph.py -k several_places",
+    ),
+    Mutant(
+        "fastnn/graph/fuse.py",
+        "shift = -m * scale if bias is None else",
+        "shift = -m if bias is None else",
+        "tests/test_graph.py -k 'ResNet or each_pass'",
+    ),
+    Mutant(
+        "fastnn/graph/ir.py",
+        "return next(iter(node.users)) if len(node.users) == 1 else None",
+        "return next(iter(node.users), None)",
+        "tests/test_graph.py -k several_places",
+    ),
+    Mutant(
+        "fastnn/graph/layout.py",
+        "elif is_call(node, aten.view.default):",
+        "elif False:",
+        "tests/test_graph.py -k 'layouts or small'",
     ),
     Mutant(
         "fastnn/nn/_layer.py",
@@ -222,9 +247,21 @@ MUTANTS = (
     ),
     Mutant(
         "csrc/cpu/mask_and_sum.h",
-        "              const V y = load(output + at, count);",
-        "              const V y = load(output + at, count) + splat(A(1));",
+        "through<kActivation>(x, load(output + at, count));",
+        "through<kActivation>(x, load(output + at, count) + splat(A(1)));",
         "tests/test_linear.py",
+    ),
+    Mutant(
+        "csrc/cpu/gemm.h",
+        "if (g.residual != nullptr) part.residual += i * g.c_m;",
+        "",
+        "tests/test_activations.py -k linear",
+    ),
+    Mutant(
+        "csrc/cpu/conv_depthwise.cpp",
+        "  return {first, max_of(first, last)};\n}\nInside outputs_inside",
+        "  return {0, max_of(first, last)};\n}\nInside outputs_inside",
+        "tests/test_activations.py -k conv2d",
     ),
     Mutant(
         "csrc/cpu/attention_block.h",

@@ -255,6 +255,8 @@ def test_what_is_told_agrees_with_what_is_refused(level):
             groups, options, window = 1, [(1, 1), (0, 0), (1, 1)], (rng.choice((1, 3)),) * 2
         else:
             window = (rng.choice((1, 3)), rng.choice((1, 3)))
+        if rng.random() < 0.2:
+            groups = outputs = channels
         x = torch.randn(rng.randint(1, 2), channels, 7, rng.choice((7, 12))).to(rng.choice(DTYPES))
         x = x.contiguous(memory_format=rng.choice(LAYOUTS))
         w = torch.randn(outputs, channels // groups, *window).to(x.dtype)

@@ -102,7 +102,11 @@ def test_rules_in_one_another_end():
 
 @pytest.mark.parametrize(
     "name",
-    [n for n in CONV.algorithms.names if n not in ("automatic", "rows", "pixels", "linear", "winograd")],
+    [
+        n
+        for n in CONV.algorithms.names
+        if n not in ("automatic", "rows", "pixels", "linear", "winograd", "depthwise")
+    ],
 )
 def test_calls_go_by_the_file(folder, name):
     folder("amd-26-2", {"conv2d": {KIND: name}})

@@ -298,9 +298,11 @@ def test_launch_of_linear(sizes, launches):
     linear.linear_backward(y, x, w, y, True, True, True, design="plain")
     expected = ["product"] * 3
     if rows == 256:
-        options = {"mask": y.t(), "sums": w.new_empty(outputs)}
-        linear._multiply_persistent(x, w.t(), y, 132, bias=w.new_empty(outputs), activation="relu")
-        linear._multiply_persistent(y.t(), x, torch.empty_like(w), 132, **options)
+        nothing = {"output": None, "behind_a": "none", "bias": None, "residual": None, "sums": None}
+        options = {"bias": w.new_empty(outputs), "activation": "relu"}
+        linear._multiply_persistent(x, w.t(), y, 132, **nothing | options)
+        options = {"output": y.t(), "behind_a": "relu", "sums": w.new_empty(outputs), "activation": "none"}
+        linear._multiply_persistent(y.t(), x, torch.empty_like(w), 132, **nothing | options)
         expected += ["persistent_product"] * 2
     assert [name for name, _ in launches] == expected
     assert max(shared for _, shared in launches) <= 227 * 1024

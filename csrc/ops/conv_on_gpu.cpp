@@ -142,7 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> _conv2d_backward_on_gpu(
     FASTNN_CONV_ARGS, int64_t activation, bool residual_grad, bool input_grad, bool weight_grad,
     bool bias_grad, bool tf32, int64_t tile) {
   const ConvShape s = check_on_gpu(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
-  const Activation behind = differentiable(activation);
+  const Activation behind = activation_of(activation);
+  if (behind != Activation::none) differentiable(activation);
   FASTNN_CHECK(!output.has_value() || !locations.has_value(),
                "conv2d's backward takes an activation's output or a pooling's locations, not both");
   FASTNN_CHECK(output.has_value() || !residual_grad,
