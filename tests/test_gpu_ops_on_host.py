@@ -427,7 +427,7 @@ def test_refused(in_place_of_a_gpu, ops):
             ops._conv2d_on_gpu(x, w, None, residual, *options, number, pooled, False, 0)
     places = torch.zeros(1, 8, 1, 1, dtype=torch.uint8)
     for output, locations, number, residual_grad, message in (
-        (y, None, 4, True, "silu does not tell its derivative"),
+        (y, None, 4, True, "whose result tells its derivative, got silu"),
         (y, None, -1, True, "an activation from 0 to 8"),
         (None, None, 1, True, "no gradient of a residual without an output"),
         (y[:, :, :1, :1], places, 1, False, "not both"),
