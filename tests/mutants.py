@@ -182,7 +182,7 @@ MUTANTS = (
         "fastnn/graph/ir.py",
         "return next(iter(node.users)) if len(node.users) == 1 else None",
         "return next(iter(node.users), None)",
-        "tests/test_graph.py -k several_places",
+        "tests/test_graph.py -k done_once",
     ),
     Mutant(
         "fastnn/graph/layout.py",

@@ -327,6 +327,19 @@ def test_what_is_fused():
     assert [n.args[1] for n in gm.graph.nodes if n.target is ir.activation] == ["silu", "relu6", "relu"]
 
 
+def test_a_product_that_two_read_is_done_once():
+    conv = prepared(torch.nn.Conv2d(4, 4, 3, padding=1))
+    for function in (
+        lambda m, x: torch.relu(y := m.a(x)) + y,
+        lambda m, x: (s := m.a(x) + x, torch.relu(s)),
+        lambda m, x: m.a(x) * torch.sigmoid(m.a(x)),
+    ):
+        gm = passes(Of(function, a=conv).eval(), randn(2, 4, 7, 7))
+        with torch.no_grad():
+            products = calls(capture(in_evaluation(Of(function, a=conv)), (randn(2, 4, 7, 7),), {}).module)
+        assert calls(gm).count(ir.conv2d) == products.count(aten.conv2d.default)
+
+
 def test_each_pass_keeps_the_numbers():
     """Graphs run at every stage, by torch's ops."""
     for make, inputs in MODELS.values():
