@@ -15,7 +15,7 @@ import torch.nn.utils.prune as prune
 from conftest import assert_as_good
 
 import fastnn
-from fastnn import nn
+from fastnn import _settings, nn
 from fastnn.freeze import freeze_layers
 from fastnn.graph import fuse, ir, layout, normalise
 from fastnn.graph.capture import CannotCapture, capture, in_evaluation
@@ -563,6 +563,17 @@ def test_converted_models_and_layers_of_ours():
     with torch.no_grad():
         torch.testing.assert_close(fastnn.freeze(own, x)(x), own(x), rtol=1e-4, atol=1e-5)
     assert type(own[0]) is nn.ConvReLUMaxPool2d
+
+
+def test_disabled(monkeypatch):
+    """FASTNN_DISABLE holds for whole models too."""
+    monkeypatch.setattr(_settings, "disabled", True)
+    model, x = prepared(small_cnn()), randn(2, 3, 32, 32)
+    frozen = fastnn.freeze(model, x)
+    gm, _ = frozen.graph_of(x)
+    assert not any("fastnn::" in str(getattr(target, "name", str)()) for target in calls(gm))
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x))
 
 
 def test_threads_share_a_frozen_model():

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 import fastnn.nn.functional as F
-from fastnn import _library
+from fastnn import _library, _settings
 from fastnn.graph import ir
 from fastnn.graph.ir import aten, constant, is_call, is_constant, new_constant, replace
 from fastnn.ops.core import activations
@@ -115,7 +115,7 @@ class _Lowering:
         rest = (*options, activations.NUMBERS[node.args[5 if convolution else 4]])
         real = tuple(None if n is None else values[n] for n in tensors)
         x = real[0]
-        if not x.is_cpu or x.dtype not in FLOATS or x.numel() == 0:
+        if _settings.disabled or not x.is_cpu or x.dtype not in FLOATS or x.numel() == 0:
             return _by_function(self.gm, node)
         if pool is not None and not (is_constant(weight) and options[6] == 1):
             return _by_function(self.gm, node)
