@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from fastnn import _library
-from fastnn.convert import revert
+from fastnn.convert import convert
 from fastnn.graph import fuse, ir, layout, lower, normalise
 from fastnn.graph.capture import Captured, capture, in_evaluation
 
@@ -88,7 +88,7 @@ class FrozenModel(Module):
         super().__init__()
         self.training = False
         state = self.__dict__
-        state["_source"] = revert(in_evaluation(model))
+        state["_source"] = convert(in_evaluation(model))
         state["_kinds"], state["_lock"] = OrderedDict(), threading.RLock()
         self._of(args, kwargs)
         _alive.add(self)

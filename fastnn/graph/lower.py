@@ -105,6 +105,13 @@ class _Lowering:
             return replace(gm, node, F.adaptive_avg_pool2d, node.args)
         if is_call(node, aten.max_pool2d.default) and not node.kwargs:
             return replace(gm, node, F.max_pool2d, node.args)
+        if (
+            isinstance(node.target, torch._ops.OpOverload)
+            and node.target.namespace == "fastnn"
+            and not node.kwargs
+        ):
+            # The kernel alone, without autograd's help.
+            return replace(gm, node, getattr(_ops, node.target._opname).raw, node.args)
         return node
 
     def product(self, node: Node, values: dict[Node, Any]) -> Node:

@@ -20,6 +20,7 @@ from fastnn.graph.ir import (
     replace,
     shape_of,
 )
+from fastnn.ops.core import activations
 from fastnn.ops.core.numbers import pair
 from fastnn.ops.core.op import FLOATS
 
@@ -125,6 +126,8 @@ def _one(gm: GraphModule, node: Node) -> None:
             replace(gm, node, ir.linear, (x, _transposed(gm, node, weight), None, None, "none"))
     elif is_call(node, aten.conv2d.default, aten.conv2d.padding):
         _convolution(gm, node)
+    elif node.target in _OURS:
+        _of_ours(gm, node)
     elif is_call(node, aten.scaled_dot_product_attention.default):
         query, key, value, mask, dropout, causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])[:6]
         if dropout == 0.0:
@@ -144,6 +147,46 @@ def _with_leading_dimensions(gm: GraphModule, node: Node) -> None:
     sizes, made = shape_of(x), shape_of(user)
     if sizes[-1] == shape_of(flat)[-1] and made[:-1] == sizes[:-1] and made[-1] == shape_of(node)[-1]:
         replace(gm, user, ir.linear, (x, *node.args[1:]))
+        gm.graph.erase_node(node)
+
+
+def _linear_of_ours(name):
+    return lambda x, weight, bias: (ir.linear, (x, weight, bias, None, name))
+
+
+def _conv2d_of_ours(name):
+    return lambda x, weight, bias, *rest: (
+        ir.conv2d,
+        (x, weight, bias, None, rest[:7], name, rest[7:] or None),
+    )
+
+
+_fast = torch.ops.fastnn
+# fastnn's own ops, as layers and functions of fastnn call them, by what they are: the first of several results.
+_OURS = {
+    _fast.linear.default: _linear_of_ours("none"),
+    _fast.linear_relu.default: _linear_of_ours("relu"),
+    _fast.linear_activation.default: lambda *args: (ir.linear, (*args[:4], activations.NAMES[args[4]])),
+    _fast.conv2d.default: _conv2d_of_ours("none"),
+    _fast.conv2d_relu.default: _conv2d_of_ours("relu"),
+    _fast.conv2d_relu_max_pool2d.default: _conv2d_of_ours("relu"),
+    _fast.conv2d_activation.default: lambda *args: (
+        ir.conv2d,
+        (*args[:4], args[4:11], activations.NAMES[args[11]], None),
+    ),
+    _fast.attention.default: lambda *args: (ir.attention, (*args, False)),
+}
+
+
+def _of_ours(gm: GraphModule, node: Node) -> None:
+    target, args = _OURS[node.target](*node.args)
+    if not isinstance(node.meta.get("val"), (tuple, list)):
+        replace(gm, node, target, args)
+        return
+    result = first_of(node)
+    if result is not None:
+        made = replace(gm, result, target, args)
+        made.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
         gm.graph.erase_node(node)
 
 
