@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +30,10 @@ __all__ = ["FrozenModel", "optimise"]
 _MOST_KINDS = 8
 
 
+# Seconds of a call up to which both layouts of images are tried: of larger ones channels_last was always ahead.
+_TRY_BOTH = 0.02
+
+
 def optimise(captured: Captured, args: tuple) -> GraphModule:
     """All passes over a captured graph; `args` are what it is called with."""
     gm = captured.module
@@ -37,10 +42,35 @@ def optimise(captured: Captured, args: tuple) -> GraphModule:
     fuse.fold_batch_norm(gm)
     fuse.fold_scales(gm)
     fuse.fuse(gm)
-    layout.to_nhwc(gm)
+    plain = _copied(gm)
+    layout.keep_results(plain)
     with torch.no_grad(), _without_autocast():
+        images = layout.to_nhwc(gm)
         lower.lower(gm, args)
+        if images and (seconds := _seconds(gm, args)) < _TRY_BOTH:
+            lower.lower(plain, args)
+            if _seconds(plain, args) < seconds:
+                return plain
     return gm
+
+
+def _copied(gm: GraphModule) -> GraphModule:
+    """Another graph of the same constants."""
+    graph = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return GraphModule(gm, graph, "Frozen")
+
+
+def _seconds(gm: GraphModule, args: tuple) -> float:
+    """The least that a call took."""
+    least = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        gm(*args)
+        least = min(least, time.perf_counter() - start)
+    return least
 
 
 class _Kind(NamedTuple):
@@ -93,11 +123,14 @@ class FrozenModel(Module):
         self._of(args, kwargs)
         _alive.add(self)
 
-    def _of(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Kind, list]:
+    def _of(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Kind, Sequence]:
         """What a call runs, and its leaves."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if not kwargs and all([type(t) is torch.Tensor for t in args]):
+            leaves, spec = args, len(args)  # as most calls are: the tree of them is known
+        else:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
         key = (
-            *((t.shape, t.dtype, t.device) if isinstance(t, torch.Tensor) else (type(t), t) for t in leaves),
+            *[(t.shape, t.dtype, t.device) if isinstance(t, torch.Tensor) else (type(t), t) for t in leaves],
             spec,
         )
         found = self._kinds.get(key)
@@ -105,7 +138,12 @@ class FrozenModel(Module):
             with self._lock:
                 captured = capture(self._source, args, kwargs)
                 given = tuple(leaves[i] for i in captured.places)
-                found = _Kind(optimise(captured, given), captured.places, captured.out_spec)
+                graph = optimise(captured, given)
+                for name, value in graph.named_buffers():
+                    graph.__dict__[name] = (
+                        value  # read at each call: a module's buffers take half a microsecond
+                    )
+                found = _Kind(graph, captured.places, captured.out_spec)
                 self._kinds[key] = found
                 while len(self._kinds) > _MOST_KINDS:
                     self._kinds.popitem(last=False)
@@ -118,9 +156,13 @@ class FrozenModel(Module):
 
     def forward(self, *args, **kwargs):
         kind, leaves = self._of(args, kwargs)
-        with torch.no_grad(), _without_autocast():
-            made = kind.graph(*[leaves[i] for i in kind.places])
-        return pytree.tree_unflatten(made, kind.out_spec)
+        given = [leaves[i] for i in kind.places]
+        if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            with torch.no_grad(), _without_autocast():
+                made = kind.graph.forward(*given)
+        else:
+            made = kind.graph.forward(*given)
+        return made[0] if kind.out_spec.is_leaf() else pytree.tree_unflatten(made, kind.out_spec)
 
     def train(self, mode: bool = True):
         """Frozen models are for inference.

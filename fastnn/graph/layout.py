@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from fastnn.graph import ir
 from fastnn.graph.ir import aten, constant, is_call, is_constant, new_constant, replace, shape_of
 
-__all__ = ["to_nhwc"]
+__all__ = ["keep_results", "to_nhwc"]
 
 _NHWC = torch.channels_last
 
@@ -41,7 +41,7 @@ def to_nhwc(gm: GraphModule) -> bool:
     if found:
         for node in list(gm.graph.nodes):
             _tokens(gm, node)
-        _results(gm)
+        keep_results(gm)
         ir.clean(gm)
     return found
 
@@ -108,7 +108,7 @@ def _tokens(gm: GraphModule, node: Node) -> None:
     replace(gm, node, aten.reshape.default, (turned, [dims[0], dims[2], dims[1]]))
 
 
-def _results(gm: GraphModule) -> None:
+def keep_results(gm: GraphModule) -> None:
     """Images that the model gives, in the layout in which it would give them."""
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     made = []

@@ -128,8 +128,7 @@ class _Lowering:
             return _by_function(self.gm, node)
         packed = self.packed(node, weight, options, values) if is_constant(weight) else None
         if pool is not None:
-            args = *tensors[:3], packed, *options, *pool
-            return replace(self.gm, node, _ops.conv2d_relu_max_pool2d_packed.raw, args)
+            return self.pooled(node, values, real, (*tensors[:3], packed, *options, *pool))
         op = OPS["conv2d_activation" if convolution else "linear_activation"]
         stock = _stock_conv2d if convolution else _stock_linear
         calls: dict[str, tuple[Callable, tuple]] = {"torch": (stock, (*tensors, *rest))}
@@ -142,7 +141,24 @@ class _Lowering:
                 calls[name] = raw, (*tensors, packed, *rest, number)
             else:
                 calls[name] = op.packet.raw, (*tensors, *rest, number)
-        key = node.target, *((t.shape, t.stride(), t.dtype) if t is not None else None for t in real), rest
+        return self.fastest(node, values, real, rest, calls)
+
+    def pooled(self, node: Node, values: dict[Node, Any], real: tuple, args: tuple) -> Node:
+        """With a pooling behind it: torch's ops would store what stands between."""
+        op, rest = OPS["conv2d_relu_max_pool2d"], args[4:]
+        mask = op.algorithms.results[0].covering(*real[:3], *rest)
+        raw = _ops.conv2d_relu_max_pool2d_packed.raw
+        calls = {
+            name: (raw, (*args, number))
+            for number, name in enumerate(op.algorithms.names)
+            if number > 0 and covers_by(mask, number)
+        }
+        return self.fastest(node, values, real, rest, calls)
+
+    def fastest(self, node: Node, values: dict[Node, Any], real: tuple, rest: tuple, calls: dict) -> Node:
+        """The fastest of some calls in a node's place; each kind is measured once."""
+        alike = ((t.shape, t.stride(), t.dtype) if t is not None else None for t in real)
+        key = node.target, *alike, rest
         if key not in self.measured:
             self.measured[key] = _fastest(
                 {
@@ -218,9 +234,11 @@ def told(node: Node) -> tuple[str, str, str, str]:
     if isinstance(target, torch._ops.OpOverload):
         if target.namespace != "fastnn":
             return name, "torch", "no kernel of fastnn", ""
-        like = OPS[name] if OPS[name].algorithms else OPS.get(name.removesuffix("packed") + "activation")
-        algorithm = "" if like is None else like.algorithms.names[node.args[-1]]
-        return name, native, "", algorithm
+        forms = name, name.removesuffix("_packed"), name.removesuffix("packed") + "activation"
+        like = next((OPS[form] for form in forms if form in OPS and OPS[form].algorithms), None)
+        if like is None:
+            return name, native, "", ""
+        return name, native, "", like.algorithms.names[node.args[-1]]
     if getattr(target, "__module__", "").startswith("fastnn."):
         return name.strip("_"), native, "", ""
     return name, "torch", "no kernel of fastnn", ""

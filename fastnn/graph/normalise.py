@@ -174,6 +174,11 @@ _OURS = {
         ir.conv2d,
         (*args[:4], args[4:11], activations.NAMES[args[11]], None),
     ),
+    _fast.max_pool2d.default: lambda x, *window: (
+        aten.max_pool2d.default,
+        (x, *(list(window[i : i + 2]) for i in range(0, 8, 2)), window[8]),
+    ),
+    _fast.adaptive_avg_pool2d.default: lambda x, *size: (aten.adaptive_avg_pool2d.default, (x, list(size))),
     _fast.attention.default: lambda *args: (ir.attention, (*args, False)),
 }
 
