@@ -176,6 +176,8 @@ def explain(
     """
     graphs = sys.modules.get("fastnn.graph.frozen")
     if graphs is not None and isinstance(model, graphs.FrozenModel):
+        if training:
+            model.train()  # which it refuses
         return Explanation(graphs.rows(model, inputs, kwargs))
     copy = _rehearsal.Copy(model)
     if training is not None:

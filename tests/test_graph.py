@@ -613,3 +613,69 @@ def test_explained():
         assert row.where.startswith("fastnn") or row.reason
         assert (row.algorithm != "") == (row.where.startswith("fastnn") and row.op != "adaptive_avg_pool2d")
     assert "share" in str(fastnn.explain(fastnn.freeze(model, x), x))
+
+
+def test_training_goes_on_without_the_frozen_model():
+    """It holds weights of its own: norms, biases and embeddings as much as what is packed."""
+    model, x = prepared(Attention()), randn(2, 9, 32)
+    frozen = fastnn.freeze(model, x)
+    before = frozen(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert torch.equal(frozen(x), before)
+    torch.testing.assert_close(frozen(x[:1]), before[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_results_are_the_callers_to_write_to():
+    """Constants, copies of arguments and views of either are new memory at each call."""
+
+    def function(m, x):
+        return m.a(x), torch.arange(6).float(), x.clone(), x.clone().view(-1), torch.ones(2).view(1, 2)
+
+    x = randn(3, 6)
+    frozen = check(Of(function, a=torch.nn.Linear(6, 6)), x)
+    first = [t.clone() for t in frozen(x)]
+    for t in frozen(x):
+        t.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(frozen(x), first, strict=True))
+    assert torch.equal(x, randn(3, 6))
+
+
+def test_inputs_of_other_strides():
+    """An algorithm that takes one layout alone is not handed another."""
+    model = prepared(small_cnn())
+    x = randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+    last = x.contiguous(memory_format=torch.channels_last)
+    wide = randn(2, 3, 32, 64)[..., ::2].copy_(x)
+    for given in (x, last, wide):
+        frozen = fastnn.freeze(model, given)
+        for other in (x, last, wide):
+            torch.testing.assert_close(frozen(other), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_later_calls_that_cannot_be_captured():
+    model = Of(lambda m, x: m.a(x) if len(x) > 2 or x.sum() > 0 else x, a=torch.nn.Linear(6, 6)).eval()
+    frozen = fastnn.freeze(model, randn(3, 6))
+    few = torch.full((2, 6), -1.0)
+    assert torch.equal(frozen(few), few)
+    with pytest.raises(RuntimeError, match="shapes"):
+        frozen(randn(3, 7))
+
+
+def test_what_goes_to_torch_is_told(monkeypatch):
+    """A call by a public function is told of by its plan."""
+    model, x = prepared(Attention()), randn(2, 9, 32)
+    frozen = fastnn.freeze(model, x)
+
+    def attention():
+        (row,) = [row for row in fastnn.explain(frozen, x) if row.op == "scaled_dot_product_attention"]
+        return row.where, row.reason
+
+    assert attention()[0].startswith("fastnn")
+    monkeypatch.setattr(_settings, "disabled", True)
+    assert attention() == ("torch", "FASTNN_DISABLE is set")
+    with pytest.raises(RuntimeError, match="for inference"):
+        fastnn.explain(frozen, x, training=True)

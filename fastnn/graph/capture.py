@@ -39,9 +39,8 @@ class Captured(NamedTuple):
 
 
 def in_evaluation(model: Module) -> Module:
-    """A copy of a model in evaluation mode, which shares the tensors."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared).eval()
+    """A copy of a model in evaluation mode, with tensors of its own: the model may be trained on."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def capture(model: Module, args: tuple, kwargs: dict[str, Any]) -> Captured:

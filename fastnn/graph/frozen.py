@@ -19,7 +19,9 @@ from torch.utils import _pytree as pytree
 from fastnn import _library
 from fastnn.convert import convert
 from fastnn.graph import fuse, ir, layout, lower, normalise
-from fastnn.graph.capture import Captured, capture, in_evaluation
+from fastnn.graph.capture import CannotCapture, Captured, capture, in_evaluation
+from fastnn.ops.core import watch
+from fastnn.ops.core.plan import Plan
 
 if TYPE_CHECKING:
     from fastnn._explain import Row
@@ -42,8 +44,8 @@ def optimise(captured: Captured, args: tuple) -> GraphModule:
     fuse.fold_batch_norm(gm)
     fuse.fold_scales(gm)
     fuse.fuse(gm)
+    layout.keep_results(gm)
     plain = _copied(gm)
-    layout.keep_results(plain)
     with torch.no_grad(), _without_autocast():
         images = layout.to_nhwc(gm)
         lower.lower(gm, args)
@@ -96,8 +98,8 @@ _library.on_set_isa.append(_forget_graphs)
 class FrozenModel(Module):
     """A model for inference, whose calls run a graph of fused ops with packed weights; :func:`fastnn.freeze` makes it.
 
-    Each kind of call, by the sizes and dtypes of its tensors and by its other arguments, has a graph, which the first such call
-    captures; a few are kept. There are no parameters to change or to move: the weights are those of the model that it was made
+    Each kind of call, by the sizes, strides and dtypes of its tensors and by its other arguments, has a graph, which the first such
+    call captures; a few are kept. A call that cannot be captured runs the model itself. There are no parameters to change or to move: the weights are those of the model that it was made
     of. It gives no gradients, and runs in the dtypes of its weights under autocast too.
 
     Parameters
@@ -130,12 +132,20 @@ class FrozenModel(Module):
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
         key = (
-            *[(t.shape, t.dtype, t.device) if isinstance(t, torch.Tensor) else (type(t), t) for t in leaves],
+            *[
+                (t.shape, t.stride(), t.dtype, t.device) if isinstance(t, torch.Tensor) else (type(t), t)
+                for t in leaves
+            ],
             spec,
         )
-        found = self._kinds.get(key)
+        try:
+            found = self._kinds.get(key)
+        except TypeError as error:
+            raise CannotCapture(f"an argument tells of no kind of call: {error}") from None
         if found is None:
             with self._lock:
+                if (found := self._kinds.get(key)) is not None:  # another thread's work
+                    return found, leaves
                 captured = capture(self._source, args, kwargs)
                 given = tuple(leaves[i] for i in captured.places)
                 graph = optimise(captured, given)
@@ -155,7 +165,12 @@ class FrozenModel(Module):
         return kind.graph, [leaves[i] for i in kind.places]
 
     def forward(self, *args, **kwargs):
-        kind, leaves = self._of(args, kwargs)
+        try:
+            kind, leaves = self._of(args, kwargs)
+        except CannotCapture:
+            # The model's own answer, or its own error.
+            with torch.no_grad(), _without_autocast():
+                return self._source(*args, **kwargs)
         given = [leaves[i] for i in kind.places]
         if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
             with torch.no_grad(), _without_autocast():
@@ -225,8 +240,14 @@ class _Timed(torch.fx.Interpreter):
         super().__init__(gm)
         self.seconds: dict[Node, list[float]] = {}
         self.views: set[Node] = set()  # what gives its argument's memory moves nothing
+        self.plans: dict[Node, Plan] = {}  # of what plans its calls itself
+        self.node: Node | None = None
+
+    def on_op(self, op, args, plan: Plan) -> None:
+        self.plans[self.node] = plan
 
     def run_node(self, node: Node):
+        self.node = node
         start = time.perf_counter()
         made = super().run_node(node)
         self.seconds.setdefault(node, []).append(time.perf_counter() - start)
@@ -248,6 +269,9 @@ def rows(model: FrozenModel, args: tuple, kwargs: dict[str, Any]) -> list[Row]:
     gm, given = model.graph_of(*args, **kwargs)
     timed = _Timed(gm)
     with torch.no_grad(), _without_autocast():
+        with watch.watching(timed.on_op):
+            timed.run(*given)
+        timed.seconds.clear()
         for _ in range(_ROUNDS):
             timed.run(*given)
     calls = [
@@ -260,6 +284,9 @@ def rows(model: FrozenModel, args: tuple, kwargs: dict[str, Any]) -> list[Row]:
     found = []
     for node in calls:
         name, where, reason, algorithm = lower.told(node)
+        plan = timed.plans.get(node)
+        if plan is not None and plan.algorithm is None:
+            where, reason = "torch", plan.reason
         read = next((n for n in node.all_input_nodes if ir.shape_of(n) is not None), None)
         shape = () if read is None else ir.shape_of(read)
         dtype = "" if read is None else str(ir.dtype_of(read)).removeprefix("torch.")

@@ -16,6 +16,7 @@ from fastnn.graph.ir import (
     only_user,
     replace,
     shape_of,
+    single,
 )
 from fastnn.graph.normalise import first_of
 from fastnn.ops.core.numbers import pair
@@ -211,16 +212,11 @@ def _pool_of(node: Node) -> tuple[int, ...] | None:
     if not is_call(node, aten.max_pool2d.default, aten.max_pool2d_with_indices.default):
         return None
     _, kernel, stride, padding, dilation, ceil = (*node.args, *([], 0, 1, False)[len(node.args) - 2 :])[:6]
-    kernel, padding, dilation = pair(_tuple(kernel)), pair(_tuple(padding)), pair(_tuple(dilation))
-    stride = kernel if stride in ([], (), None) else pair(_tuple(stride))
+    kernel, padding, dilation = pair(single(kernel)), pair(single(padding)), pair(single(dilation))
+    stride = kernel if stride in ([], (), None) else pair(single(stride))
     if ceil or dilation != (1, 1) or kernel[0] * kernel[1] >= 255:
         return None
     return (*kernel, *stride, *padding)
-
-
-def _tuple(values):
-    values = tuple(values) if isinstance(values, (list, tuple)) else values
-    return values[0] if isinstance(values, tuple) and len(values) == 1 else values
 
 
 def _norm(gm: GraphModule, node: Node) -> None:

@@ -68,6 +68,12 @@ def is_call(node: Any, *targets) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def single(values: Any) -> Any:
+    """An option that a graph has as a list: a tuple, or the number where there is one."""
+    values = tuple(values) if isinstance(values, (list, tuple)) else values
+    return values[0] if isinstance(values, tuple) and len(values) == 1 else values
+
+
 def only_user(node: Node) -> Node | None:
     """The one node that reads a node's result; None where there are others."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -25,7 +25,7 @@ def to_nhwc(gm: GraphModule) -> bool:
     """Have convolutions work on channels_last images; whether there are any.
 
     Weights are laid out once, images where they come from something else than another convolution: what stands between two
-    convolutions keeps the layout that it is given. What the model gives keeps torch's strides.
+    convolutions keeps the layout that it is given. What the model gives has been seen to by :func:`keep_results`.
     """
     found = False
     if any(is_call(node, *_BY_STRIDES) for node in gm.graph.nodes):
@@ -41,7 +41,6 @@ def to_nhwc(gm: GraphModule) -> bool:
     if found:
         for node in list(gm.graph.nodes):
             _tokens(gm, node)
-        keep_results(gm)
         ir.clean(gm)
     return found
 
@@ -109,10 +108,15 @@ def _tokens(gm: GraphModule, node: Node) -> None:
 
 
 def keep_results(gm: GraphModule) -> None:
-    """Images that the model gives, in the layout in which it would give them."""
+    """What the model gives: images in the layout in which it would give them, constants as copies, which callers may write to."""
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     made = []
     for value in output.args[0]:
+        if is_constant(value):
+            with gm.graph.inserting_before(output):
+                copied = gm.graph.call_function(aten.clone.default, (value,))
+            copied.meta = dict(value.meta)
+            value = copied
         sizes = shape_of(value)
         if (
             sizes is not None

@@ -187,14 +187,14 @@ def _fastest(calls: dict[str, Callable]) -> str:
         start = time.perf_counter()
         call()
         best[name] = time.perf_counter() - start
-    for _ in range(_ROUNDS):
+    for number in range(_ROUNDS):
         least = min(best.values())
         for name, call in calls.items():
-            if best[name] > 3 * least and _ > 0:
+            if best[name] > 3 * least and number > 0:
                 continue
             count = max(1, min(50, int(_SECONDS / _ROUNDS / max(best[name], 1e-6))))
             start = time.perf_counter()
-            for _i in range(count):
+            for _ in range(count):
                 call()
             best[name] = min(best[name], (time.perf_counter() - start) / count)
     return min(best, key=best.__getitem__)

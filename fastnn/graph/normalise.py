@@ -19,6 +19,7 @@ from fastnn.graph.ir import (
     only_user,
     replace,
     shape_of,
+    single,
 )
 from fastnn.ops.core import activations
 from fastnn.ops.core.numbers import pair
@@ -33,13 +34,10 @@ _MOST_FOLDED = 1 << 24
 def fold_constants(gm: GraphModule) -> None:
     """Compute what depends on constants alone."""
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or not node.all_input_nodes:
-            if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
-                continue
-        if not all(is_constant(n) for n in node.all_input_nodes) or _is_random(node):
-            continue
         val = node.meta.get("val")
-        if not isinstance(val, torch.Tensor):
+        if node.op != "call_function" or not isinstance(val, torch.Tensor) or _is_random(node):
+            continue
+        if not all(is_constant(n) for n in node.all_input_nodes):
             continue
         read = sum(constant(gm, n).nbytes for n in node.all_input_nodes)
         if val.numel() * val.element_size() > max(_MOST_FOLDED, read):
@@ -198,12 +196,20 @@ def _of_ours(gm: GraphModule, node: Node) -> None:
 def _is_copy(node: Node) -> bool:
     """Whether a node gives the values of its argument, which nothing will write to."""
     if is_call(node, aten.clone.default):
-        return node.kwargs.get("memory_format") in (None, torch.preserve_format)
+        # Not one that the caller gets, or a view of: it is the caller's to write to.
+        kept = node.kwargs.get("memory_format") in (None, torch.preserve_format)
+        return kept and not any(map(_hands_on_memory, node.users))
     if is_call(node, aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
         return not node.args[2]
     if is_call(node, aten.expand.default, aten.view.default, aten.reshape.default):
         return shape_of(node) == shape_of(node.args[0])
     return is_call(node, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+
+
+def _hands_on_memory(node: Node) -> bool:
+    """Whether what a node gives may be its argument's memory."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "output" or (schema is not None and any(a.alias_info for a in schema.arguments))
 
 
 def _transposed(gm: GraphModule, before: Node, weight: Node) -> Node:
@@ -217,7 +223,7 @@ def _convolution(gm: GraphModule, node: Node) -> None:
     )[:7]
     if len(shape_of(x)) != 4 or dtype_of(x) not in FLOATS:
         return
-    stride, dilation = pair(_single(stride)), pair(_single(dilation))
+    stride, dilation = pair(single(stride)), pair(single(dilation))
     if padding == "valid":
         padding = 0
     elif padding == "same":
@@ -225,13 +231,8 @@ def _convolution(gm: GraphModule, node: Node) -> None:
         if any(total % 2 for total in totals):
             return
         padding = [total // 2 for total in totals]
-    options = (*stride, *pair(_single(padding)), *dilation, groups)
+    options = (*stride, *pair(single(padding)), *dilation, groups)
     replace(gm, node, ir.conv2d, (x, weight, bias, None, options, "none", None))
-
-
-def _single(values):
-    values = tuple(values) if isinstance(values, (list, tuple)) else values
-    return values[0] if isinstance(values, tuple) and len(values) == 1 else values
 
 
 # ---- activations that are written out ----

@@ -104,8 +104,8 @@ class Sequential(Layer, torch.nn.Sequential):
     """:class:`torch.nn.Sequential` that runs layers together where one op of fastnn does what several of them do.
 
     A Conv2d or a Linear and the activation right after it (ReLU, GELU, SiLU, ReLU6, Hardswish, Sigmoid, Tanh) are one op, and so
-    are a Conv2d, the ReLU and the MaxPool2d after it. That is looked for at each call, and the layers stay what they are: they may be replaced, changed, moved and
-    given hooks at any time. A layer runs by itself if its class is a subclass (and so if it is parametrized), if it has a
+    are a Conv2d, the ReLU and the MaxPool2d after it. That is looked for at each call, and the layers stay what they are: they may be
+    replaced, changed, moved and given hooks at any time. A layer runs by itself if its class is a subclass (and so if it is parametrized), if it has a
     hook, a forward of its own or is compiled by itself, or if process-wide module hooks are set.
     """
 
