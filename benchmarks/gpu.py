@@ -1,8 +1,9 @@
 """Everything that a machine with a GPU is for, in one command without a network: ``python3 -m benchmarks.gpu``.
 
-It builds the library with this Python and the torch and nvcc that are here, runs the tests marked ``gpu``, then the suite on the
-families that have CUDA kernels, with a measurement of every candidate, and writes ``gpu.json`` and ``report.txt``. Each step that is
-done, or cut off by the time, leaves its result. Where the build fails and a library is there that was built elsewhere, the rest goes on with that one.
+It builds the library with this Python and the torch and nvcc that are here, runs the tests marked ``gpu``, measures rows that fill
+the GPU (:mod:`benchmarks.gpu_rows`), whole models (:mod:`benchmarks.gpu_models`), then the suite on the families that have CUDA
+kernels, each with a measurement of every candidate, and writes ``gpu.json`` and ``report.txt``. Each step that is done, or cut off by the
+time, leaves its result. Where the build fails and a library is there that was built elsewhere, the rest goes on with that one.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "fastnn" / "_C.so"
-# Share of the time that the build and the tests may take at most; the suite has the rest.
-BUILD_SHARE, TESTS_SHARE = 0.4, 0.3
+STEPS = ("build", "tests", "rows", "models", "suite")
+# Share of the time that a step may take at most; the suite has the rest.
+SHARE = {"build": 0.4, "tests": 0.3, "rows": 0.35, "models": 0.2}
 # Seconds in which a step that is interrupted is to end.
 GRACE = 20
 
@@ -33,41 +35,61 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench-results/gpu-<date and time>")
+    parser.add_argument(
+        "--step", action="append", choices=STEPS, help="only this one; several are joined (default: all)"
+    )
     args = parser.parse_args(argv)
+    steps = args.step or STEPS
     stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     out = (args.out or ROOT / "bench-results" / f"gpu-{stamp}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.minutes * 60
-    report = Report(out)
-    built = report.step("build", build_commands(), args.minutes * 60 * BUILD_SHARE)
-    if not built and not LIBRARY.exists():
+    report, ok = Report(out), True
+
+    def step(name, commands):
+        nonlocal ok
+        done = report.step(
+            name, commands, min(args.minutes * 60 * SHARE.get(name, 1.0), end - time.monotonic() - GRACE)
+        )
+        ok = ok and done
+        return done
+
+    if "build" in steps and not step("build", build_commands()) and not LIBRARY.exists():
         print(report.text())
         return 1
-    tested = report.step("tests", [test_command()], args.minutes * 60 * TESTS_SHARE)
-    suite = [sys.executable, "-m", "benchmarks", "run", "--device", "cuda", "--prefer-kernels"]
-    try:
-        for family in families():
-            suite += ["--family", family]
-    except subprocess.CalledProcessError as error:
-        # The library cannot be loaded, say.
-        report.steps["suite"] = {
-            "status": f"exit status {error.returncode}",
-            "seconds": 0.0,
-            "output": error.stderr,
-        }
-        report.save()
-        print(report.text())
-        return 1
-    for peer in fast_rivals():
-        suite += ["--peer", peer]
-    left = end - time.monotonic() - 10
-    # Loading, the limits and the plots are beside the ops; if it is interrupted, the suite leaves a valid partial result.
-    suite += ["--minutes", f"{max(0.5, left / 60 - 1):.2f}", "--out", str(out / "suite")]
-    measured = report.step("suite", [suite], left)
+    if "tests" in steps:
+        step("tests", [test_command()])
+    for name in ("rows", "models"):
+        if name in steps:
+            step(
+                name, [[sys.executable, "-m", f"benchmarks.gpu_{name}", "--out", str(out / f"{name}.jsonl")]]
+            )
+    if "suite" in steps:
+        try:
+            step("suite", [suite_command(out, end - time.monotonic() - GRACE)])
+        except subprocess.CalledProcessError as error:
+            # The library cannot be loaded, say.
+            ok = False
+            report.steps["suite"] = {
+                "status": f"exit status {error.returncode}",
+                "seconds": 0.0,
+                "output": error.stderr,
+            }
     report.save()
     print(report.text())
     print(f"All of it is in {out}/gpu.json, this text in {out}/report.txt")
-    return 0 if built and tested and measured else 1
+    return 0 if ok else 1
+
+
+def suite_command(out: Path, seconds: float) -> list[str]:
+    """The suite of the families with kernels for GPUs, within about some seconds."""
+    command = [sys.executable, "-m", "benchmarks", "run", "--device", "cuda", "--prefer-kernels"]
+    for family in families():
+        command += ["--family", family]
+    for peer in fast_rivals():
+        command += ["--peer", peer]
+    # Loading, the limits and the plots are beside the ops; if it is interrupted, the suite leaves a valid partial result.
+    return [*command, "--minutes", f"{max(0.5, seconds / 60 - 1):.2f}", "--out", str(out / "suite")]
 
 
 def build_commands() -> list[list[str]]:
@@ -82,9 +104,12 @@ def build_commands() -> list[list[str]]:
 
 def test_command() -> list[str]:
     """In several processes, if pytest can: most of the time goes into compiling Triton's kernels."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "--tb=short"]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        # A kernel that hangs heeds no exception: its process is ended.
+        command += ["--timeout", "60", "--timeout-method", "thread"]
     return command
 
 
@@ -114,6 +139,15 @@ def _heed_interrupts() -> None:
 def _tell(process: subprocess.Popen, what: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, what)
+
+
+def _lines(path: Path) -> list[dict]:
+    """A file's lines of JSON; one that was cut off is left out."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found.append(json.loads(line))
+    return found
 
 
 class Report:
@@ -170,6 +204,7 @@ class Report:
             "version": 1,
             "steps": {name: {**step, "output": step["output"][-20000:]} for name, step in self.steps.items()},
             "tests": counts,
+            **{name: _lines(self.out / f"{name}.jsonl") for name in ("rows", "models")},
             "suite": json.loads(suite.read_text(encoding="utf-8")) if suite.is_file() else None,
         }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -19,6 +22,20 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def context(request):
+    """A kernel that leaves the GPU useless to its process costs one test: that of several processes ends, and is replaced."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        print(f"{request.node.nodeid}: {error}".splitlines()[0], file=sys.__stderr__, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
