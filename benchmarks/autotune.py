@@ -14,7 +14,7 @@ from benchmarks.cases import Case
 from benchmarks.fresh import PATIENCE
 from benchmarks.peers import FastNN
 from fastnn import _tune
-from fastnn.ops.core import choices
+from fastnn.ops.core import choices, route
 
 # Seconds for some calls of a candidate and what is compiled for them.
 CANDIDATE_PATIENCE = 45.0
@@ -73,6 +73,7 @@ class Autotuner:
                     self.found[key] = what
                     if kernel := choices.fastest_kernel(what.seconds):
                         choices.measured[key] = kernel
+                        route.forget_plans()
                 trying, patience = (what, CANDIDATE_PATIENCE) if kind == "trying" else (None, PATIENCE)
         except (EOFError, OSError):
             reason = "its process ended"
@@ -106,6 +107,7 @@ def _serve(connection) -> None:
         except EOFError:
             return
         choices.measured.update(measured)
+        route.forget_plans()
         try:
             measure(case, dropped, connection.send)
         except _tune.DeviceLost as error:

@@ -7,10 +7,12 @@ go to whatever was fastest.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -124,6 +126,7 @@ def measure(name: str) -> dict:
         except Exception as error:
             variants.pop(how, None)
             told["notes"].append(f"{how}: {type(error).__name__}: {error}"[:500])
+            told["notes"].append("".join(traceback.format_exception(error)[-9:])[-1800:])
     told["forward"] = _seconds(variants)
     graphs = {}
     for variant, call in variants.items():
@@ -143,6 +146,55 @@ def measure(name: str) -> dict:
     return told
 
 
+def host_costs() -> dict[str, dict[str, float]]:
+    """Seconds that the host takes to start a small call: torch's function, fastnn's where torch was measured faster, and its kernel."""
+    import torch.nn.functional as F
+
+    import fastnn.nn.functional as ours
+    from fastnn.ops.core import choices, route, watch
+
+    def tensors(*shapes):
+        return [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for shape in shapes]
+
+    calls = {
+        "linear_relu": (
+            tensors((64, 256), (128, 256), (128,)),
+            lambda x, w, b: torch.relu(F.linear(x, w, b)),
+        ),
+        "conv2d": (tensors((2, 8, 12, 12), (16, 8, 3, 3), (16,)), F.conv2d),
+        "max_pool2d": ([*tensors((2, 16, 12, 12)), 2], F.max_pool2d),
+        "scaled_dot_product_attention": (tensors(*((1, 2, 64, 64),) * 3), F.scaled_dot_product_attention),
+    }
+
+    def seconds(call, args, rounds=7, count=100):
+        found = []
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(count):
+                call(*args)
+            found.append((time.perf_counter() - start) / count)
+        return sorted(found)[rounds // 2]
+
+    made: dict[str, dict[str, float]] = {}
+    for name, (args, stock) in calls.items():
+        function = getattr(ours, name)
+        seen = []
+        with watch.watching(lambda op, given, plan, seen=seen: seen.append((op, given)), prefer_kernels=True):
+            function(*args)
+        made[name] = {"torch": seconds(stock, args)}
+        op, given = seen[0]
+        for how in (choices.TORCH, *op.candidates):
+            choices.measured[op.name, choices.call_class(given)] = how
+            route.forget_plans()
+            with contextlib.suppress(Exception):
+                function(*args)
+                made[name][f"fastnn: {how}"] = seconds(function, args)
+        choices.measured.clear()
+        route.forget_plans()
+    return made
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python3 -m benchmarks.gpu_models", description=__doc__.splitlines()[0]
@@ -152,9 +204,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", default="-", help="a file for the lines")
     args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("torch finds no CUDA device", file=sys.stderr)
+        return 1
     torch.backends.cudnn.benchmark = True
     out = sys.stdout if args.out == "-" else open(args.out, "w", encoding="utf-8")
     ok = True
+    try:
+        print(json.dumps({"host": host_costs()}), file=out, flush=True)
+    except Exception as error:
+        print(
+            json.dumps({"host": None, "failed": f"{type(error).__name__}: {error}"[:800]}),
+            file=out,
+            flush=True,
+        )
     for name in MODELS:
         if args.filter and not any(word in name for word in args.filter):
             continue

@@ -166,6 +166,7 @@ def _attention(heads, length, width, causal, batch=1, dtype="bf16", least=1.0) -
     stock = {
         name: by(getattr(SDPBackend, f"{name.upper()}_ATTENTION")) for name in ("cudnn", "flash", "efficient")
     }
+    stock["default"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     shape = (batch, heads, length, width)
     flops = 4.0 * batch * heads * length * length * width / (2 if causal else 1)
     yield Row(
@@ -184,10 +185,10 @@ def rows() -> Iterator[Row]:
     """All of them, the goals' first."""
     yield from _attention(16, 8192, 128, False)
     yield from _attention(16, 8192, 128, True)
-    yield from _pool("max 2", ("max_pool2d", (2,)), (64, 64, 112, 112))
-    yield from _pool("max 3/2", ("max_pool2d", (3, 2, 1)), (64, 64, 112, 112))
-    yield from _pool("avg 2", ("avg_pool2d", (2,)), (64, 128, 56, 56))
-    yield from _pool("mean", ("adaptive_avg_pool2d", (1,)), (256, 2048, 7, 7))
+    yield from _pool("max 2", ("max_pool2d", (2,)), (256, 64, 112, 112))
+    yield from _pool("max 3/2", ("max_pool2d", (3, 2, 1)), (256, 64, 112, 112))
+    yield from _pool("avg 2", ("avg_pool2d", (2,)), (512, 128, 56, 56))
+    yield from _pool("mean", ("adaptive_avg_pool2d", (1,)), (1024, 2048, 7, 7))
     yield from _linear(4096, 1024, 4096)
     yield from _linear(8192, 4096, 4096)
     yield from _linear(8192, 4096, 4096, "linear")
@@ -292,7 +293,7 @@ def measure(row: Row, say: Callable[[dict], None], once: bool = False) -> None:
             y = row.call(*tensors)
             if not row.backward:
                 return y.detach(), None
-            g = torch.randn(y.shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1)).to(y)
+            g = torch.randn_like(y)  # with its strides
             return y.detach(), torch.autograd.grad(y, tensors, g)
 
     (made, reason) = _caught(both)
@@ -462,6 +463,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="-", help="a file for the lines")
     parser.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("torch finds no CUDA device", file=sys.stderr)
+        return 1
     chosen = [r for r in rows() if not args.filter or any(f in r.name for f in args.filter)]
     if args.first is not None or args.once:
         _work(chosen, args.first or 0, args.once)

@@ -20,8 +20,9 @@ __all__ = ["Tuned", "Tuning", "tune"]
 #: Rounds in which the candidates take turns, after one to warm up.
 ROUNDS = 10
 
-#: By how much of the largest value a candidate may differ from torch's op.
-MOST_ERROR = 2e-2
+#: By how much a candidate may differ from torch's op: in norm, and in each element against the largest where these have 2 bytes. Two
+#: right kernels that sum 8192 products of bfloat16 differ by 3% of the largest somewhere.
+MOST_ERROR, MOST_ERROR_IN_ONE = 2e-2, 2e-1
 
 
 class Tuned(NamedTuple):
@@ -156,15 +157,21 @@ def measure(
                     rows.append(row)
                     on_row(row)
             return
-        key = op.name, choices.call_class(args)
+        key = op.name, choices.gpu_class(args)
         if key in known or key in {(row.op, row.calls) for row in rows}:
             return
         kept = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         # A candidate may call other ops of fastnn.
         with watch.watching(None, prefer_kernels=True):
             seconds, dropped = _measure(op, kept, lambda name: trying(*key, name))
+        kernel = choices.fastest_kernel(seconds)
+        if kernel and choices.wants_gradients(args):
+            known[key] = kernel
+            seconds[choices.TORCH] = max(
+                0.0, seconds[choices.TORCH] + _lost_in_backward(op, args, seconds, rows, seen)
+            )
         rows.append(Tuned(*key, seconds, choices.fastest(seconds), dropped, args[0].get_device()))
-        if kernel := choices.fastest_kernel(seconds):
+        if kernel:
             known[key] = kernel
         on_row(rows[-1])
 
@@ -223,20 +230,23 @@ def _wants(t) -> bool:
     return isinstance(t, torch.Tensor) and t.requires_grad
 
 
-def _lost_in_training(op: Op, args: tuple, seconds: dict[str, float]) -> float:
-    """What torch's backward pass takes more than the kernels', which follows from who did the forward pass."""
+def _both_ways(function: Callable, args: tuple) -> Callable:
+    """A call and its backward pass."""
     leaves = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
     wanted = [t for t in leaves if _wants(t)]
 
-    def both(function):
-        def call():
-            out = function(*leaves)
-            out = out[0] if isinstance(out, tuple) else out
-            return torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
+    def call():
+        out = function(*leaves)
+        out = out[0] if isinstance(out, tuple) else out
+        return torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
 
-        return call
+    return call
 
-    times = _in_turns({"ours": both(ROUTES[op.name]), choices.TORCH: both(op.stock)})
+
+def _lost_in_training(op: Op, args: tuple, seconds: dict[str, float]) -> float:
+    """What torch's backward pass takes more than the kernels', which follows from who did the forward pass."""
+    both = {"ours": ROUTES[op.name], choices.TORCH: op.stock}
+    times = _in_turns({name: _both_ways(function, args) for name, function in both.items()})
     ours = min(t for name, t in seconds.items() if name != choices.TORCH) if len(seconds) > 1 else 0.0
     return (times[choices.TORCH] - seconds[choices.TORCH]) - (times["ours"] - ours)
 
@@ -298,6 +308,25 @@ def _measure(op: Op, args: tuple, trying: Callable[[str], str | None]) -> tuple[
     return {name: sorted(measured)[ROUNDS // 2] for name, measured in times.items()}, dropped
 
 
+def _lost_in_backward(op: Op, args: tuple, seconds: dict, rows: list[Tuned], seen: Callable) -> float:
+    """What torch's backward pass takes more than the fastest behind a kernel, which `seen` measures first if it is new."""
+    behind = []
+
+    def record(other, its, plan):
+        if other is not op:
+            seen(other, its, plan)
+            behind.append((other.name, choices.gpu_class(its)))
+
+    with watch.watching(record, prefer_kernels=True):
+        _both_ways(ROUTES[op.name], args)()
+    took = {(row.op, row.calls): min(row.seconds.values()) for row in rows}
+    if not all(key in took for key in behind):
+        return 0.0
+    call = _both_ways(op.stock, args)
+    times = sorted(_seconds(call) for _ in range(ROUNDS + 1))
+    return times[ROUNDS // 2] - seconds[choices.TORCH] - sum(took[key] for key in behind)
+
+
 def _disagreement(ours, want) -> str | None:
     """What differs of all that is a number, or None: places and what only backward reads need not be alike."""
     ours, want = (made if isinstance(made, tuple) else (made,) for made in (ours, want))
@@ -307,10 +336,15 @@ def _disagreement(ours, want) -> str | None:
         if mine.shape != theirs.shape:
             return f"wrong: shape {tuple(mine.shape)}, not {tuple(theirs.shape)}"
         # To tell a kernel that is broken on this GPU, no more: tf32 and the order of sums may differ.
-        scale = theirs.abs().max().clamp(min=1e-6)
-        error = float((mine - theirs).abs().max() / scale)
-        if not error < MOST_ERROR:
-            return f"wrong: off by {error:.1e} of the largest value, at most {MOST_ERROR:.0e} is right"
+        mine, theirs = mine.detach(), theirs.detach()
+        far = (mine - theirs).float()
+        in_one = MOST_ERROR_IN_ONE if theirs.element_size() == 2 else MOST_ERROR
+        for error, most, of in (
+            (far.norm() / theirs.float().norm().clamp(min=1e-6), MOST_ERROR, "in norm"),
+            (far.abs().max() / theirs.abs().max().clamp(min=1e-6), in_one, "of the largest value"),
+        ):
+            if not float(error) < most:
+                return f"wrong: off by {float(error):.1e} {of}, at most {most:.0e} is right"
     return None
 
 

@@ -262,7 +262,7 @@ def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
     )
     monkeypatch.setattr(gpu, "families", lambda: ["pool"])
     # In one process, which takes less where there is nothing to run.
-    command = gpu.test_command()[:7]
+    command = gpu.test_command()[:8]
     monkeypatch.setattr(gpu, "test_command", lambda: command)
     if fails:
         monkeypatch.setattr(gpu, "LIBRARY", tmp_path / "none")
@@ -273,12 +273,13 @@ def test_gpu_command(tmp_path, monkeypatch, fails, capfd):
         assert found["steps"]["build"]["status"] == "exit status 1"
         assert list(found["steps"]) == ["build"]
         return
-    assert list(found["steps"]) == ["build", "tests", "suite"]
+    assert list(found["steps"]) == list(gpu.STEPS)
     assert "build: ok" in (tmp_path / "report.txt").read_text()
     if not torch.cuda.is_available():
         assert status == 1
         assert found["suite"] is None
-        assert "finds no CUDA device" in found["steps"]["suite"]["output"]
+        for step in ("rows", "models", "suite"):
+            assert "finds no CUDA device" in found["steps"][step]["output"]
         assert set(found["tests"]) == {"skipped"}
 
 

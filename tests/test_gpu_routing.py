@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import look_ups
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnn.ops import attention, conv, linear, pool
-from fastnn.ops.core import activations, choices, gpu, on_gpus, watch
+from fastnn.ops.core import activations, choices, gpu, on_gpus, route, watch
 from fastnn.ops.core.op import OPS, ROUTES
 from fastnn.ops.linear import routes as linear_routes
 
@@ -154,6 +155,39 @@ def test_choice_is_looked_up_once(fake_gpu, monkeypatch):
         ("max_pool2d", "kernel"),
         ("linear", "plain"),
     ]
+
+
+def test_eager_call_remembers_its_plan(fake_gpu, monkeypatch):
+    """Fake tensors in place of a GPU's: one look-up for calls alike, and the chosen kernel without the dispatcher."""
+    monkeypatch.setattr(route, "REAL", frozenset((*route.REAL, FakeTensor)))
+    monkeypatch.setattr(route, "_watching_modes", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    x, w = fake_gpu(2, 3), fake_gpu(4, 3)
+    ran = []
+    run = OPS["linear"].candidates["plain"]
+    candidates = {**OPS["linear"].candidates, "plain": lambda *args: ran.append(args) or run(*args)}
+    monkeypatch.setattr("fastnn.triton.linear._multiply", lambda *args, **rest: None)
+    function = route.route_of(replace(OPS["linear"], candidates=candidates))
+    looked_up = look_ups(monkeypatch, {"linear": "plain", "max_pool2d": "torch"})
+    for _ in range(3):
+        assert function(x, w, None).shape == (2, 4)
+        assert pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2).shape == (2, 3, 4, 4)
+    assert looked_up == ["linear", "max_pool2d"]
+    assert len(ran) == 3
+    # Another shape, layout or dtype is another kind of call.
+    for a in (fake_gpu(5, 3), fake_gpu(3, 2).t(), x.half().float().bfloat16()):
+        function(a, w.to(a.dtype), None)
+    assert looked_up.count("linear") == 4
+    route.forget_plans()
+    function(x, w, None)
+    assert looked_up.count("linear") == 5
+    # What sees every op has the call pass through the dispatcher.
+    monkeypatch.setattr(route, "_watching_modes", lambda: 1)
+    ran.clear()
+    with InPlaceOfKernels() as kernels_run:
+        function(x, w, None)
+    assert kernels_run.ran == [("linear", "plain")]
+    assert not ran
 
 
 def test_chosen_kernel_takes_only_what_it_covers(fake_gpu, monkeypatch):

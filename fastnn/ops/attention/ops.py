@@ -185,7 +185,7 @@ def _by_warpgroups(query, key, value, mask, is_causal, scale):
     """In CUDA C++ for GPUs of compute capability 9.0."""
     output, _ = fake(query, key, value, mask, is_causal, scale)
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    made = _ops._attention_on_hopper(query, key, value, output, is_causal, scale)
+    made = _ops._attention_on_hopper.default(query, key, value, output, is_causal, scale)
     return output, made
 
 
@@ -216,7 +216,7 @@ def triton_backward(
 def _by_warpgroups_backward(grad, query, key, value, mask, output, statistics, is_causal, scale):
     gradients = tuple(in_order(t, t.shape) for t in (query, key, value))
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    _ops._attention_backward_on_hopper(
+    _ops._attention_backward_on_hopper.default(
         grad, query, key, value, output, statistics, *gradients, is_causal, scale
     )
     return gradients

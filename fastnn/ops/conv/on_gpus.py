@@ -80,7 +80,7 @@ def kernel(relu, pooled=False, tile="kernel"):
     def forward(input, weight, bias, *rest):
         fused = pooled and rest[7:] == WINDOW
         options = (*rest[:7], RELU if relu else NONE, fused, allows_tf32(), TILES[tile])
-        made = _ops._conv2d_on_gpu(input, weight, bias, None, *options)
+        made = _ops._conv2d_on_gpu.default(input, weight, bias, None, *options)
         if fused:
             return made
         return pooled_apart(made[0], rest[7:]) if pooled else made[0]
@@ -93,7 +93,7 @@ def kernel_with_activation(tile="kernel"):
 
     def forward(input, weight, bias, residual, *rest):
         *options, activation = rest
-        made = _ops._conv2d_on_gpu(
+        made = _ops._conv2d_on_gpu.default(
             input, weight, bias, residual, *options, activation, False, allows_tf32(), TILES[tile]
         )
         return made[0]
@@ -103,7 +103,7 @@ def kernel_with_activation(tile="kernel"):
 
 def pooled_apart(y, window):
     """The ReLU's output pooled, and where in each window the maximum stands, if it is not 0."""
-    values, locations = _ops.max_pool2d_with_locations(y, *window, 1, 1, False)
+    values, locations = _ops.max_pool2d_with_locations.default(y, *window, 1, 1, False)
     return values, locations.masked_fill_(values <= 0, NO_LOCATION)
 
 
@@ -114,9 +114,9 @@ def pass_behind_torch(pooled):
         layout = memory_format_of(input, weight)
         y = stock_conv2d(input, weight, None, *rest[:7]).contiguous(memory_format=torch.channels_last)
         if pooled and rest[7:] == WINDOW:
-            made = _ops._bias_relu_max_pool2d_on_gpu(y, bias)
+            made = _ops._bias_relu_max_pool2d_on_gpu.default(y, bias)
             return tuple(t.contiguous(memory_format=layout) for t in made)
-        _ops._bias_activation_on_gpu_(y, bias, None, RELU)
+        _ops._bias_activation_on_gpu_.default(y, bias, None, RELU)
         y = y.contiguous(memory_format=layout)
         return pooled_apart(y, rest[7:]) if pooled else y
 
@@ -128,7 +128,7 @@ def activation_behind_torch(input, weight, bias, residual, *rest):
     *options, activation = rest
     layout = memory_format_of(input, weight)
     y = stock_conv2d(input, weight, None, *options).contiguous(memory_format=torch.channels_last)
-    _ops._bias_activation_on_gpu_(y, bias, residual, activation)
+    _ops._bias_activation_on_gpu_.default(y, bias, residual, activation)
     return y.contiguous(memory_format=layout)
 
 
@@ -176,7 +176,7 @@ def activation_candidates():
 
 
 def _backward(grad, input, weight, output, locations, options, activation, residual_grad, wanted, tile):
-    return _ops._conv2d_backward_on_gpu(
+    return _ops._conv2d_backward_on_gpu.default(
         grad,
         input,
         weight,
@@ -200,7 +200,7 @@ def backward_candidates(split):
             grad, input, weight, output, locations, options, window, wanted = split(*args)
             if window and window != WINDOW:
                 size = output_shape(input, weight, *options)[2:]
-                grad = _ops.max_pool2d_backward(grad, locations, *size, *window, 1, 1, False)
+                grad = _ops.max_pool2d_backward.default(grad, locations, *size, *window, 1, 1, False)
                 locations = None
             activation = NONE if output is None else RELU
             made = _backward(grad, input, weight, output, locations, options, activation, False, wanted, tile)

@@ -1,6 +1,7 @@
 """Which candidate takes a call on a GPU: torch's own op, or one of the kernels. Measured, shipped or on the user's machine.
 
-A choice holds for a class of calls: one op, one dtype and layout, sizes up to the next power of two, the same options. Choices
+A choice holds for a class of calls: one op, one dtype and layout, sizes up to the next power of two, the same options, with or without
+a backward pass behind it. Choices
 that :func:`fastnn.tune` made on this machine come before those that are shipped (``fastnn/choices/gpu.json``); a call that neither knows
 is torch's.
 """
@@ -24,6 +25,8 @@ from fastnn.ops.core.user_file import UserFile, are_choices
 TORCH = "torch"
 #: The class of calls that stands for all of an op.
 ALL = "*"
+#: What the class of a call has behind it that wants gradients: who does it has the backward pass, too.
+WITH_GRADIENTS = " with gradients"
 
 #: A candidate has to take this share less time than those before it, torch's op first: less is the noise of launches.
 TIE = 0.03
@@ -80,6 +83,16 @@ def call_class(args) -> str:
     return " ".join(parts)
 
 
+def wants_gradients(args) -> bool:
+    """Whether a call would be differentiated."""
+    return torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in args])
+
+
+def gpu_class(args) -> str:
+    """The class of an op's call on a GPU."""
+    return call_class(args) + (WITH_GRADIENTS if wants_gradients(args) else "")
+
+
 def fastest(seconds: dict[str, float]) -> str:
     """The candidate that takes the least time; of a tie the first, which is torch's op where it takes part."""
     best = next(iter(seconds))
@@ -100,16 +113,18 @@ def chosen(op: str, args, device: torch.device) -> str | None:
     if torch.compiler.is_compiling() or type(args[0]) is not torch.Tensor:
         # A class would tie what is traced to sizes that are symbols.
         fixed = all([has_static_value(n) for a in args if isinstance(a, torch.Tensor) for n in a.shape])
-        return _chosen_for(op, device.index, call_class(args) if fixed else ALL)
+        of = call_class(args) if fixed else ALL
+        return _chosen_for(op, device.index, of + WITH_GRADIENTS if wants_gradients(args) else of)
     mine, shipped = _tables(device.index)
     if op not in mine and op not in shipped and not known():
         return None
-    return _look_up(op, device.index, call_class(args))
+    return _look_up(op, device.index, gpu_class(args))
 
 
 def _look_up(op: str, index: int, of: str) -> str | None:
     mine, shipped = (choices.get(op, {}) for choices in _tables(index))
-    return known().get((op, of)) or mine.get(of) or shipped.get(of) or shipped.get(ALL)
+    every = ALL + WITH_GRADIENTS if of.endswith(WITH_GRADIENTS) else ALL
+    return known().get((op, of)) or mine.get(of) or shipped.get(of) or shipped.get(every)
 
 
 # A tracer takes what it says for a constant.

@@ -69,6 +69,21 @@ def _kernel_of(op: Op) -> Callable:
     return run
 
 
+def _kernel_on_gpus(op: Op, kernel: Callable) -> Callable:
+    """The same on a GPU: where there are several kernels, in Python, a call need not pass through the dispatcher to them."""
+    if len(op.candidates) == 1:
+        return kernel
+    candidates = list(op.candidates.values())
+
+    def run(args, numbers):
+        device = args[0].device
+        if len(numbers) != 1 or _watching_modes() or torch.cuda.current_device() != device.index:
+            return kernel(args, numbers)
+        return candidates[numbers[0] - 1](*args)
+
+    return run
+
+
 def _parts(op: Op, run: Callable, args: tuple, numbers: tuple[int, ...]):
     """A call of an op of gradients of which torch does one, that of the input or those of weight and bias."""
     *call, of_input, of_weight, of_bias = args
@@ -112,6 +127,9 @@ def route_of(op: Op) -> Callable:
     count, stock, kernel = op.tensors, op.stock, _kernel_of(op)
     casts, constants, kind = op.autocast, op.constant, _kind_of(op)
     chooses = op.slower is not None or op.algorithms is not None
+    on_gpus = op.on_gpus is not None
+    run_on_gpu = _kernel_on_gpus(op, kernel)
+    function_on_gpu = autograd.as_function(op, run_on_gpu)
     plans: dict[tuple, Plan] = {}
     _remembered.append(plans)
 
@@ -141,7 +159,7 @@ def route_of(op: Op) -> Callable:
                 if enabled and t.requires_grad:
                     wants = True
         if args[0] is None or not args[0].is_cpu:
-            return carefully(args)
+            return on_gpu(args, wants) if on_gpus else carefully(args)
         numbers = ()
         if chooses:
             try:
@@ -165,6 +183,23 @@ def route_of(op: Op) -> Callable:
             if plan(op, args).algorithm is not None:
                 raise
         return stock(*args)
+
+    def on_gpu(args, wants):
+        try:
+            # Which of its tensors wants a gradient counts for those that get none.
+            needs = wants and [args[i] is not None and args[i].requires_grad for i, _ in constants]
+            given = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in args[:count]]
+            key = (*given, args[count:], wants, *(needs or ()), watch.prefer_kernels)
+            known = plans.get(key)
+        except Exception:
+            return carefully(
+                args
+            )  # what has no strides, or None in place of a tensor: the plan says why it is torch's
+        if known is None:
+            known = remember(key, plan(op, args))
+        if known.algorithm is None:
+            return stock(*args)
+        return function_on_gpu.apply(*args, known.numbers) if wants else run_on_gpu(args, known.numbers)
 
     def remember(key, known):
         if len(plans) >= _MOST_PLANS:
