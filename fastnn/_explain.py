@@ -12,11 +12,11 @@ import torch
 from torch.nn import Module
 from torch.nn.modules import module as torch_module
 
-from fastnn import _library, _rehearsal, nn
+from fastnn import _rehearsal, nn
 from fastnn.nn.container import FUSED, sees_fused
-from fastnn.ops.core import gpu, watch
+from fastnn.ops.core import watch
 from fastnn.ops.core.op import Op
-from fastnn.ops.core.plan import Plan
+from fastnn.ops.core.plan import Plan, kernel_of
 
 __all__ = ["Explanation", "Row", "explain"]
 
@@ -77,15 +77,6 @@ class Explanation:
     __repr__ = __str__
 
 
-def _kernel(op: Op, args: tuple, plan: Plan) -> str:
-    """What runs a call: the instruction set, or for a GPU the language and, where there are several, the kernel's name."""
-    if args[0].is_cpu:
-        return _library.current_isa()
-    if len(op.candidates) == 1:
-        return op.on_gpus
-    return f"{'cuda' if plan.algorithm == gpu.WARPGROUPS else op.on_gpus}: {plan.algorithm}"
-
-
 class _Recorder:
     """Collects rows while a model runs in this thread: told of ops by the routing, of layers by hooks of all modules."""
 
@@ -103,7 +94,7 @@ class _Recorder:
             layer = self.running[-1][0]
         else:
             layer = self.layers_of_nodes.get(torch._C._current_autograd_node(), "")
-        where = "torch" if plan.algorithm is None else f"fastnn {_kernel(op, args, plan)}"
+        where = "torch" if plan.algorithm is None else f"fastnn {kernel_of(op, args, plan)}"
         named = plan.algorithm if plan.algorithm and op.algorithms and args[0].is_cpu else ""
         self.add(layer, op.name, args, where, plan.reason or "", named)
 

@@ -21,7 +21,8 @@ from fastnn.convert import convert
 from fastnn.graph import fuse, ir, layout, lower, normalise
 from fastnn.graph.capture import CannotCapture, Captured, capture, in_evaluation
 from fastnn.ops.core import watch
-from fastnn.ops.core.plan import Plan
+from fastnn.ops.core.op import Op
+from fastnn.ops.core.plan import Plan, kernel_of
 
 if TYPE_CHECKING:
     from fastnn._explain import Row
@@ -65,12 +66,20 @@ def _copied(gm: GraphModule) -> GraphModule:
     return GraphModule(gm, graph, "Frozen")
 
 
+def _wait(args: Sequence) -> None:
+    """A GPU's work goes on behind the call that starts it."""
+    if any(isinstance(t, torch.Tensor) and t.is_cuda for t in args):
+        torch.cuda.synchronize()
+
+
 def _seconds(gm: GraphModule, args: tuple) -> float:
     """The least that a call took."""
     least = float("inf")
     for _ in range(5):
+        _wait(args)
         start = time.perf_counter()
         gm(*args)
+        _wait(args)
         least = min(least, time.perf_counter() - start)
     return least
 
@@ -240,21 +249,24 @@ class _Timed(torch.fx.Interpreter):
         super().__init__(gm)
         self.seconds: dict[Node, list[float]] = {}
         self.views: set[Node] = set()  # what gives its argument's memory moves nothing
-        self.plans: dict[Node, Plan] = {}  # of what plans its calls itself
+        self.ran: dict[Node, tuple[str, str]] = {}  # of what plans its calls itself: by whom, or why by torch
         self.node: Node | None = None
 
-    def on_op(self, op, args, plan: Plan) -> None:
-        self.plans[self.node] = plan
+    def on_op(self, op: Op, args: tuple, plan: Plan) -> None:
+        where = "torch" if plan.algorithm is None else f"fastnn {kernel_of(op, args, plan)}"
+        self.ran[self.node] = where, plan.reason or ""
 
     def run_node(self, node: Node):
         self.node = node
+        given = [self.env[n] for n in node.all_input_nodes if n in self.env]
+        _wait(given)
         start = time.perf_counter()
         made = super().run_node(node)
+        _wait(given)
         self.seconds.setdefault(node, []).append(time.perf_counter() - start)
         if isinstance(made, torch.Tensor) and node.op == "call_function":
-            read = [self.env[n] for n in node.all_input_nodes if n in self.env]
             at = made.untyped_storage().data_ptr()
-            if any(isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() == at for t in read):
+            if any(isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() == at for t in given):
                 self.views.add(node)
         return made
 
@@ -284,9 +296,7 @@ def rows(model: FrozenModel, args: tuple, kwargs: dict[str, Any]) -> list[Row]:
     found = []
     for node in calls:
         name, where, reason, algorithm = lower.told(node)
-        plan = timed.plans.get(node)
-        if plan is not None and plan.algorithm is None:
-            where, reason = "torch", plan.reason
+        where, reason = timed.ran.get(node, (where, reason))
         read = next((n for n in node.all_input_nodes if ir.shape_of(n) is not None), None)
         shape = () if read is None else ir.shape_of(read)
         dtype = "" if read is None else str(ir.dtype_of(read)).removeprefix("torch.")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fastnn import _settings
+from fastnn import _library, _settings
 from fastnn.ops.core import choices, cpu_choices, gpu, rules, watch
 from fastnn.ops.core.algorithms import AUTOMATIC, Result, covers_by
 from fastnn.ops.core.described import Described, described
@@ -97,6 +97,15 @@ def plan(op: Op, args: tuple) -> Plan:
         chosen = choices.chosen(op.name, args, args[0].device)
     name = candidate(op, chosen, args)
     return Plan(name, None, (names.index(name) + 1,))
+
+
+def kernel_of(op: Op, args: tuple, plan: Plan) -> str:
+    """What runs a call: the instruction set, or for a GPU the language and, where there are several, the kernel's name."""
+    if args[0].is_cpu:
+        return _library.current_isa()
+    if len(op.candidates) == 1:
+        return op.on_gpus
+    return f"{'cuda' if plan.algorithm == gpu.WARPGROUPS else op.on_gpus}: {plan.algorithm}"
 
 
 # ---- on the CPU ----
