@@ -1,7 +1,8 @@
 #include "cuda/depthwise.h"
 
-#include "cuda/activation.h"
 #include "cuda/conv_tiles.h"
+#include "cuda/depthwise_pixels.h"
+#include "cuda/depthwise_strips.h"
 #include "cuda/parts.h"
 
 namespace fastnn::cuda {
@@ -20,7 +21,7 @@ struct Depthwise {
   Lanes lanes;
 };
 
-// Columns of the output that a thread makes of 3 x 3, 5 x 5 and 7 x 7 kernels: it reads what they share once.
+// Columns of the output that a thread makes of 7 x 7 kernels: it reads what they share once.
 constexpr int kTile = 4;
 // Vectors of channels that a block has at most; fewer, where their weights would take more shared memory than
 // leaves a multiprocessor some blocks.
@@ -41,37 +42,6 @@ __device__ inline void load_weights(const Depthwise& p, const T* weight, float* 
   __syncthreads();
 }
 
-// The first `count` of N pixels side by side, the first of them at element `at` of the output.
-template <class T, int V, int N>
-__device__ inline void finish(const Depthwise& p, Activation activation, float (&sum)[N * V], const T* bias,
-                              int channel, const T* residual, T* output, int64_t at, int count) {
-  constexpr int kAtOnce = V > 1 ? 2 : 1;
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const float added = bias == nullptr ? 0.0f : widen(bias[channel + v]);
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum[i * V + v] += added;
-  }
-  if (residual != nullptr) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i >= count) continue;
-      const auto added = *reinterpret_cast<const Vector<T, V>*>(residual + at + int64_t{i} * p.channels);
-#pragma unroll
-      for (int v = 0; v < V; ++v) sum[i * V + v] += widen(added.element[v]);
-    }
-  }
-  activate<kAtOnce>(activation, sum);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i >= count) continue;
-    Vector<T, V> out;
-#pragma unroll
-    for (int v = 0; v < V; ++v) out.element[v] = narrow<T>(sum[i * V + v]);
-    *reinterpret_cast<Vector<T, V>*>(output + at + int64_t{i} * p.channels) = out;
-  }
-}
-
 // K: the kernel is K x K without dilation, at a stride of kStride along both axes; or 0, any.
 template <class T, int V, int K, int kStride, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -84,6 +54,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (number >= p.count || channel >= p.channels) return;
   uint32_t n = static_cast<uint32_t>(number);
   const int tile = static_cast<int>(p.by_tiles.split(n)), y = static_cast<int>(p.by_height.split(n));
+  float added[V];
+  load_bias(added, bias, channel);
   const T* image = source + int64_t{n} * p.source_h * p.source_w * p.channels + channel;
   const int64_t line = (int64_t{n} * p.height + y) * p.width * p.channels + channel;
   const auto read = [&](int row, int x) {
@@ -95,12 +67,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
 
   if constexpr (K > 0) {
-    // The rows of larger kernels stay a loop: what one of them reads fills the registers.
     constexpr int kWindow = (kTile - 1) * kStride + K;
-    [[maybe_unused]] constexpr int kRowsAtOnce = K == 3 ? 3 : 1;
     const int x0 = tile * kTile;
     float sum[kTile * V] = {};
-#pragma unroll kRowsAtOnce
+    // What one row reads fills the registers.
+#pragma unroll 1
     for (int r = 0; r < K; ++r) {
       const int row = y * kStride - p.ph + r;
       if (static_cast<unsigned>(row) >= static_cast<unsigned>(p.source_h)) continue;
@@ -116,8 +87,9 @@ __global__ void __launch_bounds__(kThreads, 2)
           for (int v = 0; v < V; ++v) sum[t * V + v] += widen(x[t * kStride + q].element[v]) * w[v];
       }
     }
-    finish<T, V, kTile>(p, p.activation, sum, bias, channel, residual, output,
-                        line + int64_t{x0} * p.channels, p.width - x0);
+    const int64_t at = line + int64_t{x0} * p.channels;
+    finish_pixels<T, V, kTile>(sum, added, p.activation, residual == nullptr ? nullptr : residual + at,
+                               output + at, p.channels, p.width - x0);
   } else {
     float sum[V] = {};
     for (int r = 0; r < p.kh; ++r) {
@@ -141,8 +113,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     // The kernel of gradients alone has nothing behind it, and no code for it.
     const Activation activation = kTransposed ? Activation::none : p.activation;
-    finish<T, V, 1>(p, activation, sum, bias, channel, kTransposed ? nullptr : residual, output,
-                    line + int64_t{tile} * p.channels, 1);
+    const int64_t at = line + int64_t{tile} * p.channels;
+    finish_pixels<T, V, 1>(sum, added, activation,
+                           kTransposed || residual == nullptr ? nullptr : residual + at, output + at,
+                           p.channels, 1);
   }
 }
 
@@ -246,10 +220,6 @@ const char* start(const Depthwise& p, bool transposed, int64_t images, const voi
   if (transposed) return run.template operator()<0, 0, true>();
   if (p.kh == p.kw && p.dh == 1 && p.dw == 1 && p.sh == p.sw && (p.sh == 1 || p.sh == 2)) {
     const bool one = p.sh == 1;
-    if (p.kh == 3)
-      return one ? run.template operator()<3, 1, false>() : run.template operator()<3, 2, false>();
-    if (p.kh == 5)
-      return one ? run.template operator()<5, 1, false>() : run.template operator()<5, 2, false>();
     if (p.kh == 7)
       return one ? run.template operator()<7, 1, false>() : run.template operator()<7, 2, false>();
   }
@@ -276,6 +246,7 @@ constexpr int64_t kMostParts = 256, kLeastSteps = 16;
 }  // namespace
 
 const char* depthwise_forward(const ConvForwardArgs& a, Stream stream) {
+  if (has_strips(a.shape)) return strips_forward(a, stream);
   const Conv s(a.shape);
   const Depthwise p{s.c,  s.h,  s.w,  s.oh,  s.ow,         s.kh, s.kw,      s.sh,      s.sw,       s.ph,
                     s.pw, s.dh, s.dw, false, a.activation, 0,    Divisor(), Divisor(), Lanes(1, 1)};
@@ -283,6 +254,7 @@ const char* depthwise_forward(const ConvForwardArgs& a, Stream stream) {
 }
 
 const char* depthwise_input_gradient(const ConvInputGradientArgs& a, Stream stream) {
+  if (has_strips(a.shape)) return strips_input_gradient(a, stream);
   const Conv s(a.shape);
   Depthwise p{s.c,  s.oh,      s.ow,      s.h,        s.w,
               s.kh, s.kw,      s.sh,      s.sw,       s.ph,
@@ -298,9 +270,13 @@ const char* depthwise_input_gradient(const ConvInputGradientArgs& a, Stream stre
   return start(p, a.dtype, strided, s.n, a.grad, a.weight, nullptr, nullptr, a.grad_input, stream);
 }
 
-size_t depthwise_workspace(const ConvShape& s) { return sizeof(float) * kMostParts * s.k * s.kh * s.kw; }
+size_t depthwise_workspace(const ConvShape& s) {
+  if (has_strips(s)) return strips_workspace(s);
+  return sizeof(float) * kMostParts * s.k * s.kh * s.kw;
+}
 
 const char* depthwise_weight_gradient(const ConvWeightGradientArgs& a, Stream stream) {
+  if (has_strips(a.shape)) return strips_weight_gradient(a, stream);
   const Conv s(a.shape);
   const int64_t taps = int64_t{s.kh} * s.kw, pixels = int64_t{s.n} * s.oh * s.ow;
   auto* parts = static_cast<float*>(a.workspace);
