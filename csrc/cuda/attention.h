@@ -18,6 +18,7 @@ struct AttentionForwardOnHopperArgs {
   void* output;
   HeadStrides output_strides;
   float* statistics;  // [batch, heads, queries, 2] as on the CPU, the largest score times log2(e)
+  uint32_t* taken;    // room for a number, of a causal call
 };
 
 // Whether the kernel has tiles for these sizes: widths of up to 256 that are multiples of 8.

@@ -76,7 +76,28 @@ inline const char* make_tensor_map(TensorMap* to, const MappedTensor& t) {
   return made == CUDA_SUCCESS ? nullptr : "the driver refused a tensor's map";
 }
 
+// Of the current GPU.
+inline uint32_t multiprocessors() {
+  int device = 0, count = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known && count > 0 ? static_cast<uint32_t>(count) : 1;
+}
+
+// Fills memory with zeros, on the stream. Returns null or what went wrong.
+inline const char* zero_later(void* to, size_t bytes, Stream stream) {
+  const cudaError_t status = cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream));
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
 #ifdef FASTNN_HOPPER
+
+// The next number of those that all blocks take from.
+__device__ inline uint32_t take_number(uint32_t* taken) {
+  uint32_t number;
+  asm volatile("atom.global.relaxed.gpu.add.u32 %0, [%1], 1;" : "=r"(number) : "l"(taken) : "memory");
+  return number;
+}
 
 // An address within the block's shared memory.
 __device__ inline uint32_t shared_address(const void* p) {
@@ -190,6 +211,14 @@ __device__ inline void hold(T (&registers)[N]) {
   }
 }
 
+// Has what a number is made of computed before what follows: the assembler does not move a store to shared
+// memory past a wait for products, but all that it can of what no store needs. One lane writes.
+__device__ inline void finish_before(float* to, float number) {
+  if (threadIdx.x % kWarp == 0) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared_address(to)), "f"(number) : "memory");
+  }
+}
+
 // d (+)= a b, of 64 rows by 64, 128 or 256 columns over a depth of 16; thread t of the warpgroup holds of d,
 // in each 8 columns, what a lane holds after multiply_bf16 (tensor_core.h), of the 16 rows of its warp.
 // Operands in shared memory are named by descriptors (below): tiles [row or column][depth], or else
@@ -264,6 +293,9 @@ FASTNN_PRODUCTS(multiply_group_f16, "f16")
 // ---- within a warp ----
 
 __device__ inline void meet_warp() { __syncwarp(); }
+// A number that all lanes have, of which the compiler does not know that: it needs a register for all of
+// them.
+__device__ inline int same_in_warp(int number) { return __shfl_sync(0xffffffff, number, 0); }
 
 // 2 to the power of x; 0 for -infinity.
 __device__ inline float power_of_2(float x) {

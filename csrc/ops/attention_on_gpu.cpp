@@ -45,6 +45,7 @@ Tensor _attention_on_hopper(Tensor query, Tensor key, Tensor value, Tensor outpu
   const AttentionShape s = check_on_hopper(query, key, value, is_causal, scale, &cuda::fits_hopper, "256");
   check_output(query, output, "output", {s.batch, s.heads, s.queries, s.value_width});
   Tensor statistics = empty_like(query, ScalarType::Float, {s.batch, s.heads, s.queries, 2});
+  Tensor taken = empty_like(query, ScalarType::Int, {is_causal ? 1 : 0});
   const Tensor q = mapped(query), k = mapped(key), v = mapped(value);
   const cuda::AttentionForwardOnHopperArgs args{dtype_of(query, "query"),
                                                 s,
@@ -58,7 +59,8 @@ Tensor _attention_on_hopper(Tensor query, Tensor key, Tensor value, Tensor outpu
                                                 strides_of(v),
                                                 output.mutable_data_ptr(),
                                                 strides_of(output),
-                                                static_cast<float*>(statistics.mutable_data_ptr())};
+                                                static_cast<float*>(statistics.mutable_data_ptr()),
+                                                static_cast<uint32_t*>(taken.mutable_data_ptr())};
   run_on_gpu(cuda::attention_forward_on_hopper, query, args);
   return statistics;
 }

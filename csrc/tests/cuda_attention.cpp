@@ -26,10 +26,11 @@ void forward(const py::array& query, const py::array& key, const py::array& valu
              py::array output, py::array statistics) {
   const AttentionShape s = shape_of(query, key, value);
   if (!cuda::fits_hopper(s)) throw py::value_error("no tiles for this shape");
+  uint32_t taken = 0xffffffff;
   succeed(cuda::attention_forward_on_hopper(
       {dtype_of(query), s, causal, scale, query.data(), key.data(), value.data(), strides_of(query),
        strides_of(key), strides_of(value), output.mutable_data(), strides_of(output),
-       static_cast<float*>(statistics.mutable_data())},
+       static_cast<float*>(statistics.mutable_data()), &taken},
       nullptr));
 }
 

@@ -16,6 +16,14 @@ struct TensorMap {
 
 const char* make_tensor_map(TensorMap* to, const MappedTensor& t);
 
+// So few that a block has several tiles.
+inline uint32_t multiprocessors() { return 3; }
+inline const char* zero_later(void* to, size_t bytes, void*) {
+  std::memset(to, 0, bytes);
+  return nullptr;
+}
+inline uint32_t take_number(uint32_t* taken) { return (*taken)++; }
+
 uint32_t shared_address(const void* p);
 
 void make_barrier(uint64_t* barrier, int arrivals);
@@ -82,6 +90,8 @@ void wait_for_products() {
 }
 template <class T, int N>
 void hold(T (&)[N]) {}
+inline void finish_before(float*, float) {}
+inline int same_in_warp(int number) { return host::exchange("shfl", number)[0]; }
 
 inline void meet_warp() { host::exchange("syncwarp", 0); }
 inline float power_of_2(float x) { return std::exp2(x); }
