@@ -14,9 +14,10 @@ from fastnn.ops import attention, conv, linear, pool
 from fastnn.ops.attention import dropout
 from fastnn.ops.attention import ops as attention_ops
 from fastnn.ops.conv import on_gpus as conv_on_gpus
-from fastnn.ops.core import activations
+from fastnn.ops.core import activations, gpu
 from fastnn.ops.core.op import OPS
 from fastnn.ops.core.plan import covers
+from fastnn.ops.linear import ops as linear_ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -136,6 +137,60 @@ def test_linear_gelu(dtype, sizes, native):
     leaves = [t.clone().requires_grad_() for t in given]
     assert_as_good(linear.linear_gelu(*leaves).detach(), stock, exact, **bound)
     assert native == [("linear", None), ("linear_activation", None)]
+
+
+# Rows, features in and out, of which the tiles of warpgroups have 128 rows and 64, 128 or 256 columns; and one that fills a GPU.
+TILED_LINEARS = [
+    (1, 8, 8),
+    (3, 72, 24),
+    (197, 784, 136),
+    (1000, 1000, 1000),
+    (16384, 784, 128),
+    (4096, 1024, 4096),
+    (2000, 72, 30000),
+]
+
+
+@pytest.mark.parametrize("activation", activations.NAMES)
+@pytest.mark.parametrize("sizes", TILED_LINEARS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_candidates_of_linear(dtype, sizes, activation):
+    rows, width, features = sizes
+    number, op = activations.NUMBERS[activation], OPS["linear_activation"]
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def made(*shape, scale=1.0):
+        return torch.randn(shape, generator=generator, device="cuda").mul(scale).to(dtype)
+
+    x, w, b, residual = made(rows, width), made(features, width, scale=width**-0.5), made(features), None
+    for residual in (None, made(rows, features)):
+        args = (x, w, b, residual, number)
+        exact = op.stock(*(t.double() if isinstance(t, torch.Tensor) else t for t in args))
+        stock = op.stock(*args)
+        ran = [name for name in op.candidates if covers(op, name, args)]
+        for name in ran:
+            assert_as_good(op.candidates[name](*args), stock, exact, roundings=2, depth=width)
+        assert (linear_ops.BY_TORCHS_EPILOGUE in ran) == (
+            residual is None and activation in ("relu", "gelu_tanh")
+        )
+        assert (gpu.WARPGROUPS in ran) == gpu.is_hopper(x.device)
+    if number not in activations.TOLD_BY_RESULT:
+        return
+    op, args = (
+        OPS["linear_activation_backward"],
+        (made(rows, features), x, w, stock, number, True, *[True] * 3),
+    )
+    exact = op.stock(*(t.double() if isinstance(t, torch.Tensor) else t for t in args))
+    theirs = op.stock(*args)
+    for name, kernel in op.candidates.items():
+        if not covers(op, name, args):
+            continue
+        ours = kernel(*args)
+        for a, s, c in zip(ours, theirs, exact, strict=True):
+            # The gradient before the activation is rounded as well.
+            assert_as_good(a, s, c, roundings=3, depth=max(rows, features))
+        if name == gpu.WARPGROUPS:
+            assert all(torch.equal(a, again) for a, again in zip(ours, kernel(*args), strict=True))
 
 
 def test_choice_is_looked_up_once(monkeypatch):

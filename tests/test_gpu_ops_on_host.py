@@ -14,6 +14,7 @@ from fastnn.ops.conv import on_gpus as conv_on_gpus
 from fastnn.ops.conv import shapes as conv_shapes
 from fastnn.ops.core import activations, gpu
 from fastnn.ops.core.op import OPS
+from fastnn.ops.linear import ops as linear
 from fastnn.ops.pool import maximum as pool_max
 
 if not OPS_ON_HOST.exists():
@@ -278,6 +279,7 @@ def test_storage_that_is_not_aligned(in_place_of_a_gpu, ops, groups, dtype):
 @pytest.fixture
 def in_place_of_hopper(in_place_of_a_gpu, ops, monkeypatch):
     monkeypatch.setattr(attention, "_ops", ops)
+    monkeypatch.setattr(linear, "_ops", ops)
     monkeypatch.setattr(gpu, "is_hopper", lambda device: True)
 
 
@@ -343,6 +345,106 @@ def test_by_warpgroups_attention(in_place_of_hopper, dtype, causal):
         for a, b, c, t in zip(ours, gradients(dtype), gradients(torch.float64), (q, k, v), strict=True):
             assert a.stride() == attention.in_order(t, t.shape).stride()
             assert_as_good(a, b, c, roundings=8)
+
+
+# The last is cut into parts for the gradient of the weight.
+LINEARS = [((8,), 8), ((1, 8), 24), ((3, 1, 72), 136), ((197, 136), 64), ((2, 600, 40), 16)]
+
+
+@pytest.mark.parametrize("activation", activations.NAMES)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("shape", "features"), LINEARS, ids=str)
+def test_by_warpgroups_linear(in_place_of_hopper, shape, features, dtype, activation):
+    number, width = activations.NUMBERS[activation], shape[-1]
+    x, w, b, residual, upstream = (
+        random(*of, seed=seed).to(dtype)
+        for seed, of in enumerate(
+            (shape, (features, width), (features,), (*shape[:-1], features), (*shape[:-1], features))
+        )
+    )
+    # Rows that are not dense, or do not begin at a multiple of 16 bytes, are copied.
+    apart = torch.cat([x, x], -1)[..., :width]
+    shifted = torch.cat([w.flatten()[:1], w.flatten()])[1:].view_as(w)
+    assert linear._covers_warpgroups(x, w)
+    forward = OPS["linear_activation"].candidates[gpu.WARPGROUPS]
+    for args in ((x, w, b, None), (x, w, None, residual), (apart, shifted, b, residual)):
+        y = forward(*args, number)
+        assert y.stride() == linear.fake(*args[:3]).stride()
+        exact = linear.stock_activation(*(None if t is None else t.double() for t in args), number)
+        assert_as_good(y, linear.stock_activation(*args, number), exact, roundings=2, depth=width)
+    for name in ("linear", "linear_relu"):
+        op = OPS[name]
+        ours = op.candidates[gpu.WARPGROUPS](x, w, b)
+        exact = op.stock(x.double(), w.double(), b.double())
+        assert_as_good(ours, op.stock(x, w, b), exact, roundings=2, depth=width)
+
+    calls = [("linear_backward", (upstream, x, w)), ("linear_relu_backward", (upstream, x, w, y))]
+    if number in activations.TOLD_BY_RESULT:
+        calls.append(("linear_activation_backward", (upstream, x, w, y, number, True)))
+        calls.append(("linear_activation_backward", (upstream, x, w, y, number, False)))
+    for name, args in calls:
+        op = OPS[name]
+        backward = op.candidates[gpu.WARPGROUPS]
+        ours, fakes = backward(*args, True, True, True), op.fake(*args, True, True, True)
+        exact = op.stock(*(t.double() if isinstance(t, torch.Tensor) else t for t in args), True, True, True)
+        stock = op.stock(*args, True, True, True)
+        for a, s, c, f in zip(ours, stock, exact, fakes, strict=True):
+            assert (a.shape, a.stride()) == (f.shape, f.stride())
+            if a.numel():
+                assert_as_good(a, s, c, roundings=3, depth=max(features, x.numel() // width))
+        some = backward(*args, False, True, False)
+        assert [t.numel() for t in some[:3]] == [0, w.numel(), 0]
+        assert torch.equal(some[1], ours[1])
+        alone = backward(*args, False, False, True)
+        assert [t.numel() for t in alone[:3]] == [0, 0, features]
+        assert torch.equal(alone[2], ours[2])
+
+
+@pytest.mark.parametrize("name", ["linear_relu", "linear_activation"])
+def test_linear_by_torchs_epilogue(name):
+    op, x, w, b = OPS[name], random(2, 3, 20, seed=1), random(5, 20, seed=2), random(5, seed=3)
+    ours, covers = op.candidates[linear.BY_TORCHS_EPILOGUE], op.covers[linear.BY_TORCHS_EPILOGUE]
+    rest = (None, activations.RELU) if name == "linear_activation" else ()
+    assert covers(x, w, b, *rest)
+    assert not covers(x, w, None, *rest)
+    assert not covers(x[:0], w, b, *rest)
+    torch.testing.assert_close(ours(x, w, b, *rest), op.stock(x, w, b, *rest))
+    if rest:
+        # On the CPU torch's epilogue has another GELU than on GPUs.
+        assert covers(x, w, b, None, activations.NUMBERS["gelu_tanh"])
+        assert not covers(x, w, b, None, activations.NUMBERS["gelu"])
+        assert not covers(x, w, b, ours(x, w, b, *rest), activations.RELU)
+
+
+def test_linear_that_the_warpgroups_do_not_take(in_place_of_hopper, ops):
+    x, w = torch.zeros(4, 16, dtype=torch.float16), torch.zeros(8, 16, dtype=torch.float16)
+    covers, of_gradients = (OPS[f"linear{kind}"].covers[gpu.WARPGROUPS] for kind in ("", "_backward"))
+    assert covers(x, w, None)
+    assert of_gradients(x[:, :8], x, w, True, True, True)
+    for a, b in ((x.float(), w.float()), (x[:, :12], w[:, :12]), (x, w[:7]), (x[:0], w)):
+        assert not covers(a, b, None)
+        assert not of_gradients(torch.zeros(a.shape[0], b.shape[0]), a, b, True, True, True)
+    y = torch.zeros(4, 8, dtype=torch.float16)
+    for args, message in (
+        ((x.float(), w.float(), None, None, 0), "bfloat16 or float16"),
+        ((x[:, :12], w[:, :12], None, None, 0), "no tiles for a product of 4 rows"),
+        ((x, w[:7], None, None, 0), "no tiles for a product"),
+        ((x, w, y[0, :7], None, 0), "a bias of shape"),
+        ((x, w, None, y[:3], 0), "residual"),
+        ((x, w, None, None, 99), "activation"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops._linear_on_hopper(*args)
+    wanted = (True, True, True)
+    for args, message in (
+        ((y, x, w, None, 0, True, *wanted), "no gradient of a residual"),
+        ((y[:3], x, w, None, 0, False, *wanted), "a gradient of the output's shape"),
+        ((y, x, w, y[:3], 1, False, *wanted), "an output of the gradient's shape"),
+        ((y, x, w, y, 0, False, *wanted), "activation"),
+        ((y.float(), x.float(), w.float(), None, 0, False, *wanted), "bfloat16 or float16"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops._linear_backward_on_hopper(*args)
 
 
 def test_what_the_warpgroups_do_not_take(in_place_of_hopper, ops):

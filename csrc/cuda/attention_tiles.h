@@ -6,8 +6,6 @@
 
 namespace fastnn::cuda {
 
-// Where tiles begin in shared memory is a multiple of this.
-constexpr int kTileAlignment = 1024;
 constexpr float kLog2E = 1.44269504f;
 
 inline MappedTensor mapped(const void* data, bool is_bf16, const HeadStrides& strides, int64_t width,
@@ -22,17 +20,6 @@ inline MappedTensor mapped(const void* data, bool is_bf16, const HeadStrides& st
 }
 
 #ifdef FASTNN_HOPPER
-
-// Where in the block's shared memory tiles can begin.
-__device__ inline unsigned char* first_tile() {
-  auto* memory = shared_memory<unsigned char>();
-  return memory + (kTileAlignment - shared_address(memory) % kTileAlignment) % kTileAlignment;
-}
-
-// All warps of a warpgroup have read a tile.
-__device__ inline void release(uint64_t* read) {
-  if (lane_id() == 0) arrive(read);
-}
 
 // Starts the product of 64 rows and of rows of another tile, all kParts * 64 wide: the addresses of their
 // first parts, and the bytes of a part.

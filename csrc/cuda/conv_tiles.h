@@ -43,9 +43,6 @@ using TallTile = WarpgroupTile<256, 128>;
 using NarrowTile = WarpgroupTile<256, 64>;
 enum class TileKind { small, large, wide, tall, narrow };
 
-// An H200 has 132.
-constexpr int64_t kMultiprocessors = 132;
-
 // Of warpgroups for 2-byte elements where they are asked for, in which case the GPU has to have them. Else
 // the large tile where it leaves no multiprocessor of a large GPU without a block.
 inline TileKind tile_kind(TileSize asked, DType dtype, int64_t rows, int64_t columns, int64_t products) {

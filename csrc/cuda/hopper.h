@@ -16,6 +16,8 @@ namespace fastnn::cuda {
 constexpr int kWarpgroup = 4 * kWarp;
 // Columns of a tile's part, and the bytes of its rows.
 constexpr int kPartColumns = 64, kPartPitch = 128;
+// Where tiles begin in shared memory is a multiple of this.
+constexpr int kTileAlignment = 1024;
 
 // A tensor of four dimensions for whose tiles a map is made: [batches, heads, rows, width] with dense rows.
 struct MappedTensor {
@@ -348,6 +350,17 @@ __device__ inline void multiply_group(float (&d)[N], const uint32_t (&a)[4], uin
   } else {
     multiply_group_f16(d, a, b, accumulate);
   }
+}
+
+// Where in the block's shared memory tiles can begin.
+__device__ inline unsigned char* first_tile() {
+  auto* memory = shared_memory<unsigned char>();
+  return memory + (kTileAlignment - shared_address(memory) % kTileAlignment) % kTileAlignment;
+}
+
+// A warp has read a tile: all of them come here.
+__device__ inline void release(uint64_t* read) {
+  if (lane_id() == 0) arrive(read);
 }
 
 #endif  // FASTNN_HOPPER

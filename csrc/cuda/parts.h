@@ -1,6 +1,7 @@
 // Sums that blocks made part by part, added up in the order of the parts.
 #pragma once
 
+#include "cpu/context.h"
 #include "cuda/runtime.h"
 
 namespace fastnn::cuda {

@@ -40,6 +40,14 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
+// Of the GPU that the calling thread's launches go to.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count < 1 ? 1 : count;
+}
+
 constexpr int kWarp = 32;
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
 
@@ -118,6 +126,9 @@ __device__ inline T narrow(acc_t<T> value) {
 inline bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 constexpr int kThreads = 256;
+
+// How many multiprocessors are to have work, by which products are cut: an H200 has 132.
+constexpr int64_t kMultiprocessors = 132;
 
 // Threads of a grid beyond this many would not have a 31-bit number of their own.
 constexpr int64_t kMostPerLaunch = int64_t{1} << 30;

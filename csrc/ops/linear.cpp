@@ -1,17 +1,11 @@
 #include "cpu/linear.h"
 
 #include "cpu/linear_choice.h"
-#include "ops/common.h"
+#include "ops/linear.h"
 
 namespace fastnn::ops {
-namespace {
 
-struct Shape {
-  int64_t m, n, k;
-};
-
-// Rows, output and input features; refuses what does not fit together.
-Shape check(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+LinearShape check_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   dtype_of(input, "input");
   check_like(input, weight, "weight");
   check_like(input, bias, "bias");
@@ -33,15 +27,38 @@ Shape check(const Tensor& input, const Tensor& weight, const std::optional<Tenso
   return {m, n, k};
 }
 
+Sizes linear_sizes(const Tensor& input, const LinearShape& s) {
+  Sizes sizes = sizes_of(input);
+  sizes.back() = s.n;
+  return sizes;
+}
+
+LinearShape check_linear_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                  const Tensor* output) {
+  const LinearShape s = check_linear(input, weight, std::nullopt);
+  check_like(input, grad, "grad");
+  const Sizes sizes = linear_sizes(input, s);
+  FASTNN_CHECK(sizes_of(grad) == sizes, "linear's backward expects a gradient of the output's shape, got ",
+               shape(grad), " for an input of ", shape(input), " and a weight of ", shape(weight));
+  if (output != nullptr) {
+    check_like(input, *output, "output");
+    FASTNN_CHECK(sizes_of(*output) == sizes, "linear's backward expects an output of the gradient's shape ",
+                 shape(grad), ", got ", shape(*output));
+  }
+  return s;
+}
+
+namespace {
+
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& residual, Activation activation, int64_t number,
                PackedWeight packed = {}) {
-  const auto [m, n, k] = check(input, weight, bias);
+  const LinearShape s = check_linear(input, weight, bias);
+  const auto [m, n, k] = s;
   const LinearCall call{dtype_of(input, "input"), m, n, k, current_isa()};
   const auto algorithm = algorithm_of<LinearAlgorithm>(number, kLinearAlgorithms, "linear",
                                                        [&](LinearAlgorithm a) { return uncovered(call, a); });
-  Sizes sizes = sizes_of(input);
-  sizes.back() = n;
+  const Sizes sizes = linear_sizes(input, s);
   check_residual(input, residual, sizes);
   Tensor output = empty_like(input, sizes);
   const Tensor x = dense(input), w = dense(weight);
@@ -81,17 +98,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor* output,
                    Activation activation, bool residual_grad, bool input_grad, bool weight_grad,
                    bool bias_grad, int64_t for_input, int64_t for_weight) {
-  const auto [m, n, k] = check(input, weight, std::nullopt);
-  check_like(input, grad, "grad");
-  Sizes sizes = sizes_of(input);
-  sizes.back() = n;
-  FASTNN_CHECK(sizes_of(grad) == sizes, "linear's backward expects a gradient of the output's shape, got ",
-               shape(grad), " for an input of ", shape(input), " and a weight of ", shape(weight));
-  if (output != nullptr) {
-    check_like(input, *output, "output");
-    FASTNN_CHECK(sizes_of(*output) == sizes, "linear's backward expects an output of the gradient's shape ",
-                 shape(grad), ", got ", shape(*output));
-  }
+  const LinearShape s = check_linear_backward(grad, input, weight, output);
+  const auto [m, n, k] = s;
   const LinearCall call{dtype_of(input, "input"), m, n, k, current_isa()};
   const auto input_algorithm =
       algorithm_of<LinearAlgorithm>(for_input, kLinearAlgorithms, "the gradient of linear's input",
@@ -102,7 +110,7 @@ Gradients backward(const Tensor& grad, const Tensor& input, const Tensor& weight
   Tensor grad_input = empty_like(input, input_grad ? sizes_of(input) : Sizes{0});
   Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : Sizes{0});
   Tensor grad_bias = empty_like(weight, bias_grad ? Sizes{n} : Sizes{0});
-  Tensor grad_residual = residual_grad ? empty_like(grad, sizes) : Tensor();
+  Tensor grad_residual = residual_grad ? empty_like(grad, linear_sizes(input, s)) : Tensor();
   const Tensor dy = dense(grad), x = dense(input), w = dense(weight);
   std::optional<Tensor> y;
   if (output != nullptr) y = dense(*output);

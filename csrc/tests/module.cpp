@@ -27,6 +27,7 @@ PYBIND11_MODULE(fastnn_kernels, m) {
   fastnn::tests::bind_conv(m);
   fastnn::tests::bind_cuda_conv(m);
   fastnn::tests::bind_cuda_attention(m);
+  fastnn::tests::bind_cuda_linear(m);
   fastnn::tests::bind_layer_norm(m);
   fastnn::tests::bind_linear(m);
   fastnn::tests::bind_pool(m);

@@ -58,6 +58,7 @@ void bind_attention(py::module_& m);
 void bind_conv(py::module_& m);
 void bind_cuda_attention(py::module_& m);
 void bind_cuda_conv(py::module_& m);
+void bind_cuda_linear(py::module_& m);
 void bind_layer_norm(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_pool(py::module_& m);

@@ -36,6 +36,8 @@ void __syncthreads();
 namespace fastnn::cuda {
 
 inline constexpr int kWarp = 32;
+// So few that blocks which stay have several tiles, also of small products.
+inline int multiprocessors() { return 3; }
 
 inline float from_f16(uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
 inline uint16_t to_f16(float value) { return std::bit_cast<uint16_t>(static_cast<_Float16>(value)); }

@@ -7,6 +7,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/depthwise.h"
+#include "cuda/linear.h"
 #include "cuda/pool_large_windows.h"
 #include "cuda/pool_staged.h"
 #include "cuda/runtime.h"
@@ -95,6 +96,34 @@ const char* run_attention() {
                                             nullptr);
 }
 
+const char* run_linear() {
+  Memory a, b, beside, output, workspace;
+  // Tiles one after another in a block, of a depth of more steps than the ring has stages; and parts.
+  for (const int tile_columns : {64, 128, 256}) {
+    cuda::MatrixProductArgs args{DType::bf16,
+                                 200,
+                                 520,
+                                 200,
+                                 tile_columns,
+                                 {a.data(), true},
+                                 {b.data(), true},
+                                 beside.data(),
+                                 Activation::silu,
+                                 beside.data(),
+                                 output.data(),
+                                 nullptr};
+    if (const char* wrong = cuda::matrix_product(args, nullptr)) return wrong;
+    args.depth = 1100;
+    args.a.depth_inside = args.b.depth_inside = false;
+    args.bias = args.residual = nullptr;
+    args.activation = Activation::none;
+    args.columns = 72;
+    args.workspace = workspace.data();
+    if (const char* wrong = cuda::matrix_product(args, nullptr)) return wrong;
+  }
+  return nullptr;
+}
+
 const char* run_pool() {
   Memory x, y, locations;
   constexpr PoolAxis kRows{90, 45, 3, 2, 1, 1, false}, kColumns{81, 41, 3, 2, 1, 1, false},
@@ -144,6 +173,7 @@ int main(int count, char** arguments) {
   if (wrong == nullptr) wrong = run(DType::bf16, false, cuda::TileSize::automatic, kOneByOne);
   if (wrong == nullptr) wrong = run(DType::bf16, false, kWarpgroups, kByVectors);
   if (wrong == nullptr) wrong = run_attention();
+  if (wrong == nullptr) wrong = run_linear();
   if (wrong == nullptr) wrong = run_pool();
   if (wrong != nullptr) std::fprintf(stderr, "%s\n", wrong);
   return wrong != nullptr;

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from fastnn.ops.core import activations, gpu
-from fastnn.ops.core.activations import NONE, through, with_residual
+from fastnn.ops.core.activations import NONE, RELU, through, with_residual
 from fastnn.ops.core.bilinear import masked, second_derivative, tied_to, with_zeros
 from fastnn.ops.core.declare import declare
 from fastnn.ops.core.op import OPS, Cost, tensor_bytes
 from fastnn.ops.core.second_derivative import differentiate
 from fastnn.ops.linear import algorithms, routes
+
+_ops = torch.ops.fastnn
 
 
 def cost(input, weight, bias=None):
@@ -72,7 +74,41 @@ def _covers_persistent(input, *rest):
     return input.element_size() == 2 and input.is_cuda and gpu.has_descriptors(input.device)
 
 
-_COVERS = {"persistent": _covers_persistent}
+def _covers_warpgroups(input, weight):
+    if input.dtype not in (torch.bfloat16, torch.float16) or not input.numel() or not weight.numel():
+        return False
+    # Rows are copied and written 16 bytes at a time.
+    features, width = weight.shape
+    return features % 8 == 0 and width % 8 == 0 and gpu.is_hopper(input.device)
+
+
+_BACKWARD_COVERS = {
+    "persistent": _covers_persistent,
+    gpu.WARPGROUPS: lambda grad, input, weight, *rest: _covers_warpgroups(input, weight),
+}
+
+
+#: The candidate that is torch's product with bias and activation in its epilogue.
+BY_TORCHS_EPILOGUE = "torch, fused epilogue"
+# By activation, whether it is GELU.
+_IN_TORCHS_EPILOGUE = {RELU: False, activations.NUMBERS["gelu_tanh"]: True}
+
+
+def _by_torchs_epilogue(input, weight, bias, residual=None, activation=RELU):
+    rows = input.reshape(-1, input.shape[-1])
+    y = torch._addmm_activation(bias, rows, weight.t(), use_gelu=_IN_TORCHS_EPILOGUE[activation])
+    return y.view(*input.shape[:-1], weight.shape[0])
+
+
+def _covers_torchs_epilogue(input, weight, bias, residual=None, activation=RELU):
+    return bias is not None and residual is None and activation in _IN_TORCHS_EPILOGUE and input.numel() > 0
+
+
+_COVERS = {
+    "persistent": _covers_persistent,
+    gpu.WARPGROUPS: lambda input, weight, *rest: _covers_warpgroups(input, weight),
+    BY_TORCHS_EPILOGUE: _covers_torchs_epilogue,
+}
 
 
 def _without_features(input, *rest):
@@ -88,7 +124,11 @@ def _forward_candidates(activation):
 
         return forward
 
-    return {design: with_design(design) for design in _DESIGNS}
+    def by_warpgroups(input, weight, bias=None):
+        return _ops._linear_on_hopper(input, weight, bias, None, activations.NUMBERS[activation])
+
+    made = {**{design: with_design(design) for design in _DESIGNS}, gpu.WARPGROUPS: by_warpgroups}
+    return made if activation == "none" else {**made, BY_TORCHS_EPILOGUE: _by_torchs_epilogue}
 
 
 def _backward_candidates(split):
@@ -101,7 +141,12 @@ def _backward_candidates(split):
 
         return backward
 
-    return {design: with_design(design) for design in _DESIGNS}
+    def by_warpgroups(*args):
+        grad, input, weight, output, wanted = split(*args)
+        behind = NONE if output is None else RELU
+        return _ops._linear_backward_on_hopper(grad, input, weight, output, behind, False, *wanted)[:3]
+
+    return {**{design: with_design(design) for design in _DESIGNS}, gpu.WARPGROUPS: by_warpgroups}
 
 
 # ---- the backward ops ----
@@ -177,7 +222,7 @@ def _declare_backward(name, split):
         on_gpus="triton",
         unsupported_on_gpus=unsupported_on_gpus,
         candidates=_backward_candidates(split),
-        covers=_COVERS,
+        covers=_BACKWARD_COVERS,
     )
 
 
@@ -235,7 +280,10 @@ def _activation_backward_candidates():
 
         return backward
 
-    return {design: with_design(design) for design in _DESIGNS}
+    return {
+        **{design: with_design(design) for design in _DESIGNS},
+        gpu.WARPGROUPS: lambda *args: _ops._linear_backward_on_hopper(*args),
+    }
 
 
 def _uncovered_activation_backward(grad, input, weight, output, activation, *rest):
@@ -285,7 +333,7 @@ linear_activation_backward = declare(
     on_gpus="triton",
     unsupported_on_gpus=lambda grad, input, *rest: _without_features(input),
     candidates=_activation_backward_candidates(),
-    covers=_COVERS,
+    covers=_BACKWARD_COVERS,
 )
 
 # ---- the forward ops ----
@@ -354,7 +402,11 @@ def _candidates_with_residual():
 
         return forward
 
-    return {design: with_design(design) for design in _DESIGNS}
+    return {
+        **{design: with_design(design) for design in _DESIGNS},
+        gpu.WARPGROUPS: lambda *args: _ops._linear_on_hopper(*args),
+        BY_TORCHS_EPILOGUE: _by_torchs_epilogue,
+    }
 
 
 def _keep_activation(ctx, inputs, output):
