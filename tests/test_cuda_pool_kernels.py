@@ -55,6 +55,18 @@ ADAPTIVE = [
     (1, 500, (7, 1), (7, 1)),
     (1, 1, (90, 91), (60, 7)),
 ]
+# On channels_last, of channels that fill 16 bytes.
+SQUARES = [
+    (2, 16, (8, 2, 2, 0, 1), (10, 2, 2, 0, 1)),
+    (1, 8, (9, 2, 2, 1, 1), (7, 2, 2, 1, 1)),
+    (2, 24, (9, 3, 2, 1, 1), (14, 3, 2, 1, 1)),
+    (1, 8, (22, 3, 2, 0, 1), (21, 3, 2, 1, 1)),
+    (1, 40, (6, 3, 1, 1, 1), (7, 3, 1, 1, 1)),
+    (2, 8, (13, 3, 1, 0, 1), (5, 3, 1, 1, 1)),
+    (1, 8, (10, 3, 3, 0, 1), (11, 3, 3, 1, 1)),
+    (1, 16, (1, 3, 2, 1, 1), (2, 3, 2, 1, 1)),
+    (300, 8, (3, 2, 2, 0, 1), (5, 2, 2, 0, 1)),
+]
 # Windows that threads share: warps those of planes, blocks those of channels_last.
 BY_WARPS = [
     (2, 3, (33, 1), (17, 1)),
@@ -70,6 +82,18 @@ BY_BLOCKS = [
     (1, 520, (13, 2), (13, 2)),
     (1, 40, (12, 7, 4, 3, 1), (13, 6, 5, 0, 1)),
     (1, 16, (24, 6, 5, 2, 3), (20, 7, 4, 0, 2)),
+]
+# Windows that lie side by side and cover the image, whose averages' gradients are copies.
+APART = [
+    ((3, 5, (7, 1), (7, 1)), False),
+    ((1, 3, (4, 1), (67, 1)), False),
+    ((2, 3, (6, 3), (9, 1)), False),
+    ((1, 3, (8, 2), (40, 4)), False),
+    ((2, 1, (9, 3, 3, 0, 1), (24, 8, 8, 0, 1)), False),
+    ((300, 3, (7, 1), (7, 1)), False),
+    ((2, 24, (7, 1), (7, 1)), True),
+    ((1, 8, (10, 2), (12, 3)), True),
+    ((1, 40, (6, 6, 6, 0, 1), (8, 1, 1, 0, 1)), True),
 ]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 pytestmark = pytest.mark.usefixtures("copies")
@@ -181,7 +205,8 @@ def check_max(p, dtype, level="staged", by=0, backward=True):
     best, tap, index = p.max(x64)
     x, g = (p.stored(a, kind, by) for a in (x64, g64))
     has_taps = p.rows.numbers[2] > 0 and p.inside.shape[2] * p.inside.shape[3] <= 256
-    for want in [(False, False), (False, True)] + [(True, False), (True, True)] * has_taps:
+    wants = [(False, False), (False, True)] + [(True, False), (True, True)] * has_taps
+    for want in wants if level != "squares" else [w for w in wants if not w[1]]:
         y = p.stored(np.zeros(p.outputs), kind, by)
         locations, indices = (
             p.stored(np.full(p.outputs, 255), t, by) if w else None
@@ -195,7 +220,7 @@ def check_max(p, dtype, level="staged", by=0, backward=True):
         return
     want, size = p.scatter(g64, index), p.scatter(np.abs(g64), index)
     locations, indices = p.stored(tap, np.uint8, by), p.stored(index, np.int64, by)
-    for places in [(None, indices)] + [(locations, None)] * has_taps:
+    for places in [(None, indices)] * (level != "squares") + [(locations, None)] * has_taps:
         gx = p.stored(np.full(p.inputs, np.nan), kind, by)
         kernels.max_pool_backward(level, 1, *p.numbers, g, *places, gx)
         assert np.all(np.abs(p.exact(gx) - want) <= bound(dtype, 25, size))
@@ -222,6 +247,19 @@ def check_avg(p, dtype, level="staged", by=0, backward=True):
         assert np.all(np.abs(p.exact(gx) - want) <= bound(dtype, 25, size))
 
 
+def check_spread(p, dtype):
+    rng = np.random.default_rng(p.inputs[2] * p.inputs[3])
+    kind = DTYPES[dtype]
+    g64 = rng.standard_normal(p.outputs).astype(kind).astype(np.float64)
+    g = p.stored(g64, kind)
+    for divisor in (0, 3):
+        each = np.where(p.inside, (g64 / p.over(True, divisor))[..., None, None], 0.0)
+        want = p.scatter(each, p.index)
+        gx = p.stored(np.full(p.inputs, np.nan), kind)
+        kernels.avg_pool_backward("large windows", 1, *p.numbers, True, divisor, g, gx)
+        assert np.all(np.abs(p.exact(gx) - want) <= bound(dtype, 2, np.abs(want)))
+
+
 def without_dilation(case):
     return (*case[:2], *((*a[:4], 1) if len(a) == 5 else a for a in case[2:]))
 
@@ -246,6 +284,13 @@ def test_few_channels(case, dtype):
 
 
 @EVERY_DTYPE
+@pytest.mark.parametrize("case", SQUARES, ids=str)
+def test_squares(case, dtype):
+    check_max(Pooling(case, channels_last=True), dtype, "squares")
+    check_avg(Pooling(case, channels_last=True), dtype, "squares")
+
+
+@EVERY_DTYPE
 @pytest.mark.parametrize("by", [0, 1])
 @pytest.mark.parametrize(
     ("case", "channels_last"), [(c, False) for c in BY_WARPS] + [(c, True) for c in BY_BLOCKS], ids=str
@@ -253,6 +298,12 @@ def test_few_channels(case, dtype):
 def test_large_windows(case, channels_last, by, dtype):
     check_max(Pooling(case, channels_last), dtype, "large windows", by, backward=False)
     check_avg(Pooling(without_dilation(case), channels_last), dtype, "large windows", by, backward=False)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize(("case", "channels_last"), APART, ids=str)
+def test_gradient_of_windows_apart(case, channels_last, dtype):
+    check_spread(Pooling(case, channels_last), dtype)
 
 
 # Data that begin anywhere, and rows of which shared memory does not hold a window.

@@ -1,34 +1,17 @@
 #include "cuda/pool.h"
 
 #include "cuda/pool_large_windows.h"
+#include "cuda/pool_squares.h"
 #include "cuda/pool_staged.h"
 #include "cuda/pool_windows.h"
 
 namespace fastnn::cuda {
 namespace {
 
-// Which element a thread works on: one of the images of a launch, or V neighbouring channels of it.
-struct Places {
-  uint32_t count;
-  Divisor by_channels, by_columns, by_rows;
-
-  struct Place {
-    uint32_t image, row, column, channel;
-  };
-  __device__ bool find(int vector, Place& p) const {
-    uint32_t i = blockIdx.x * kThreads + threadIdx.x;
-    if (i >= count) return false;
-    p.channel = by_channels.split(i) * vector;
-    p.column = by_columns.split(i);
-    p.row = by_rows.split(i);
-    p.image = i;
-    return true;
-  }
-  // Where it lies in a tensor of images of rows x columns.
-  __device__ static int64_t place(const Images& s, const Place& p, int rows, int columns) {
-    return ((int64_t{p.image} * rows + p.row) * columns + p.column) * s.channels + p.channel;
-  }
-};
+// Where a place lies in a tensor of images of rows x columns.
+__device__ int64_t place(const Images& s, const Places::Place& p, int rows, int columns) {
+  return ((int64_t{p.image} * rows + p.row) * columns + p.column) * s.channels + p.channel;
+}
 
 // The images of a tensor of rows x columns each, as the thread at a place sees its own.
 template <class T>
@@ -46,7 +29,7 @@ __global__ void max_forward(Images s, Places places, const T* input, T* output, 
   if (!places.find(V, p)) return;
   const auto largest =
       largest_of_window<V, kPlaces>(s, p.row, p.column, view(input, s, p, s.rows.inputs, s.columns.inputs));
-  const int64_t out = places.place(s, p, s.rows.outputs, s.columns.outputs);
+  const int64_t out = place(s, p, s.rows.outputs, s.columns.outputs);
   write<V>(output, out, narrowed<T>(largest.best));
   if constexpr (kPlaces) {
     if (locations != nullptr) {
@@ -71,7 +54,7 @@ __global__ void max_backward(Images s, Places places, const T* grad, const uint8
   acc_t<T> sum[V] = {};
   max_gradient<V>(s, p.row, p.column, view(grad, s, p, rows, columns), view(locations, s, p, rows, columns),
                   view(indices, s, p, rows, columns), sum);
-  write<V>(grad_input, places.place(s, p, s.rows.inputs, s.columns.inputs), narrowed<T>(sum));
+  write<V>(grad_input, place(s, p, s.rows.inputs, s.columns.inputs), narrowed<T>(sum));
 }
 
 template <class T, int V>
@@ -84,7 +67,7 @@ __global__ void avg_forward(Images s, Places places, Averaging<acc_t<T>> averagi
   const acc_t<T> over = averaging.over(s, p.row, p.column);
 #pragma unroll
   for (int v = 0; v < V; ++v) sum[v] /= over;
-  write<V>(output, places.place(s, p, s.rows.outputs, s.columns.outputs), narrowed<T>(sum));
+  write<V>(output, place(s, p, s.rows.outputs, s.columns.outputs), narrowed<T>(sum));
 }
 
 template <class T, int V>
@@ -94,7 +77,7 @@ __global__ void avg_backward(Images s, Places places, Averaging<acc_t<T>> averag
   if (!places.find(V, p)) return;
   acc_t<T> sum[V] = {};
   avg_gradient(s, p.row, p.column, averaging, view(grad, s, p, s.rows.outputs, s.columns.outputs), sum);
-  write<V>(grad_input, places.place(s, p, s.rows.inputs, s.columns.inputs), narrowed<T>(sum));
+  write<V>(grad_input, place(s, p, s.rows.inputs, s.columns.inputs), narrowed<T>(sum));
 }
 
 // Calls f.operator()<T, V>() with the element type, and with V elements of 16 bytes together where channels
@@ -111,31 +94,14 @@ const char* vectorized(DType dtype, const PoolShape& s, const uint8_t* locations
   return wrong;
 }
 
-// Calls f(places, blocks, first) for runs of images from `first` on, each few enough for one launch. `rows`
-// and `columns` are those of what a thread works on.
-template <class F>
-const char* in_launches(const Images& s, int64_t rows, int64_t columns, int vector, F&& f) {
-  const int64_t channels = s.channels / vector, each = rows * columns * channels;
-  const int64_t most = each < kMostPerLaunch ? kMostPerLaunch / each : 1;
-  for (int64_t first = 0; first < s.images; first += most) {
-    const int64_t images = s.images - first < most ? s.images - first : most, count = images * each;
-    const Places places{static_cast<uint32_t>(count), Divisor(channels), Divisor(columns), Divisor(rows)};
-    const char* wrong = f(places, dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)), first);
-    if (wrong != nullptr) return wrong;
-  }
-  return nullptr;
-}
-
-template <class T>
-T* offset(T* data, int64_t elements) {
-  return data == nullptr ? nullptr : data + elements;
-}
-
 }  // namespace
 
 const char* max_pool_forward(const MaxPoolArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_large_windows(a, stream, wrong) || pool_staged(a, stream, wrong)) return wrong;
+  if (pool_large_windows(a, stream, wrong) || pool_squares(a, stream, wrong) ||
+      pool_staged(a, stream, wrong)) {
+    return wrong;
+  }
   const Images s(a.shape);
   return vectorized(
       a.dtype, a.shape, a.locations,
@@ -156,7 +122,7 @@ const char* max_pool_forward(const MaxPoolArgs& a, Stream stream) {
 
 const char* max_pool_backward(const MaxPoolBackwardArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_staged(a, stream, wrong)) return wrong;
+  if (pool_squares(a, stream, wrong) || pool_staged(a, stream, wrong)) return wrong;
   const Images s(a.shape);
   return vectorized(
       a.dtype, a.shape, a.locations,
@@ -174,7 +140,10 @@ const char* max_pool_backward(const MaxPoolBackwardArgs& a, Stream stream) {
 
 const char* avg_pool_forward(const AvgPoolArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_large_windows(a, stream, wrong) || pool_staged(a, stream, wrong)) return wrong;
+  if (pool_large_windows(a, stream, wrong) || pool_squares(a, stream, wrong) ||
+      pool_staged(a, stream, wrong)) {
+    return wrong;
+  }
   const Images s(a.shape);
   return vectorized(
       a.dtype, a.shape, nullptr,
@@ -192,7 +161,10 @@ const char* avg_pool_forward(const AvgPoolArgs& a, Stream stream) {
 
 const char* avg_pool_backward(const AvgPoolBackwardArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_staged(a, stream, wrong)) return wrong;
+  if (pool_squares(a, stream, wrong) || pool_large_windows(a, stream, wrong) ||
+      pool_staged(a, stream, wrong)) {
+    return wrong;
+  }
   const Images s(a.shape);
   return vectorized(
       a.dtype, a.shape, nullptr,

@@ -101,6 +101,9 @@ __global__ void avg_by_warps(Images s, int64_t windows, Averaging<acc_t<T>> aver
   if (lane_id() == 0) output[number] = narrow<T>(sum / averaging.over(s, window.u, window.w));
 }
 
+// Where the sums of each of V channels begin, one behind the other.
+__host__ __device__ inline int plane_of_sums(const Lanes& lanes) { return lanes.columns * lanes.rows + 4; }
+
 // On channels_last a block has a window and `lanes.columns` vectors of channels, whose elements its rows of
 // lanes share in order.
 struct Share {
@@ -121,16 +124,28 @@ struct Share {
     first = min(count, lanes.row() * each), end = min(count, first + each);
   }
   // Calls take(the channels of an element, its row and column among the window's taps).
-  template <int V, class T, class F>
+  // kTogether: loads that go out together, to wait for memory once.
+  template <int V, int kTogether, class T, class F>
   __device__ void each_element(const Images& s, const T* input, const F& take) const {
     const int top = s.rows.start(u), left = s.columns.start(w);
+    const T* from = input + image + channel;
     int r = first / width, c = first - r * width;
-    for (int i = first; i < end; ++i) {
-      const int64_t pixel = int64_t{top + (row + r) * s.rows.dilation} * s.columns.inputs + left +
-                            (column + c) * s.columns.dilation;
-      take(*reinterpret_cast<const Vector<T, V>*>(input + image + pixel * s.channels + channel), row + r,
-           column + c);
-      if (++c == width) c = 0, ++r;
+    for (int i = first; i < end; i += kTogether) {
+      Vector<T, V> x[kTogether];
+      int rows[kTogether], columns[kTogether];
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        // Those behind the last read it again.
+        rows[k] = row + r, columns[k] = column + c;
+        const int pixel =
+            (top + rows[k] * s.rows.dilation) * s.columns.inputs + left + columns[k] * s.columns.dilation;
+        x[k] = read<V>(from, pixel * s.channels);
+        if (i + k + 1 < end && ++c == width) c = 0, ++r;
+      }
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        if (i + k < end) take(x[k], rows[k], columns[k]);
+      }
     }
   }
 };
@@ -148,8 +163,8 @@ __global__ void max_by_blocks(Images s, Lanes lanes, const T* input, T* output, 
   const int left = s.columns.start(share.w);
   const int width = s.columns.adaptive ? s.columns.end(share.w) - left : s.columns.kernel;
   Largest<T, V, true> largest(share.row * width + share.column);
-  share.each_element<V>(s, input,
-                        [&](const Vector<T, V>& x, int r, int c) { largest.take(x, r * width + c); });
+  share.each_element<V, 4>(s, input,
+                           [&](const Vector<T, V>& x, int r, int c) { largest.take(x, r * width + c); });
   auto* found = shared_memory<Found<T, V>>();
 #pragma unroll
   for (int v = 0; v < V; ++v) {
@@ -182,16 +197,96 @@ __global__ void avg_by_blocks(Images s, Lanes lanes, Averaging<acc_t<T>> averagi
   using A = acc_t<T>;
   const Share share(s, lanes, V);
   A sum[V] = {};
-  share.each_element<V>(s, input, [&](const Vector<T, V>& x, int, int) {
+  share.each_element<V, 8>(s, input, [&](const Vector<T, V>& x, int, int) {
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[v] += widen(x.element[v]);
   });
-  add_rows<V>(sum, shared_memory<A>(), lanes.column(), lanes.row(), lanes.columns, lanes.rows);
-  if (lanes.row() != 0 || share.channel >= s.channels) return;
-  const A over = averaging.over(s, share.u, share.w);
+  // Each thread adds up the rows' sums of one channel: `plane` keeps both ways free of bank conflicts.
+  A* sums = shared_memory<A>();
+  const int plane = plane_of_sums(lanes), channels = lanes.columns * V;
 #pragma unroll
-  for (int v = 0; v < V; ++v) sum[v] /= over;
-  write<V>(output, int64_t{blockIdx.x} * s.channels + share.channel, narrowed<T>(sum));
+  for (int v = 0; v < V; ++v) sums[v * plane + static_cast<int>(threadIdx.x)] = sum[v];
+  __syncthreads();
+  const A over = averaging.over(s, share.u, share.w);
+  const int first = static_cast<int>(blockIdx.y) * channels;
+  for (int i = static_cast<int>(threadIdx.x); i < channels && first + i < s.channels;
+       i += lanes.columns * lanes.rows) {
+    const A* from = sums + i % V * plane + i / V;
+    A all = from[0];
+    for (int row = 1; row < lanes.rows; ++row) all += from[row * lanes.columns];
+    output[int64_t{blockIdx.x} * s.channels + first + i] = narrow<T>(all / over);
+  }
+}
+
+// ---- the gradient of averages ----
+
+// Windows that lie side by side and cover the planes: runs of `length` elements, a row of a window, or all of
+// a window that is as wide as its plane, get the same of it.
+struct Runs {
+  uint32_t count;  // of elements
+  int length;
+  bool whole;  // a window is one run
+  Divisor by_length, by_columns, by_rows;
+
+  __device__ int window_of(uint32_t run) const {
+    if (whole) return static_cast<int>(run);
+    const uint32_t column = by_columns.split(run);
+    return static_cast<int>(by_rows.quotient(run) * by_columns.divisor + column);
+  }
+};
+
+constexpr int kSpread = 4;  // vectors of a thread
+
+// A run has at least V elements.
+template <class T, int V>
+__global__ void spread_over_planes(Runs t, acc_t<T> part, const T* grad, T* grad_input) {
+  uint32_t at[kSpread];
+  int left[kSpread];  // of the run that a vector begins in
+  T first[kSpread], second[kSpread];
+#pragma unroll
+  for (int k = 0; k < kSpread; ++k) {
+    at[k] = ((blockIdx.x * kSpread + k) * kThreads + threadIdx.x) * V;
+    if (at[k] >= t.count) continue;
+    uint32_t run = at[k];
+    left[k] = t.length - static_cast<int>(t.by_length.split(run));
+    first[k] = second[k] = grad[t.window_of(run)];
+    if (left[k] < V && at[k] + left[k] < t.count) second[k] = grad[t.window_of(run + 1)];
+  }
+#pragma unroll
+  for (int k = 0; k < kSpread; ++k) {
+    if (at[k] >= t.count) return;
+    const T a = narrow<T>(widen(first[k]) * part), b = narrow<T>(widen(second[k]) * part);
+    Vector<T, V> out;
+#pragma unroll
+    for (int v = 0; v < V; ++v) out.element[v] = v < left[k] ? a : b;
+    if (at[k] + V <= t.count) {
+      write<V>(grad_input, at[k], out);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (at[k] + v < t.count) grad_input[at[k] + v] = out.element[v];
+      }
+    }
+  }
+}
+
+// A thread has V channels of a row of a window.
+template <class T, int V>
+__global__ void spread_over_channels(Images s, Places places, acc_t<T> part, const T* grad, T* grad_input) {
+  Places::Place p;
+  if (!places.find(V, p)) return;
+  const int row = static_cast<int>(p.row), w = static_cast<int>(p.column), width = s.columns.kernel;
+  const int u = static_cast<int>(s.rows.by_stride.quotient(p.row));
+  const T* from = grad + p.image * s.outputs() + p.channel;
+  T* to = grad_input + p.image * s.inputs() + p.channel;
+  const auto g = read<V>(from, (u * s.columns.outputs + w) * s.channels);
+  acc_t<T> values[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) values[v] = widen(g.element[v]) * part;
+  const auto out = narrowed<T>(values);
+  int at = (row * s.columns.inputs + w * width) * s.channels;
+#pragma unroll 4
+  for (int c = 0; c < width; ++c, at += s.channels) write<V>(to, at, out);
 }
 
 // The elements of the largest window.
@@ -281,10 +376,55 @@ bool pool_large_windows(const AvgPoolArgs& a, Stream stream, const char*& wrong)
       const Lanes lanes = lanes_for(s, s.channels / V);
       const int threads = lanes.columns * lanes.rows;
       wrong = launch(avg_by_blocks<T, V>, blocks_of_lanes(windows, s.channels / V, lanes), dim3(threads),
-                     threads * V * sizeof(acc_t<T>), stream, s, lanes, averaging, input, output);
+                     V * plane_of_sums(lanes) * sizeof(acc_t<T>), stream, s, lanes, averaging, input, output);
     }
   };
   return start(a.dtype, a.shape, s, run, a.input, a.output);
+}
+
+bool pool_large_windows(const AvgPoolBackwardArgs& a, Stream stream, const char*& wrong) {
+  const Images s(a.shape);
+  const auto covers = [](const Axis& axis) {
+    return !axis.adaptive && axis.dilation == 1 && axis.padding == 0 && axis.kernel == axis.stride &&
+           int64_t{axis.kernel} * axis.outputs == axis.inputs;
+  };
+  if (!covers(s.rows) || !covers(s.columns) || !is_aligned(a.grad, 16) || !is_aligned(a.grad_input, 16)) {
+    return false;
+  }
+  bool taken = false;
+  dispatch(a.dtype, [&]<class T>() {
+    constexpr int V = 16 / sizeof(T);
+    const int64_t over = a.divisor != 0 ? a.divisor : int64_t{s.rows.kernel} * s.columns.kernel;
+    const acc_t<T> part = acc_t<T>{1} / static_cast<acc_t<T>>(over);
+    const auto* grad = static_cast<const T*>(a.grad);
+    auto* grad_input = static_cast<T*>(a.grad_input);
+    if (a.shape.channels_last) {
+      if (s.channels % V != 0) return;
+      taken = true;
+      wrong =
+          in_launches(s, s.rows.inputs, s.columns.outputs, V, [&](Places places, dim3 blocks, int64_t first) {
+            return launch(spread_over_channels<T, V>, blocks, dim3(kThreads), 0, stream, s, places, part,
+                          grad + first * s.outputs(), grad_input + first * s.inputs());
+          });
+      return;
+    }
+    const bool whole = s.columns.outputs == 1;
+    const int length = whole ? s.rows.kernel * s.columns.kernel : s.columns.kernel;
+    // Launches begin at a multiple of 16 bytes.
+    const int64_t most = kMostPerLaunch / s.inputs() / V * V;
+    if (length < V || most == 0) return;
+    taken = true;
+    for (int64_t first = 0; first < s.images && wrong == nullptr; first += most) {
+      const int64_t count = min_of(most, s.images - first) * s.inputs();
+      const Runs runs{
+          static_cast<uint32_t>(count), length, whole, Divisor(length), Divisor(s.columns.outputs),
+          Divisor(s.rows.kernel)};
+      const dim3 blocks(static_cast<unsigned>(ceil_div(count, kSpread * kThreads * V)));
+      wrong = launch(spread_over_planes<T, V>, blocks, dim3(kThreads), 0, stream, runs, part,
+                     grad + first * s.outputs(), grad_input + first * s.inputs());
+    }
+  });
+  return taken;
 }
 
 }  // namespace fastnn::cuda

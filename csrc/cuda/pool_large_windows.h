@@ -13,4 +13,7 @@ namespace fastnn::cuda {
 bool pool_large_windows(const MaxPoolArgs& args, Stream stream, const char*& wrong);
 bool pool_large_windows(const AvgPoolArgs& args, Stream stream, const char*& wrong);
 
+// The gradient of averages over windows that lie side by side and cover the image: each element gets a copy.
+bool pool_large_windows(const AvgPoolBackwardArgs& args, Stream stream, const char*& wrong);
+
 }  // namespace fastnn::cuda

@@ -135,21 +135,6 @@ __device__ Staged<T> in_shared(int at, const Images& s, const Strips::Strip& str
   return {memory, s, strip, strip.row, strip.row + strip.rows, rows, columns};
 }
 
-// Where the taps of a window of K elements lie along one axis, and their numbers. One in the padding is given
-// as the nearest element of the window: that is equal to one of them, so it changes no maximum.
-template <int K>
-struct Taps {
-  int at[K], number[K];
-
-  __device__ Taps(int start, int inputs) {
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      at[k] = max(0, min(start + k, inputs - 1));
-      number[k] = at[k] - start;
-    }
-  }
-};
-
 // The K x K elements of a window, and the maximum of them.
 template <class T, int K>
 struct Square {
@@ -251,13 +236,6 @@ __global__ void max_staged(Images s, Strips t, const T* input, T* output, uint8_
   __syncthreads();
   out.copy_to(output);
   if (kPlaces && locations != nullptr) taps.copy_to(locations);
-}
-
-// Of a window of K elements that begins at `start`, those that count in an average.
-template <int K>
-__device__ int extent(const Axis& axis, int start, bool count_include_pad) {
-  return min(start + K, axis.inputs + (count_include_pad ? axis.padding : 0)) -
-         (count_include_pad ? start : max(start, 0));
 }
 
 template <class T, int K, bool kPlanes>

@@ -66,6 +66,8 @@ struct Axis {
     if (dilation == 1) return distance;
     return distance % dilation == 0 ? distance / dilation : -1;
   }
+  // Whether there is an element i.
+  __device__ bool holds(int i) const { return static_cast<unsigned>(i) < static_cast<unsigned>(inputs); }
   // The number of elements that window o counts in an average.
   __device__ int extent(int o, bool count_include_pad) const {
     const int from = start(o);
@@ -86,8 +88,8 @@ struct Images {
         columns(s.columns),
         channels(s.channels_last ? static_cast<int>(s.c) : 1),
         images(s.channels_last ? s.n : s.n * s.c) {}
-  int64_t inputs() const { return int64_t{rows.inputs} * columns.inputs * channels; }
-  int64_t outputs() const { return int64_t{rows.outputs} * columns.outputs * channels; }
+  __host__ __device__ int64_t inputs() const { return int64_t{rows.inputs} * columns.inputs * channels; }
+  __host__ __device__ int64_t outputs() const { return int64_t{rows.outputs} * columns.outputs * channels; }
 
   // Where tap `at` of window (u, w) lies in the image.
   __device__ int64_t index(int u, int w, int at) const {
@@ -111,8 +113,21 @@ struct View {
 };
 
 template <int V, class T>
+__device__ Vector<T, V> read(const T* from, int at) {
+  return *reinterpret_cast<const Vector<T, V>*>(from + at);
+}
+template <int V, class T>
 __device__ void write(T* to, int64_t at, const Vector<T, V>& value) {
   *reinterpret_cast<Vector<T, V>*>(to + at) = value;
+}
+
+// The same bytes as elements of another type.
+template <class To, class T, int V>
+__device__ auto bits_of(const Vector<T, V>& value) {
+  Vector<To, V * sizeof(T) / sizeof(To)> out;
+  static_assert(sizeof(out) == sizeof(value));
+  memcpy(&out, &value, sizeof(out));
+  return out;
 }
 
 // The element that widen() made this of: there is nothing to round.
@@ -133,6 +148,93 @@ __device__ A max_or_nan(A a, A b) {
   }
 #endif
   return b > a || b != b ? b : a;
+}
+
+// ---- two elements of 2 bytes to a register ----
+
+#ifdef FASTNN_CUDA_ON_HOST
+template <class F>
+uint32_t each_half(const F& f) {
+  return static_cast<uint32_t>(f(0)) | static_cast<uint32_t>(f(16)) << 16;
+}
+template <class T>
+float half_of(uint32_t pair, int at) {
+  return widen(T{static_cast<uint16_t>(pair >> at)});
+}
+#endif
+
+// The larger of each two, NaN if one of them is.
+template <class T>
+__device__ uint32_t max_or_nan_of_pairs(uint32_t a, uint32_t b) {
+#ifdef FASTNN_CUDA_ON_HOST
+  return each_half([=](int at) { return stored<T>(max_or_nan(half_of<T>(a, at), half_of<T>(b, at))).bits; });
+#else
+  uint32_t largest;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(largest) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(largest) : "r"(a), "r"(b));
+  }
+  return largest;
+#endif
+}
+
+// Each half is the highest bit of a byte, throughout.
+template <int kLow, int kHigh>
+__device__ uint32_t signs_of_bytes(uint32_t bytes) {
+#ifdef FASTNN_CUDA_ON_HOST
+  return each_half([=](int at) { return bytes >> ((at == 0 ? kLow : kHigh) * 8 + 7) & 1 ? 0xffff : 0; });
+#else
+  uint32_t signs;
+  constexpr int kSelector = (kLow | 8) * 0x11 | (kHigh | 8) * 0x1100;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(signs) : "r"(bytes), "n"(kSelector));
+  return signs;
+#endif
+}
+
+// All bits of each half in which the two are equal, which NaN never is.
+template <class T>
+__device__ uint32_t equal_pairs(uint32_t a, uint32_t b) {
+#ifdef FASTNN_CUDA_ON_HOST
+  return each_half([=](int at) { return half_of<T>(a, at) == half_of<T>(b, at) ? 0xffff : 0; });
+#else
+  uint32_t equal;
+  if constexpr (std::is_same_v<T, f16>) {
+    asm("set.eq.u32.f16x2 %0, %1, %2;" : "=r"(equal) : "r"(a), "r"(b));
+  } else {
+#if __CUDA_ARCH__ >= 900
+    asm("set.eq.u32.bf16x2 %0, %1, %2;" : "=r"(equal) : "r"(a), "r"(b));
+#else
+    // By integers: of the second the highest bit of each half says that it is NaN, or that it is not 0, which
+    // is equal to the first whatever the signs.
+    constexpr uint32_t kMagnitude = 0x7fff7fff;
+    const uint32_t magnitude = b & kMagnitude, nan = magnitude + 0x007f007fu;
+    const uint32_t compared = signs_of_bytes<1, 3>(magnitude + kMagnitude) | kMagnitude;
+    const uint32_t bits = (a ^ b) & compared;
+    equal = ~signs_of_bytes<1, 3>(((bits & kMagnitude) + kMagnitude) | bits | nan);
+#endif
+  }
+  return equal;
+#endif
+}
+
+// The same, of which the compiler keeps nothing that it knew: else it would keep it in registers.
+__device__ inline uint32_t anew(uint32_t value) {
+#ifndef FASTNN_CUDA_ON_HOST
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
+// The lower byte of each half of two.
+__device__ inline uint32_t low_bytes(uint32_t a, uint32_t b) {
+#ifdef FASTNN_CUDA_ON_HOST
+  return (a & 255) | (a >> 8 & 0xff00) | (b & 255) << 16 | (b >> 16 & 255) << 24;
+#else
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, 0x6420;" : "=r"(bytes) : "r"(a), "r"(b));
+  return bytes;
+#endif
 }
 
 // The largest elements of V windows side by side, and which tap each is if kPlaces: row * width of the window
@@ -165,10 +267,52 @@ struct Largest {
 
 template <class T, int V>
 __device__ Vector<T, V> narrowed(const acc_t<T> (&values)[V]) {
-  Vector<T, V> out;
+#ifndef FASTNN_CUDA_ON_HOST
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    Vector<uint32_t, V / 2> pairs;
 #pragma unroll
-  for (int v = 0; v < V; ++v) out.element[v] = narrow<T>(values[v]);
-  return out;
+    for (int i = 0; i < V / 2; ++i) {
+      if constexpr (std::is_same_v<T, bf16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+            : "=r"(pairs.element[i])
+            : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+      } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+            : "=r"(pairs.element[i])
+            : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+      }
+    }
+    return bits_of<T>(pairs);
+  } else
+#endif
+  {
+    Vector<T, V> out;
+#pragma unroll
+    for (int v = 0; v < V; ++v) out.element[v] = narrow<T>(values[v]);
+    return out;
+  }
+}
+
+// Where the taps of a window of K elements lie along one axis, and their numbers. One in the padding is given
+// as the nearest element of the window: that is equal to one of them, so it changes no maximum.
+template <int K>
+struct Taps {
+  int at[K], number[K];
+
+  __device__ Taps(int start, int inputs) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      at[k] = max(0, min(start + k, inputs - 1));
+      number[k] = at[k] - start;
+    }
+  }
+};
+
+// Of a window of K elements that begins at `start`, those that count in an average.
+template <int K>
+__device__ int extent(const Axis& axis, int start, bool count_include_pad) {
+  return min(start + K, axis.inputs + (count_include_pad ? axis.padding : 0)) -
+         (count_include_pad ? start : max(start, 0));
 }
 
 template <int V, bool kPlaces, class T, class Index>
@@ -261,6 +405,45 @@ __device__ void avg_gradient(const Images& s, int row, int column, const Averagi
       for (int v = 0; v < V; ++v) sum[v] += widen(g.element[v]) / over;
     }
   }
+}
+
+// Which element a thread works on: one of the images of a launch, or V neighbouring channels of it.
+struct Places {
+  uint32_t count;
+  Divisor by_channels, by_columns, by_rows;
+
+  struct Place {
+    uint32_t image, row, column, channel;
+  };
+  __device__ bool find(int vector, Place& p) const {
+    uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+    if (i >= count) return false;
+    p.channel = by_channels.split(i) * vector;
+    p.column = by_columns.split(i);
+    p.row = by_rows.split(i);
+    p.image = i;
+    return true;
+  }
+};
+
+// Calls f(places, blocks, first) for runs of images from `first` on, each few enough for one launch. `rows`
+// and `columns` are those of what a thread works on.
+template <class F>
+const char* in_launches(const Images& s, int64_t rows, int64_t columns, int vector, F&& f) {
+  const int64_t channels = s.channels / vector, each = rows * columns * channels;
+  const int64_t most = each < kMostPerLaunch ? kMostPerLaunch / each : 1;
+  for (int64_t first = 0; first < s.images; first += most) {
+    const int64_t images = s.images - first < most ? s.images - first : most, count = images * each;
+    const Places places{static_cast<uint32_t>(count), Divisor(channels), Divisor(columns), Divisor(rows)};
+    const char* wrong = f(places, dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)), first);
+    if (wrong != nullptr) return wrong;
+  }
+  return nullptr;
+}
+
+template <class T>
+T* offset(T* data, int64_t elements) {
+  return data == nullptr ? nullptr : data + elements;
 }
 
 }  // namespace fastnn::cuda
