@@ -13,7 +13,7 @@ from conftest import BUILD, missing
 SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
 OBJECTS = BUILD / "CMakeFiles" / "_C_cuda.dir" / "csrc" / "cuda"
 NVCC = shutil.which("nvcc")
-TILED = ("conv", "conv_stem", "conv_weight_gradient", "depthwise", "depthwise_strips")
+TILED = ("conv", "conv_stem", "conv_stem_gradients", "conv_weight_gradient", "depthwise", "depthwise_strips")
 # Kernels of which a block has a multiprocessor to itself; its warpgroups share out their registers on their own.
 OF_WARPGROUPS = re.compile("WarpgroupTile|attend|differentiate")
 

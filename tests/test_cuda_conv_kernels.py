@@ -149,6 +149,38 @@ def test_stem_of_nan():
     assert np.array_equal(np.isnan(back(y, True)), np.isnan(conv(case, x64, w64)))
 
 
+# Strides, of either axis, with more columns of a product than a block has; taps in odd numbers and dilated along one axis.
+STEM_GRADIENTS = [
+    (1, 3, 30, 31, 24, 11, 11, 4, 4, 2, 2, 1, 1, 1),
+    (2, 3, 17, 13, 10, 3, 5, 1, 2, 1, 2, 1, 1, 1),
+    (1, 2, 15, 30, 8, 5, 3, 3, 1, 2, 1, 2, 1, 1),
+    (1, 4, 40, 35, 136, 3, 3, 2, 1, 0, 3, 1, 1, 1),
+    (2, 3, 9, 50, 70, 1, 1, 1, 1, 0, 0, 1, 1, 1),
+    (5, 1, 28, 28, 6, 5, 5, 1, 1, 2, 2, 1, 1, 1),
+]
+
+
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize(("dtype", "tf32"), KINDS, ids=["float32", "tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize("case", STEM_GRADIENTS, ids=str)
+def test_stem_gradients(case, dtype, tf32):
+    check_conv(case, dtype, tf32, AUTOMATIC_TILE)
+
+
+@pytest.mark.parametrize(("dtype", "tf32"), KINDS[1:], ids=["tf32", "bfloat16", "float16"])
+def test_stem_weight_gradient_of_nan(dtype, tf32):
+    """It reaches the taps that the last column's windows have there, though a tile of windows goes on behind them."""
+    case = (1, 3, 12, 12, 6, 5, 5, 1, 1, 0, 0, 1, 1, 1)
+    shape, (x64, w64, _, g64), (_, weight, _, g) = arrays(case, dtype)
+    x64[0, 1, 5, 11] = np.nan
+    gw = np.zeros_like(weight)
+    x = laid_out(x64, True).astype(DTYPES[dtype])
+    kernels.cuda_conv_weight_gradient(shape, tf32, AUTOMATIC_TILE, g, x, gw)
+    want = np.isnan(gradients(case, x64, w64, g64)[1])
+    assert 0 < want.sum() < want.size
+    assert np.array_equal(np.isnan(back(gw, True).astype(np.float64)), want)
+
+
 def test_what_the_stem_kernel_does_not_take():
     half = np.empty(0, np.float16)
     for case in (

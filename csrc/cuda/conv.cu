@@ -452,13 +452,19 @@ namespace {
 
 // Where the shape may choose.
 bool takes_stem(const ConvForwardArgs& args) { return args.tile == TileSize::automatic && is_stem(args); }
+bool takes_stem(const ConvInputGradientArgs& args) {
+  return args.tile == TileSize::automatic && (args.dtype != DType::f32 || args.tf32) &&
+         has_stem_input_gradient(args.shape, args.dtype);
+}
 
 }  // namespace
 
 size_t forward_workspace(const ConvForwardArgs& args) {
   return takes_stem(args) ? 0 : plan_of(args).workspace();
 }
-size_t input_gradient_workspace(const ConvInputGradientArgs& args) { return plan_of(args).workspace(); }
+size_t input_gradient_workspace(const ConvInputGradientArgs& args) {
+  return takes_stem(args) ? 0 : plan_of(args).workspace();
+}
 
 const char* conv_forward(const ConvForwardArgs& args, Stream stream) {
   if (takes_stem(args)) return stem_forward(args, stream);
@@ -466,6 +472,7 @@ const char* conv_forward(const ConvForwardArgs& args, Stream stream) {
 }
 
 const char* conv_input_gradient(const ConvInputGradientArgs& args, Stream stream) {
+  if (takes_stem(args)) return stem_input_gradient(args, stream);
   return start<Pass::input_gradient>(plan_of(args), args.dtype, args.tf32, stream);
 }
 

@@ -2,6 +2,7 @@
 // input's pixels, gathered tap by tap, over all pixels of the output. Few weights leave few blocks, so this
 // depth is cut into parts, which a second kernel adds up.
 #include "cuda/conv.h"
+#include "cuda/conv_stem.h"
 #include "cuda/conv_tiles.h"
 #include "cuda/parts.h"
 
@@ -162,14 +163,25 @@ const char* start(WeightGradient p, const Parts& parts, Stream stream) {
   return start_add_parts(count, parts.count, p.workspace, static_cast<T*>(p.grad_weight), stream);
 }
 
+bool takes_stem(const ConvShape& shape, DType dtype, TileSize tile) {
+  return tile == TileSize::automatic && has_stem_weight_gradient(shape, dtype);
+}
+
 }  // namespace
 
 size_t weight_gradient_workspace(const ConvShape& shape, DType dtype, TileSize tile) {
   const Parts parts = parts_of(shape, dtype, tile);
-  return parts.count == 1 ? 0 : sizeof(float) * parts.count * shape.k * parts.columns;
+  const size_t general = parts.count == 1 ? 0 : sizeof(float) * parts.count * shape.k * parts.columns;
+  if (!takes_stem(shape, dtype, tile)) return general;
+  // Floats may be for the other kernel still.
+  const size_t stem = stem_weight_workspace(shape, dtype);
+  return dtype == DType::f32 && general > stem ? general : stem;
 }
 
 const char* conv_weight_gradient(const ConvWeightGradientArgs& a, Stream stream) {
+  if ((a.dtype != DType::f32 || a.tf32) && takes_stem(a.shape, a.dtype, a.tile)) {
+    return stem_weight_gradient(a, stream);
+  }
   const Conv s(a.shape);
   const Parts parts = parts_of(a.shape, a.dtype, a.tile);
   const WeightGradient p{s,
