@@ -191,16 +191,14 @@ struct Consumer {
   }
   __device__ void start_values(int stage) {
     begin_products();
-    const uint32_t b = shared_address(memory.values) + stage * Tiles::kKeyBytes;
+    const uint64_t b = descriptor(shared_address(memory.values) + stage * Tiles::kKeyBytes, Tiles::kKeyPart);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         multiply_group<T>(
             total[half], weight[step],
-            descriptor(b + half * Tiles::kParts / kHalves * Tiles::kKeyPart + 16 * kPartPitch * step,
-                       Tiles::kKeyPart),
-            true);
+            further(b, half * Tiles::kParts / kHalves * Tiles::kKeyPart + 16 * kPartPitch * step), true);
       }
     }
     commit_products();

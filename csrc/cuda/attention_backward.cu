@@ -35,7 +35,6 @@ struct Prepare {
   Query* queries;
   HeadStrides output_strides, grad_strides;
   int heads, count, padded, width;
-  int64_t all;  // of all heads, filled up
 };
 
 struct Backward {
@@ -87,12 +86,13 @@ struct Work {
 
   static __device__ Work of(const Backward& p, bool causal) {
     Work w;
-    // Of a causal call the longest walks come first: those of the first keys, and of the last queries.
-    const int tile = static_cast<int>(kOf == Of::keys ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+    // Of a causal call the longest walks of all heads come first: those of the first keys, and of the last
+    // queries.
+    const int tile = static_cast<int>(kOf == Of::keys ? blockIdx.y : gridDim.y - 1 - blockIdx.y);
     const int heads = kOf == Of::keys ? p.key_heads : p.heads;
     w.row = tile * Tiles::kOwn;
-    w.head = static_cast<int>(blockIdx.y) % heads;
-    w.batch = static_cast<int>(blockIdx.y) / heads;
+    w.head = static_cast<int>(blockIdx.x) % heads;
+    w.batch = static_cast<int>(blockIdx.x) / heads;
     w.first_tile = 0;
     int end = kOf == Of::keys ? p.query_count : p.key_count;
     if (causal && kOf == Of::keys) w.first_tile = w.row / Tiles::kOther;
@@ -106,7 +106,9 @@ struct Work {
   __device__ int other_head(const Backward& p, int i) const {
     return kOf == Of::keys ? head * p.shared + i / tiles_of_head : head / p.shared;
   }
-  __device__ int other_row(int i) const { return (first_tile + i % tiles_of_head) * Tiles::kOther; }
+  __device__ int other_row(int i) const {
+    return (first_tile + (kOf == Of::keys ? i % tiles_of_head : i)) * Tiles::kOther;
+  }
 };
 
 template <Of kOf, class Tiles>
@@ -170,11 +172,10 @@ struct Consumer {
   }
   __device__ void add(float (&sum)[kSums], const uint32_t (&a)[kSteps][4], int which, int stage,
                       bool accumulate) {
-    const uint32_t b = shared_address(memory.other_tile(stage, which));
+    const uint64_t b = descriptor(shared_address(memory.other_tile(stage, which)), Tiles::kOtherPart);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      multiply_group<T>(sum, a[step], descriptor(b + 16 * kPartPitch * step, Tiles::kOtherPart),
-                        accumulate || step > 0);
+      multiply_group<T>(sum, a[step], further(b, 16 * kPartPitch * step), accumulate || step > 0);
     }
   }
   __device__ void start_sums(int stage, bool accumulate) {
@@ -295,39 +296,48 @@ struct Consumer {
 
 #endif  // FASTNN_HOPPER
 
-// A warp for each query; lanes share its elements, 8 at a time.
-template <class T>
+// kLanes lanes for each query, which share its elements, 8 for each; a thread has kQueriesAtOnce of them
+// under way.
+constexpr int kQueriesAtOnce = 2;
+template <int kLanes>
+constexpr int kQueriesOfBlock = kQueriesAtOnce * kThreads / kLanes;
+
+template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads) prepare(const Prepare p) {
 #ifdef FASTNN_HOPPER
-  const int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
-  // No warp leaves before its shuffles.
-  const int64_t head = at / p.padded;
-  const int row = static_cast<int>(at - head * p.padded);
-  const bool there = at < p.all && row < p.count;
-  float product = 0;
-  if (there) {
-    const int64_t batch = head / p.heads, of = head % p.heads;
-    const T* output = static_cast<const T*>(p.output) + batch * p.output_strides.batch +
-                      of * p.output_strides.head + row * p.output_strides.row;
-    const T* grad = static_cast<const T*>(p.grad) + batch * p.grad_strides.batch + of * p.grad_strides.head +
-                    row * p.grad_strides.row;
-    for (int i = lane_id() * 8; i < p.width; i += kWarp * 8) {
-      const auto a = *reinterpret_cast<const Vector<T, 8>*>(output + i),
-                 b = *reinterpret_cast<const Vector<T, 8>*>(grad + i);
+  const uint32_t head = blockIdx.x, batch = head / p.heads, of = head % p.heads;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, column = 8 * lane,
+            first = static_cast<int>(blockIdx.y) * kQueriesOfBlock<kLanes> +
+                    static_cast<int>(threadIdx.x) / kLanes;
+  const T* output =
+      static_cast<const T*>(p.output) + batch * p.output_strides.batch + of * p.output_strides.head + column;
+  const T* grad =
+      static_cast<const T*>(p.grad) + batch * p.grad_strides.batch + of * p.grad_strides.head + column;
+  Vector<T, 8> a[kQueriesAtOnce], b[kQueriesAtOnce];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) product += widen(a.element[j]) * widen(b.element[j]);
-    }
+  for (int i = 0; i < kQueriesAtOnce; ++i) {
+    const int64_t row = first + i * (kThreads / kLanes);
+    a[i] = b[i] = {};
+    if (row >= p.count || column >= p.width) continue;
+    a[i] = *reinterpret_cast<const Vector<T, 8>*>(output + row * p.output_strides.row);
+    b[i] = *reinterpret_cast<const Vector<T, 8>*>(grad + row * p.grad_strides.row);
   }
 #pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) product += from_lane_xor(product, mask);
-  if (lane_id() == 0 && at < p.all) {
+  for (int i = 0; i < kQueriesAtOnce; ++i) {
+    const int row = first + i * (kThreads / kLanes);
+    float product = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) product += widen(a[i].element[j]) * widen(b[i].element[j]);
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) product += from_lane_xor(product, mask);
+    if (lane != 0 || row >= p.padded) continue;
     Query query{0, 0, product};
-    if (there) {
-      const float* statistics = p.statistics + 2 * (head * p.count + row);
+    if (row < p.count) {
+      const float* statistics = p.statistics + 2 * (int64_t{head} * p.count + row);
       query.most = statistics[0];
       query.inverse = statistics[1];
     }
-    p.queries[at] = query;
+    p.queries[int64_t{head} * p.padded + row] = query;
   }
 #else
   __trap();
@@ -353,7 +363,7 @@ __global__ void __launch_bounds__(Tiles::kBlock, 1) differentiate(const __grid_c
   }
   __syncthreads();
   const auto work = Work<kOf, Tiles>::of(p, kCausal);
-  const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const int group = same_in_warp(static_cast<int>(threadIdx.x) / kWarpgroup);
   if (group == 0) {
     give_registers<Tiles::kProducerRegisters>();
     if (threadIdx.x == 0) copy_tiles<kOf, Tiles>(p, memory, work);
@@ -374,7 +384,7 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
   constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
   const AttentionShape& s = a.shape;
   auto* queries = static_cast<Query*>(a.workspace);
-  const int64_t rows = padded(s.queries), all = s.batch * s.heads * rows;
+  const int64_t rows = padded(s.queries);
   const Prepare prepared{a.output,
                          a.grad,
                          a.statistics,
@@ -384,9 +394,11 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
                          static_cast<int>(s.heads),
                          static_cast<int>(s.queries),
                          static_cast<int>(rows),
-                         static_cast<int>(s.value_width),
-                         all};
-  const char* wrong = launch(prepare<T>, dim3(static_cast<unsigned>(ceil_div(all, kThreads / kWarp))),
+                         static_cast<int>(s.value_width)};
+  constexpr int kLanes = Tiles::kWidth / 8;
+  const char* wrong = launch(prepare<T, kLanes>,
+                             dim3{static_cast<unsigned>(s.batch * s.heads),
+                                  static_cast<unsigned>(ceil_div(rows, kQueriesOfBlock<kLanes>))},
                              dim3(kThreads), 0, stream, prepared);
   if (wrong != nullptr) return wrong;
 
@@ -423,8 +435,8 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
     map(&p.other[0], other0, Tiles::kOther);
     map(&p.other[1], other1, Tiles::kOther);
     if (wrong != nullptr) return;
-    const dim3 grid{static_cast<unsigned>(ceil_div(own0.rows, Tiles::kOwn)),
-                    static_cast<unsigned>(s.batch * own0.heads)};
+    const dim3 grid{static_cast<unsigned>(s.batch * own0.heads),
+                    static_cast<unsigned>(ceil_div(own0.rows, Tiles::kOwn))};
     wrong = launch(differentiate<T, kOf, Tiles, kCausal>, grid, dim3{Tiles::kBlock}, shared_bytes<Tiles>(),
                    stream, p);
   };

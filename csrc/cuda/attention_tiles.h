@@ -25,13 +25,14 @@ inline MappedTensor mapped(const void* data, bool is_bf16, const HeadStrides& st
 // first parts, and the bytes of a part.
 template <class T, int kParts, int N>
 __device__ void start_rows_by_rows(float (&to)[N], uint32_t a, int a_part, uint32_t b, int b_part) {
+  const uint64_t first_a = descriptor(a, 16), first_b = descriptor(b, 16);
   begin_products();
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      multiply_group<T, true, true>(to, descriptor(a + part * a_part + 32 * step, 16),
-                                    descriptor(b + part * b_part + 32 * step, 16), part + step > 0);
+      multiply_group<T, true, true>(to, further(first_a, part * a_part + 32 * step),
+                                    further(first_b, part * b_part + 32 * step), part + step > 0);
     }
   }
   commit_products();

@@ -333,6 +333,12 @@ __device__ inline uint64_t descriptor(uint32_t address, uint32_t across) {
          (address & 0x3ffff) >> 4;
 }
 
+// The one of an operand that lies `bytes` further, a multiple of 16. An addition, where a descriptor of its
+// own would take six instructions.
+__device__ inline uint64_t further(uint64_t descriptor, int bytes) {
+  return (descriptor >> 32) << 32 | (static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes >> 4));
+}
+
 #ifdef FASTNN_HOPPER
 
 template <class T, bool kDepthInsideA, bool kDepthInsideB, int N>

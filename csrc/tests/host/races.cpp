@@ -61,7 +61,7 @@ const char* run(DType dtype, bool tf32, cuda::TileSize tile, const ConvShape& s)
 
 const char* run_attention() {
   Memory q, k, v, output, sums, workspace;
-  const HeadStrides rows{0, 0, 64};
+  const HeadStrides rows{0, 330 * 64, 64};
   const AttentionShape s{1, 2, 2, 330, 290, 64, 64};
   auto* statistics = static_cast<float*>(sums.data());
   uint32_t taken = 0;
