@@ -3,6 +3,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/hopper.h"
+#include "cuda/store_rows.h"
 
 namespace fastnn::cuda {
 
@@ -38,40 +39,16 @@ __device__ void start_rows_by_rows(float (&to)[N], uint32_t a, int a_part, uint3
   commit_products();
 }
 
-// Of the rows that a warp has sums of: the first one's number, how many there are in all, their elements, and
-// how far apart they lie in memory.
-struct RowsToStore {
-  int first, count, width;
-  int64_t pitch;
-};
-
-// Writes a warp's 16 rows of sums, times a factor for each of a lane's two, through 16 rows of a tile in
-// shared memory that nobody else uses, so that rows are written 16 bytes at a time. The first dimension of
-// the sums are halves of the columns.
+// Writes a warp's 16 rows of sums, times a factor for each of a lane's two (see store_rows.h). The first
+// dimension of the sums are halves of the columns.
 template <class T, int kHalves, int kSums>
 __device__ void store_rows(unsigned char* tile, int part_bytes, const float (&total)[kHalves][kSums],
                            const float (&factor)[2], const RowsToStore& rows, T* output) {
-  const auto place = [&](int row, int column) {
-    return tile + column / kPartColumns * part_bytes + row * kPartPitch + (column / 8 % 8 ^ row % 8) * 16;
+  const auto pair = [&](int j) {
+    const float (&sums)[kSums] = total[j / kSums];
+    return narrow_pair<T>(sums[j % kSums] * factor[j / 2 % 2], sums[j % kSums + 1] * factor[j / 2 % 2]);
   };
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-    for (int j = 0; j < kSums; j += 2) {
-      const int lower = j / 2 % 2;
-      *reinterpret_cast<uint32_t*>(place(lane_id() / 4 + 8 * lower, half * 2 * kSums + j / 4 * 8) +
-                                   lane_id() % 4 * 4) =
-          narrow_pair<T>(total[half][j] * factor[lower], total[half][j + 1] * factor[lower]);
-    }
-  }
-  meet_warp();
-  constexpr int kPieces = kHalves * kSums * 2 / 8;
-  for (int i = lane_id(); i < 16 * kPieces; i += kWarp) {
-    const int r = i / kPieces, column = i % kPieces * 8;
-    if (rows.first + r >= rows.count || column >= rows.width) continue;
-    *reinterpret_cast<Vector<T, 8>*>(output + (rows.first + r) * rows.pitch + column) =
-        *reinterpret_cast<const Vector<T, 8>*>(place(r, column));
-  }
+  store_pairs<kHalves * kSums>(tile, part_bytes, pair, rows, output);
 }
 
 #endif

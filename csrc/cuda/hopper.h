@@ -317,6 +317,18 @@ __device__ inline uint32_t narrow_pair(float low, float high) {
   return pair;
 }
 
+// The same behind a ReLU.
+template <class T>
+__device__ inline uint32_t narrow_relu_pair(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
 #endif  // FASTNN_HOPPER
 
 }  // namespace fastnn::cuda

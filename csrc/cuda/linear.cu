@@ -5,6 +5,7 @@
 
 #include "cuda/activation.h"
 #include "cuda/parts.h"
+#include "cuda/store_rows.h"
 #include "cuda/warpgroup_product.h"
 
 namespace fastnn::cuda {
@@ -82,14 +83,61 @@ __device__ void copy_operand(unsigned char* to, const TensorMap* map, uint64_t* 
   }
 }
 
+// What a thread adds to its sums: pairs of eight columns each, in a register, fetched before the product so
+// that nobody waits for them.
+template <class T, int N>
+struct Bias {
+  uint32_t pairs[N / 4];
+
+  __device__ Bias(const MatrixProduct& p, int first_column) {
+    const int first = first_column + lane_id() % 4 * 2;
+    const auto* from = static_cast<const T*>(p.bias) + first;
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      pairs[i] = 0;
+      if (p.bias != nullptr && first + 8 * i < p.columns) {
+        pairs[i] = *reinterpret_cast<const uint32_t*>(from + 8 * i);
+      }
+    }
+  }
+  __device__ void add_to(float (&sum)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      sum[j] += widen(T{static_cast<uint16_t>(pairs[j / 4] >> j % 2 * 16)});
+    }
+  }
+};
+
+// Writes a warp's 16 rows of sums, from `row` on, behind a ReLU or as they are.
+template <class T, int N>
+__device__ void write_plain(const MatrixProduct& p, int row, int first_column, const float (&sum)[N],
+                            float* staged) {
+  constexpr int kAtOnce = N < 64 ? N : 64;
+  auto* tile = reinterpret_cast<unsigned char*>(staged);
+#pragma unroll
+  for (int first = 0; first < N; first += kAtOnce) {
+    const int column = first_column + 2 * first;
+    const RowsToStore rows{row, p.rows, p.columns - column, p.columns};
+    T* output = static_cast<T*>(p.output) + column;
+    const auto store = [&](const auto& pair) {
+      store_pairs<kAtOnce>(tile, 16 * kPartPitch, pair, rows, output);
+    };
+    if (p.activation == Activation::relu) {
+      store([&](int j) { return narrow_relu_pair<T>(sum[first + j], sum[first + j + 1]); });
+    } else {
+      store([&](int j) { return narrow_pair<T>(sum[first + j], sum[first + j + 1]); });
+    }
+    meet_warp();
+  }
+}
+
 // Where a sum lies of a warp's 16 rows of 64 columns: pieces of four change places so that neither the lanes
 // that write pairs of eight rows nor those that read eight columns each meet in a bank.
 __device__ inline int staged_at(int row, int column) {
   return row * 64 + ((column / 4 ^ row % 4 * 2 ^ column / 32) * 4) + column % 4;
 }
 
-// A warp's 16 rows of sums, from `row` on, with what stands behind them. Eight lanes write a row of 64
-// columns.
+// Writes them with what else stands behind them. Eight lanes write a row of 64 columns.
 template <class T, int N>
 __device__ void write_rows(const MatrixProduct& p, int row, int first_column, float (&sum)[N],
                            float* staged) {
@@ -107,12 +155,6 @@ __device__ void write_rows(const MatrixProduct& p, int row, int first_column, fl
     meet_warp();
     const int across = lane_id() % 8 * V, column = first_column + chunk * 64 + across;
     if (column < p.columns) {
-      float bias[V] = {};
-      if (p.bias != nullptr) {
-        const auto given = *reinterpret_cast<const Vector<T, V>*>(static_cast<const T*>(p.bias) + column);
-#pragma unroll
-        for (int v = 0; v < V; ++v) bias[v] = widen(given.element[v]);
-      }
 #pragma unroll
       for (int r = lane_id() / 8; r < 16; r += 4) {
         if (row + r >= p.rows) break;
@@ -122,7 +164,7 @@ __device__ void write_rows(const MatrixProduct& p, int row, int first_column, fl
         for (int v = 0; v < V; v += 4) {
           const auto four = *reinterpret_cast<const Vector<float, 4>*>(staged + staged_at(r, across + v));
 #pragma unroll
-          for (int i = 0; i < 4; ++i) value[v + i] = four.element[i] + bias[v + i];
+          for (int i = 0; i < 4; ++i) value[v + i] = four.element[i];
         }
         if (p.residual != nullptr) {
           const auto beside = *reinterpret_cast<const Vector<T, V>*>(static_cast<const T*>(p.residual) + at);
@@ -202,10 +244,14 @@ __global__ void __launch_bounds__(Tile::kBlock, 1) multiply_tiles(const __grid_c
             warp = worker / kWarp;
   staged += warp * Ring::kStaged;
   const uint32_t first = shared_address(tiles);
+  const bool plain =
+      p.residual == nullptr && (p.activation == Activation::none || p.activation == Activation::relu);
   for (uint32_t i = blockIdx.x; i < p.pieces; i += gridDim.x) {
     const Piece<Tile> piece(p, i);
     // Set to 0 by the first product (see warpgroup_product.h).
-    float sum[Tile::kColumns / 2];
+    constexpr int kSums = Tile::kColumns / 2;
+    float sum[kSums];
+    const Bias<T, kSums> bias(p, piece.column);
     const auto start = [&](bool accumulate) {
       wait(&ring.there[turn.stage], turn.parity);
       const uint32_t a = first + turn.stage * Ring::kStage, b = a + Ring::kABytes;
@@ -234,6 +280,11 @@ __global__ void __launch_bounds__(Tile::kBlock, 1) multiply_tiles(const __grid_c
     const int row = piece.row + 16 * warp;
     if (p.parts != nullptr) {
       write_part(p, piece.part, row, piece.column, sum);
+      continue;
+    }
+    bias.add_to(sum);
+    if (plain) {
+      write_plain<T>(p, row, piece.column, sum, staged);
     } else {
       write_rows<T>(p, row, piece.column, sum, staged);
     }

@@ -99,5 +99,9 @@ template <class T>
 uint32_t narrow_pair(float low, float high) {
   return static_cast<uint32_t>(narrow<T>(high).bits) << 16 | narrow<T>(low).bits;
 }
+template <class T>
+uint32_t narrow_relu_pair(float low, float high) {
+  return narrow_pair<T>(low <= 0 ? 0.0f : low, high <= 0 ? 0.0f : high);
+}
 
 }  // namespace fastnn::cuda
