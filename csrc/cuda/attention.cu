@@ -484,7 +484,7 @@ const char* start(const AttentionForwardOnHopperArgs& a, Stream stream) {
   p.scale = a.scale * kLog2E;
   dim3 grid{p.all_tiles};
   if (Tiles::kQueryStages > 1) {
-    const uint32_t most = multiprocessors();
+    const auto most = static_cast<uint32_t>(multiprocessors());
     // Tiles of a causal call differ in length: a block takes the next one when it has room for it.
     if (a.causal && p.all_tiles > most) {
       p.taken = a.taken;

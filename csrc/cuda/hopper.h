@@ -78,14 +78,6 @@ inline const char* make_tensor_map(TensorMap* to, const MappedTensor& t) {
   return made == CUDA_SUCCESS ? nullptr : "the driver refused a tensor's map";
 }
 
-// Of the current GPU.
-inline uint32_t multiprocessors() {
-  int device = 0, count = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known && count > 0 ? static_cast<uint32_t>(count) : 1;
-}
-
 // Fills memory with zeros, on the stream. Returns null or what went wrong.
 inline const char* zero_later(void* to, size_t bytes, Stream stream) {
   const cudaError_t status = cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(stream));
