@@ -16,7 +16,6 @@ struct TensorMap {
 
 const char* make_tensor_map(TensorMap* to, const MappedTensor& t);
 
-// So few that a block has several tiles.
 inline const char* zero_later(void* to, size_t bytes, void*) {
   std::memset(to, 0, bytes);
   return nullptr;
