@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import stored
-from fastnn.ops.core.choices import TORCH, fastest, read_shipped
+from fastnn.ops.core.choices import TORCH, WITH_GRADIENTS, fastest, read_shipped
 from fastnn.ops.core.op import OPS
 
 Choices = dict[str, dict[str, dict[str, str]]]
@@ -27,6 +27,30 @@ def choices(records: list[dict]) -> Choices:
             if name != TORCH and (op not in OPS or name not in OPS[op].candidates):
                 raise stored.UnreadableResult(f"{op} has no candidate {name} any more: measure again")
             made.setdefault(capability, {}).setdefault(op, {})[measured["calls"]] = name
+    return made
+
+
+def of_rows(rows: list[dict]) -> list[dict]:
+    """What :mod:`benchmarks.gpu_rows` measured, as a suite's candidates: by op and class the seconds of torch's op and of each kernel.
+
+    A forward op has two classes. For a call with a backward pass behind it both passes count, with the fastest of the second;
+    torch's second pass is the one that autograd makes of its first.
+    """
+    made: list[dict] = []
+    stock = {row["row"]: row for row in rows if "stock" in row}
+    backward = {row["row"]: row for row in rows if "seconds" in row and row["op"].endswith("_backward")}
+    for row in rows:
+        if "seconds" not in row or TORCH not in row["seconds"]:
+            continue
+        kept = {"op": row["op"], "dropped": row["dropped"]}
+        made.append({**kept, "calls": row["calls"], "seconds": row["seconds"]})
+        its, back = backward.get(row["row"]), stock.get(row["row"], {}).get("stock_backward", {})
+        both = back.get("default", back.get(TORCH))
+        if row["op"].endswith("_backward") or its is None or both is None:
+            continue
+        lost = both - min(its["seconds"].values())
+        seconds = {**row["seconds"], TORCH: max(0.0, row["seconds"][TORCH] + lost)}
+        made.append({**kept, "calls": row["calls"] + WITH_GRADIENTS, "seconds": seconds})
     return made
 
 
@@ -68,9 +92,29 @@ def table(record: dict) -> Table:
     return made
 
 
+def _record(path: Path) -> dict:
+    """The suite's record in a file, and what its rows say beside it."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        whole = {}
+    rows = whole.get("rows") if isinstance(whole, dict) else None
+    told = next((row for row in rows or () if row.get("ceilings")), None)
+    if told is None:
+        return stored.load(path)
+    if whole.get("suite") is None:
+        record = {
+            "environment": {"gpu": {"name": told["gpu"], "capability": told["capability"]}},
+            "candidates": [],
+        }
+    else:
+        record = stored.load(path)
+    return {**record, "candidates": [*record.get("candidates", []), *of_rows(rows)]}
+
+
 def run(results: list[Path], console: Console, to: Path | None) -> int:
     """Print what some results have, and write the choices to a file if there is one."""
-    records = [stored.load(path) for path in results]
+    records = [_record(path) for path in results]
     for path, record in zip(results, records, strict=True):
         if not record.get("candidates"):
             raise stored.UnreadableResult(f"{path} has no candidates: `make gpu` measures them, on a GPU")

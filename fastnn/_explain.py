@@ -16,7 +16,7 @@ from fastnn import _rehearsal, nn
 from fastnn.nn.container import FUSED, sees_fused
 from fastnn.ops.core import watch
 from fastnn.ops.core.op import Op
-from fastnn.ops.core.plan import Plan, kernel_of
+from fastnn.ops.core.plan import Plan, runner
 
 __all__ = ["Explanation", "Row", "explain"]
 
@@ -94,7 +94,7 @@ class _Recorder:
             layer = self.running[-1][0]
         else:
             layer = self.layers_of_nodes.get(torch._C._current_autograd_node(), "")
-        where = "torch" if plan.algorithm is None else f"fastnn {kernel_of(op, args, plan)}"
+        where = runner(op, args, plan)
         named = plan.algorithm if plan.algorithm and op.algorithms and args[0].is_cpu else ""
         self.add(layer, op.name, args, where, plan.reason or "", named)
 

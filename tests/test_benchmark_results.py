@@ -26,7 +26,7 @@ def test_readme_is_what_was_measured(result):
 @pytest.mark.parametrize("result", sorted(RESULTS.glob("*/gpu.json")), ids=lambda path: path.parent.name)
 def test_readme_is_what_was_measured_on_gpus(result):
     readme = (RESULTS.parents[1] / "README.md").read_text()
-    assert markdown.gpu_section(json.loads(result.read_text())["suite"]) in readme
+    assert markdown.gpu_part(json.loads(result.read_text())) in readme
 
 
 def stored_run(tmp_path, name, **rows):

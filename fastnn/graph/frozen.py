@@ -22,7 +22,7 @@ from fastnn.graph import fuse, ir, layout, lower, normalise
 from fastnn.graph.capture import CannotCapture, Captured, capture, in_evaluation
 from fastnn.ops.core import watch
 from fastnn.ops.core.op import Op
-from fastnn.ops.core.plan import Plan, kernel_of
+from fastnn.ops.core.plan import Plan, runner
 
 if TYPE_CHECKING:
     from fastnn._explain import Row
@@ -253,7 +253,7 @@ class _Timed(torch.fx.Interpreter):
         self.node: Node | None = None
 
     def on_op(self, op: Op, args: tuple, plan: Plan) -> None:
-        where = "torch" if plan.algorithm is None else f"fastnn {kernel_of(op, args, plan)}"
+        where = runner(op, args, plan)
         self.ran[self.node] = where, plan.reason or ""
 
     def run_node(self, node: Node):

@@ -99,13 +99,18 @@ def plan(op: Op, args: tuple) -> Plan:
     return Plan(name, None, (names.index(name) + 1,))
 
 
-def kernel_of(op: Op, args: tuple, plan: Plan) -> str:
-    """What runs a call: the instruction set, or for a GPU the language and, where there are several, the kernel's name."""
+def runner(op: Op, args: tuple, plan: Plan) -> str:
+    """What runs a call, as ``explain`` says it: torch, alone or with fastnn's pass behind it, or fastnn's kernel by its instruction set,
+    or for a GPU by its language and, where there are several, its name."""
+    if plan.algorithm is None:
+        return choices.TORCH
     if args[0].is_cpu:
-        return _library.current_isa()
+        return f"fastnn {_library.current_isa()}"
+    if plan.algorithm.startswith(choices.TORCH):
+        return plan.algorithm
     if len(op.candidates) == 1:
-        return op.on_gpus
-    return f"{'cuda' if plan.algorithm == gpu.WARPGROUPS else op.on_gpus}: {plan.algorithm}"
+        return f"fastnn {op.on_gpus}"
+    return f"fastnn {'cuda' if plan.algorithm == gpu.WARPGROUPS else op.on_gpus}: {plan.algorithm}"
 
 
 # ---- on the CPU ----
