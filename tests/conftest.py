@@ -154,7 +154,12 @@ def assert_as_good(ours, stock, exact, roundings=1, depth=1):
         by_rounding *= 2
     error, of_stock = ((t.double() - exact)[finite].abs().max().item() for t in (ours, stock))
     allowed = 2 * of_stock + by_rounding
-    assert error <= allowed, f"error {error:.3g}, stock's {of_stock:.3g}, at most {allowed:.3g} is right"
+    if not error <= allowed:
+        far = ((ours.double() - exact).abs() > allowed).nonzero().tolist()
+        told = f"{len(far)} of {ours.numel()} elements, from {far[0]} to {far[-1]}; the first {ours[tuple(far[0])]} for {exact[tuple(far[0])]}"
+        raise AssertionError(
+            f"error {error:.3g}, stock's {of_stock:.3g}, at most {allowed:.3g} is right: {told}"
+        )
 
 
 def look_ups(monkeypatch, by_op):

@@ -14,6 +14,11 @@ WARPGROUPS = "warpgroups"
 LEAST_CAPABILITY = (8, 0)
 
 
+#: Families of ops whose kernels gave wrong results on a GPU in a few calls, for a cause that is not known. Their calls go to torch, but for
+#: tests and the benchmark suite.
+DOUBTED = frozenset(("pool",))
+
+
 @cache
 def architectures() -> str:
     """What the library's CUDA kernels are built for, such as ``80-real 90a-real``; empty if it has none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Op:
     def schema(self) -> torch.FunctionSchema:
         return self.packet.default._schema
 
-    @property
+    @cached_property
     def family(self) -> str:
         """The package that declares it: ``conv`` of ``fastnn.ops.conv.ops``."""
         return self.unsupported.__module__.split(".")[2]
