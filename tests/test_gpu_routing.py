@@ -62,6 +62,13 @@ def test_kernel_that_is_doubted_stays_with_torch(fake_gpu, native, monkeypatch):
     pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
     reason = "its kernels gave wrong results on a GPU, for a cause that is not known"
     assert native == [("max_pool2d", None), ("max_pool2d", reason)]
+    native.clear()
+    for size in (2, 3):
+        conv.conv2d_relu_max_pool2d(fake_gpu(2, 3, 8, 8), fake_gpu(4, 3, 3, 3), kernel_size=size)
+    assert native == [
+        ("conv2d_relu_max_pool2d", "not measured on this GPU: fastnn.tune measures"),
+        ("conv2d_relu_max_pool2d", reason),
+    ]
 
 
 def test_old_gpu_and_build_without_cuda(fake_gpu, native, monkeypatch):

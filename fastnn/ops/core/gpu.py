@@ -19,6 +19,13 @@ LEAST_CAPABILITY = (8, 0)
 DOUBTED = frozenset(("pool",))
 
 
+def is_doubted(op, args: tuple) -> bool:
+    """Whether a call would be done by such a kernel; behind a convolution it is one unless the window is 2 x 2, which is of its epilogue."""
+    if not DOUBTED:
+        return False
+    return op.family in DOUBTED or (op.name == "conv2d_relu_max_pool2d" and args[-6:] != (2, 2, 2, 2, 0, 0))
+
+
 @cache
 def architectures() -> str:
     """What the library's CUDA kernels are built for, such as ``80-real 90a-real``; empty if it has none."""
