@@ -67,6 +67,17 @@ SQUARES = [
     (1, 16, (1, 3, 2, 1, 1), (2, 3, 2, 1, 1)),
     (300, 8, (3, 2, 2, 0, 1), (5, 2, 2, 0, 1)),
 ]
+# Planes of a multiple of 4 columns, twice the windows.
+ROWS = [
+    (2, 3, (8, 2, 2, 0, 1), (8, 2, 2, 0, 1)),
+    (1, 2, (9, 2, 2, 1, 1), (12, 2, 2, 0, 1)),
+    (1, 5, (7, 2, 2, 0, 1), (4, 2, 2, 0, 1)),
+    (2, 3, (9, 3, 2, 1, 1), (8, 3, 2, 1, 1, "floor")),
+    (1, 2, (24, 3, 2, 0, 1), (20, 3, 2, 1, 1, "floor")),
+    (1, 3, (22, 3, 2, 1, 1), (32, 3, 2, 1, 1, "floor")),
+    (1, 1, (1, 3, 2, 1, 1), (4, 3, 2, 1, 1, "floor")),
+    (70, 3, (3, 3, 2, 1, 1), (12, 3, 2, 1, 1, "floor")),
+]
 # Windows that threads share: warps those of planes, blocks those of channels_last.
 BY_WARPS = [
     (2, 3, (33, 1), (17, 1)),
@@ -113,9 +124,10 @@ class Axis:
             self.taps = self.inside.sum(1)  # how taps are numbered, of each window
             self.extent = self.padded = self.taps
         else:
-            inputs, kernel, stride, padding, dilation = axis
+            inputs, kernel, stride, padding, dilation, *floor = axis
             room = inputs + 2 * padding - dilation * (kernel - 1) - 1
-            outputs = -(-room // stride) + 1  # the last may reach over the edge
+            # The last may reach over the edge.
+            outputs = (room // stride if floor else -(-room // stride)) + 1
             if (outputs - 1) * stride >= inputs + padding:
                 outputs -= 1
             self.numbers = (inputs, outputs, kernel, stride, padding, dilation)
@@ -206,7 +218,7 @@ def check_max(p, dtype, level="staged", by=0, backward=True):
     x, g = (p.stored(a, kind, by) for a in (x64, g64))
     has_taps = p.rows.numbers[2] > 0 and p.inside.shape[2] * p.inside.shape[3] <= 256
     wants = [(False, False), (False, True)] + [(True, False), (True, True)] * has_taps
-    for want in wants if level != "squares" else [w for w in wants if not w[1]]:
+    for want in wants if level not in ("squares", "rows") else [w for w in wants if not w[1]]:
         y = p.stored(np.zeros(p.outputs), kind, by)
         locations, indices = (
             p.stored(np.full(p.outputs, 255), t, by) if w else None
@@ -220,7 +232,7 @@ def check_max(p, dtype, level="staged", by=0, backward=True):
         return
     want, size = p.scatter(g64, index), p.scatter(np.abs(g64), index)
     locations, indices = p.stored(tap, np.uint8, by), p.stored(index, np.int64, by)
-    for places in [(None, indices)] * (level != "squares") + [(locations, None)] * has_taps:
+    for places in [(None, indices)] * (level not in ("squares", "rows")) + [(locations, None)] * has_taps:
         gx = p.stored(np.full(p.inputs, np.nan), kind, by)
         kernels.max_pool_backward(level, 1, *p.numbers, g, *places, gx)
         assert np.all(np.abs(p.exact(gx) - want) <= bound(dtype, 25, size))
@@ -288,6 +300,13 @@ def test_few_channels(case, dtype):
 def test_squares(case, dtype):
     check_max(Pooling(case, channels_last=True), dtype, "squares")
     check_avg(Pooling(case, channels_last=True), dtype, "squares")
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != "float64"])
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_rows(case, dtype):
+    check_max(Pooling(case), dtype, "rows")
+    check_avg(Pooling(case), dtype, "rows")
 
 
 @EVERY_DTYPE
