@@ -6,23 +6,31 @@ namespace fastnn::cuda {
 namespace {
 
 constexpr int kStride = 2;
-// Of a thread, side by side.
-constexpr int kWindows = 4, kColumns = kStride * kWindows;
+// Of a thread, side by side: 16 bytes of columns, so that neighbours' loads and stores leave no gaps.
+template <class T>
+constexpr int kColumns = 16 / sizeof(T);
+template <class T>
+constexpr int kWindows = kColumns<T> / kStride;
+template <class T>
+using Row = Words<T, kColumns<T>>;
+template <class T>
+using Side = Words<T, kWindows<T>>;  // an element of each window
+template <class T>
+using RowTaps = TapsOf<kWindows<T>>;
 
 // ---- loads and stores, in two halves where the second may not be there ----
 
 // kWhole: the columns are a multiple of kColumns, so that both halves always are.
 template <bool kWhole, int N, class T>
 __device__ Words<T, N> read_halves(const T* from, int at, bool both) {
-  constexpr int H = N / 2;
-  if constexpr (kWhole && N * sizeof(T) <= 16) {
+  if constexpr (kWhole) {
     return read_words<T, N>(from, at);
   } else {
-    const auto first = read_words<T, H>(from, at);
-    Words<T, H> second = {};
-    if (kWhole || both) second = read_words<T, H>(from, at + H);
+    constexpr int W = N * sizeof(T) / 8;
+    const auto first = read_words<T, N / 2>(from, at);
+    Words<T, N / 2> second = {};
+    if (both) second = read_words<T, N / 2>(from, at + N / 2);
     Words<T, N> out;
-    constexpr int W = H * sizeof(T) / 4;
 #pragma unroll
     for (int i = 0; i < W; ++i) out.element[i] = first.element[i], out.element[W + i] = second.element[i];
     return out;
@@ -30,31 +38,33 @@ __device__ Words<T, N> read_halves(const T* from, int at, bool both) {
 }
 template <bool kWhole, class T, int N>
 __device__ void write_halves(T* to, int64_t at, const Vector<T, N>& value, bool both) {
-  constexpr int H = N / 2;
-  if constexpr (kWhole && N * sizeof(T) <= 16) {
+  if constexpr (kWhole) {
     write<N>(to, at, value);
   } else {
-    Vector<T, H> first, second;
+    Vector<T, N / 2> first, second;
 #pragma unroll
-    for (int i = 0; i < H; ++i) first.element[i] = value.element[i], second.element[i] = value.element[H + i];
-    write<H>(to, at, first);
-    if (kWhole || both) write<H>(to, at + H, second);
+    for (int i = 0; i < N / 2; ++i) {
+      first.element[i] = value.element[i], second.element[i] = value.element[N / 2 + i];
+    }
+    write<N / 2>(to, at, first);
+    if (both) write<N / 2>(to, at + N / 2, second);
   }
 }
 
-using FourTaps = TapsOf<kWindows>;
-
-template <bool kWhole>
-__device__ FourTaps read_taps(const uint8_t* from, int at, bool both) {
-  if constexpr (kWhole) return *reinterpret_cast<const FourTaps*>(from + at);
-  uint32_t taps = *reinterpret_cast<const uint16_t*>(from + at);
-  if (both) taps |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(from + at + 2)) << 16;
-  return {{taps}};
-}
-template <bool kWhole>
-__device__ void write_taps(uint8_t* to, int64_t at, const FourTaps& taps, bool both) {
+template <class T, bool kWhole>
+__device__ RowTaps<T> read_taps(const uint8_t* from, int at, bool both) {
   if constexpr (kWhole) {
-    *reinterpret_cast<FourTaps*>(to + at) = taps;
+    return *reinterpret_cast<const RowTaps<T>*>(from + at);
+  } else {
+    uint32_t taps = *reinterpret_cast<const uint16_t*>(from + at);
+    if (both) taps |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(from + at + 2)) << 16;
+    return {{taps}};
+  }
+}
+template <class T, bool kWhole>
+__device__ void write_taps(uint8_t* to, int64_t at, const RowTaps<T>& taps, bool both) {
+  if constexpr (kWhole) {
+    *reinterpret_cast<RowTaps<T>*>(to + at) = taps;
   } else {
     *reinterpret_cast<uint16_t*>(to + at) = static_cast<uint16_t>(taps.element[0]);
     if (both) *reinterpret_cast<uint16_t*>(to + at + 2) = static_cast<uint16_t>(taps.element[0] >> 16);
@@ -63,28 +73,29 @@ __device__ void write_taps(uint8_t* to, int64_t at, const FourTaps& taps, bool b
 
 // ---- between columns and windows ----
 
-// Of pairs of 2-byte elements, or of elements: the first and the second of each pair; and back.
+// Of the pairs of a row's elements the first and the second; and back.
 template <class T>
 struct Pairs {
-  Words<T, kWindows> first, second;
+  Side<T> first, second;
 
-  __device__ static Pairs of(const Words<T, kColumns>& row) {
-    Pairs p;
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T)); ++i) {
-      const uint32_t a = row.element[2 * i], b = row.element[2 * i + 1];
-      p.first.element[i] = sizeof(T) == 2 ? bytes_of<0x5410>(a, b) : a;
-      p.second.element[i] = sizeof(T) == 2 ? bytes_of<0x7632>(a, b) : b;
+  __device__ static Pairs of(const Row<T>& row) {
+    const auto& [a, b, c, d] = row.element;
+    if constexpr (sizeof(T) == 4) {
+      return {{{a, c}}, {{b, d}}};
+    } else {
+      return {{{bytes_of<0x5410>(a, b), bytes_of<0x5410>(c, d)}},
+              {{bytes_of<0x7632>(a, b), bytes_of<0x7632>(c, d)}}};
     }
-    return p;
   }
-  __device__ Vector<T, kColumns> row() const {
-    Words<T, kColumns> row;
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T)); ++i) {
-      const uint32_t a = first.element[i], b = second.element[i];
-      row.element[2 * i] = sizeof(T) == 2 ? bytes_of<0x5410>(a, b) : a;
-      row.element[2 * i + 1] = sizeof(T) == 2 ? bytes_of<0x7632>(a, b) : b;
+  __device__ Vector<T, kColumns<T>> row() const {
+    const auto& [a, b] = first.element;
+    const auto& [c, d] = second.element;
+    Row<T> row;
+    if constexpr (sizeof(T) == 4) {
+      row = {{a, c, b, d}};
+    } else {
+      row = {
+          {bytes_of<0x5410>(a, c), bytes_of<0x7632>(a, c), bytes_of<0x5410>(b, d), bytes_of<0x7632>(b, d)}};
     }
     return bits_of<T>(row);
   }
@@ -93,42 +104,38 @@ struct Pairs {
 // The elements one further to the right, the first of them being `before`, in the upper half of a register if
 // of 2 bytes.
 template <class T>
-__device__ Words<T, kWindows> shifted_right(uint32_t before, const Words<T, kWindows>& x) {
-  if constexpr (sizeof(T) == 2) {
-    return {{bytes_of<0x5432>(before, x.element[0]), bytes_of<0x5432>(x.element[0], x.element[1])}};
-  } else {
-    return {{before, x.element[0], x.element[1], x.element[2]}};
-  }
+__device__ Side<T> shifted_right(uint32_t before, const Side<T>& x) {
+  const auto& [a, b] = x.element;
+  if constexpr (sizeof(T) == 4) return {{before, a}};
+  return {{bytes_of<0x5432>(before, a), bytes_of<0x5432>(a, b)}};
 }
 // The elements one further to the left, the last of them being `after`.
 template <class T>
-__device__ Words<T, kWindows> shifted_left(const Words<T, kWindows>& x, uint32_t after) {
-  if constexpr (sizeof(T) == 2) {
-    return {{bytes_of<0x5432>(x.element[0], x.element[1]), bytes_of<0x5432>(x.element[1], after)}};
-  } else {
-    return {{x.element[1], x.element[2], x.element[3], after}};
-  }
+__device__ Side<T> shifted_left(const Side<T>& x, uint32_t after) {
+  const auto& [a, b] = x.element;
+  if constexpr (sizeof(T) == 4) return {{b, after}};
+  return {{bytes_of<0x5432>(a, b), bytes_of<0x5432>(b, after)}};
 }
 
 // Where a thread is: its first window and column, in the tensors.
-template <int K, bool kWhole>
+template <class T, int K, bool kWhole>
 struct Group {
   int64_t windows, elements;  // of its plane's row 0
   int row, number;            // its first row of windows, and which of the row's groups it is
   bool both;
 
   __device__ Group(const Images& s, const Places::Place& p)
-      : windows(int64_t{p.image} * s.rows.outputs * s.columns.outputs + p.column * kWindows),
-        elements(int64_t{p.image} * s.rows.inputs * s.columns.inputs + p.column * kColumns),
+      : windows(int64_t{p.image} * s.rows.outputs * s.columns.outputs + p.column * kWindows<T>),
+        elements(int64_t{p.image} * s.rows.inputs * s.columns.inputs + p.column * kColumns<T>),
         row(static_cast<int>(p.row) * kRun<K, kStride>),
         number(static_cast<int>(p.column)),
-        both(kWhole || number * kWindows + kWindows / 2 < s.columns.outputs) {}
+        both(kWhole || number * kWindows<T> + kWindows<T> / 2 < s.columns.outputs) {}
 
   // Taps c of its windows in row `at / columns`. kZero: those in the padding are 0, or else the elements next
   // to them, which change no maximum.
-  template <bool kZero, class T>
-  __device__ void read_row(const T* from, int at, Words<T, kWindows> (&x)[K]) const {
-    const auto row = read_halves<kWhole, kColumns>(from, at, both);
+  template <bool kZero>
+  __device__ void read_row(const T* from, int at, Side<T> (&x)[K]) const {
+    const auto row = read_halves<kWhole, kColumns<T>>(from, at, both);
     uint32_t before = 0;
     if constexpr (K == 3) {
       // At the left edge this reads the first column.
@@ -148,13 +155,14 @@ template <class T, int K, bool kWhole, bool kPlaces>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     max_rows(Images s, Places places, const T* input, T* output, uint8_t* locations) {
   constexpr int kKeptRows = kKept<K, kStride>;
+  constexpr int W = kWindows<T>;
   Places::Place p;
   if (!places.find(1, p)) return;
-  const Group<K, kWhole> group(s, p);
+  const Group<T, K, kWhole> group(s, p);
   const T* from = input + group.elements;
   int start = group.row * kStride - s.rows.padding;
   int64_t to = group.windows + group.row * s.columns.outputs;
-  Words<T, kWindows> x[K][K];
+  Side<T> x[K][K];
   {
     const Taps<K> rows(start, s.rows.inputs);
 #pragma unroll
@@ -170,24 +178,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int r = kKeptRows; r < K; ++r) {
       group.template read_row<false>(from, rows.at[r] * s.columns.inputs, x[r]);
     }
-    Vector<T, kWindows> most;
-    FourTaps taps = {};
+    Vector<T, W> most;
+    RowTaps<T> taps = {};
     find_largest<kPlaces>(x, most, taps);
     write_halves<kWhole>(output, to, most, group.both);
     if constexpr (kPlaces) {
       // Where taps of the padding were given as elements, by the taps that these are.
       if (start < 0 || start + K > s.rows.inputs) [[unlikely]] {
-        const FourTaps given = taps;
+        const RowTaps<T> given = taps;
         taps = {};
 #pragma unroll
-        for (int v = 0; v < kWindows; ++v) {
-          const int r = tap_of<kWindows>(given, v) / K, c = tap_of<kWindows>(given, v) % K;
-          add_tap<kWindows>(taps, v, (max(0, min(start + r, s.rows.inputs - 1)) - start) * K + c);
+        for (int v = 0; v < W; ++v) {
+          const int r = tap_of<W>(given, v) / K, c = tap_of<W>(given, v) % K;
+          add_tap<W>(taps, v, (max(0, min(start + r, s.rows.inputs - 1)) - start) * K + c);
         }
       }
       // In the first column of a window: bits 0, 3 and 6.
       if (K == 3 && group.number == 0) taps.element[0] += 0x49u >> (taps.element[0] & 31) & 1;
-      write_taps<kWhole>(locations, to, taps, group.both);
+      write_taps<T, kWhole>(locations, to, taps, group.both);
     }
 #pragma unroll
     for (int i = 0; i < kKeptRows * K; ++i) x[i / K][i % K] = x[i / K + kStride][i % K];
@@ -199,16 +207,17 @@ template <class T, int K, bool kWhole>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     max_rows_backward(Images s, Places places, const T* grad, const uint8_t* locations, T* grad_input) {
   constexpr int R = kReach<K, kStride>;
+  constexpr int W = kWindows<T>;
   Places::Place p;
   if (!places.find(1, p)) return;
-  const Group<K, kWhole> group(s, p);
+  const Group<T, K, kWhole> group(s, p);
   const T* from = grad + group.windows;
   const uint8_t* taps_from = locations + group.windows;
   T* to = grad_input + group.elements;
   // What the windows of rows u - i hand back and to which taps, and the same of those one to the right.
-  Words<T, kWindows> value[R + 1] = {}, right[R + 1] = {};
-  FourTaps taps[R + 1] = {}, right_taps[R + 1] = {};
-  const bool more = (group.number + 1) * kWindows < s.columns.outputs;
+  Side<T> value[R + 1] = {}, right[R + 1] = {};
+  RowTaps<T> taps[R + 1] = {}, right_taps[R + 1] = {};
+  const bool more = (group.number + 1) * W < s.columns.outputs;
   const auto next = [&](int u) {
 #pragma unroll
     for (int i = R; i > 0; --i) {
@@ -219,17 +228,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     uint32_t after = 0, after_tap = 0;
     if (u >= 0 && u < s.rows.outputs) {
       const int at = u * s.columns.outputs;
-      value[0] = read_halves<kWhole, kWindows>(from, at, group.both);
-      taps[0] = read_taps<kWhole>(taps_from, at, group.both);
+      value[0] = read_halves<kWhole, W>(from, at, group.both);
+      taps[0] = read_taps<T, kWhole>(taps_from, at, group.both);
       if (R > 0 && more) {
-        after = bits_of<std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>>(read<1>(from, at + kWindows))
-                    .element[0];
-        after_tap = taps_from[at + kWindows];
+        after =
+            bits_of<std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>>(read<1>(from, at + W)).element[0];
+        after_tap = taps_from[at + W];
       }
     }
     if constexpr (R > 0) {
       right[0] = shifted_left<T>(value[0], after);
-      right_taps[0].element[0] = bytes_of<0x4321>(taps[0].element[0], after_tap);
+      constexpr uint32_t kSelector = W == 4 ? 0x4321 : 0x41;
+      right_taps[0].element[0] = static_cast<TapWord<W>>(bytes_of<kSelector>(taps[0].element[0], after_tap));
     }
   };
   Column cells{};
@@ -237,23 +247,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   each_cell<K, kStride>(s, cells, next, [&](int r, int row) {
     Pairs<T> sums;
     if constexpr (R == 0) {
-      sums.first = bits_of<uint32_t>(those_at<T, kWindows>(r * K, value[0], taps[0]));
-      sums.second = bits_of<uint32_t>(those_at<T, kWindows>(r * K + 1, value[0], taps[0]));
+      sums.first = bits_of<uint32_t>(those_at<T, W>(r * K, value[0], taps[0]));
+      sums.second = bits_of<uint32_t>(those_at<T, W>(r * K + 1, value[0], taps[0]));
     } else {
       // The first of two columns is the middle of a window, the second the end of one and the begin of the
       // next.
-      acc_t<T> first[kWindows] = {}, second[kWindows] = {};
-      const auto add = [](acc_t<T>(&sum)[kWindows], const Vector<T, kWindows>& kept) {
+      acc_t<T> first[W] = {}, second[W] = {};
+      const auto add = [&](acc_t<T>(&sum)[W], const Vector<T, W>& kept) {
 #pragma unroll
-        for (int v = 0; v < kWindows; ++v) sum[v] += widen(kept.element[v]);
+        for (int v = 0; v < W; ++v) sum[v] += widen(kept.element[v]);
       };
 #pragma unroll
       for (int i = R; i >= 0; --i) {
         const int tap = (r + i * kStride) * K;
         if (tap >= K * K) continue;
-        add(first, those_at<T, kWindows>(tap + 1, value[i], taps[i]));
-        add(second, those_at<T, kWindows>(tap + 2, value[i], taps[i]));
-        add(second, those_at<T, kWindows>(tap, right[i], right_taps[i]));
+        add(first, those_at<T, W>(tap + 1, value[i], taps[i]));
+        add(second, those_at<T, W>(tap + 2, value[i], taps[i]));
+        add(second, those_at<T, W>(tap, right[i], right_taps[i]));
       }
       sums.first = bits_of<uint32_t>(narrowed<T>(first)),
       sums.second = bits_of<uint32_t>(narrowed<T>(second));
@@ -281,15 +291,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     avg_rows(Images s, Places places, Averaging<acc_t<T>> averaging, const T* input, T* output) {
   using A = acc_t<T>;
   constexpr int kKeptRows = kKept<K, kStride>;
+  constexpr int W = kWindows<T>;
   Places::Place p;
   if (!places.find(1, p)) return;
-  const Group<K, kWhole> group(s, p);
+  const Group<T, K, kWhole> group(s, p);
   const T* from = input + group.elements;
   int start = group.row * kStride - s.rows.padding;
   int64_t to = group.windows + group.row * s.columns.outputs;
-  A sums[K][kWindows] = {};  // of the rows of a window
+  A sums[K][W] = {};  // of the rows of a window
   const auto add_rows = [&](int first, int end) {
-    Words<T, kWindows> x[K][K];
+    Side<T> x[K][K];
 #pragma unroll
     for (int r = 0; r < K; ++r) {
       if (r < first || r >= end) continue;
@@ -304,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int c = 0; c < K; ++c) {
         const auto now = bits_of<T>(where(there, x[r][c]));
 #pragma unroll
-        for (int v = 0; v < kWindows; ++v) {
+        for (int v = 0; v < W; ++v) {
           sums[r][v] = c == 0 ? widen(now.element[v]) : sums[r][v] + widen(now.element[v]);
         }
       }
@@ -316,9 +327,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   for (int run = 0; run < end; ++run) {
     add_rows(kKeptRows, K);
     const Parts<A, K> parts(s, averaging, start, K == 3 && group.number == 0);
-    A sum[kWindows];
+    A sum[W];
 #pragma unroll
-    for (int v = 0; v < kWindows; ++v) {
+    for (int v = 0; v < W; ++v) {
       sum[v] = sums[0][v];
 #pragma unroll
       for (int r = 1; r < K; ++r) sum[v] += sums[r][v];
@@ -336,48 +347,49 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     avg_rows_backward(Images s, Places places, Averaging<acc_t<T>> averaging, const T* grad, T* grad_input) {
   using A = acc_t<T>;
   constexpr int R = kReach<K, kStride>;
+  constexpr int W = kWindows<T>;
   Places::Place p;
   if (!places.find(1, p)) return;
-  const Group<K, kWhole> group(s, p);
+  const Group<T, K, kWhole> group(s, p);
   const T* from = grad + group.windows;
   T* to = grad_input + group.elements;
-  const bool more = (group.number + 1) * kWindows < s.columns.outputs;
+  const bool more = (group.number + 1) * W < s.columns.outputs;
   // What the windows of rows u - i hand back to the first and to the second of two columns.
-  A first[R + 1][kWindows] = {}, second[R + 1][kWindows] = {};
+  A first[R + 1][W] = {}, second[R + 1][W] = {};
   const auto next = [&](int u) {
 #pragma unroll
     for (int i = R; i > 0; --i) {
 #pragma unroll
-      for (int v = 0; v < kWindows; ++v) first[i][v] = first[i - 1][v], second[i][v] = second[i - 1][v];
+      for (int v = 0; v < W; ++v) first[i][v] = first[i - 1][v], second[i][v] = second[i - 1][v];
     }
-    Words<T, kWindows> words = {};
+    Side<T> words = {};
     A after = 0;
     if (u >= 0 && u < s.rows.outputs) {
       const int at = u * s.columns.outputs;
-      words = read_halves<kWhole, kWindows>(from, at, group.both);
-      if (R > 0 && more) after = widen(from[at + kWindows]);
+      words = read_halves<kWhole, W>(from, at, group.both);
+      if (R > 0 && more) after = widen(from[at + W]);
     }
     const Parts<A, K> parts(s, averaging, u * kStride - s.rows.padding, K == 3 && group.number == 0);
     const auto value = bits_of<T>(words);
 #pragma unroll
-    for (int v = 0; v < kWindows; ++v) {
+    for (int v = 0; v < W; ++v) {
       first[0][v] = widen(value.element[v]) * (v == 0 ? parts.first : parts.others);
     }
 #pragma unroll
-    for (int v = 0; v < kWindows; ++v) {
+    for (int v = 0; v < W; ++v) {
       second[0][v] = first[0][v];
-      if constexpr (R > 0) second[0][v] += v + 1 < kWindows ? first[0][v + 1] : after * parts.others;
+      if constexpr (R > 0) second[0][v] += v + 1 < W ? first[0][v + 1] : after * parts.others;
     }
   };
   Column cells{};
   cells.row = group.row;
   each_cell<K, kStride>(s, cells, next, [&](int r, int row) {
-    A one[kWindows] = {}, two[kWindows] = {};
+    A one[W] = {}, two[W] = {};
 #pragma unroll
     for (int i = R; i >= 0; --i) {
       if (r + i * kStride >= K) continue;
 #pragma unroll
-      for (int v = 0; v < kWindows; ++v) one[v] += first[i][v], two[v] += second[i][v];
+      for (int v = 0; v < W; ++v) one[v] += first[i][v], two[v] += second[i][v];
     }
     const Pairs<T> sums{bits_of<uint32_t>(narrowed<T>(one)), bits_of<uint32_t>(narrowed<T>(two))};
     write_halves<kWhole>(to, row * s.columns.inputs, sums.row(), group.both);
@@ -402,19 +414,21 @@ bool for_rows(DType dtype, const PoolShape& shape, const Images& s, const uint8_
   if (!(is_aligned(data, 16) && ...) || !is_aligned(locations, 4) || shape.channels_last) return false;
   bool taken = false;
   dispatch(dtype, [&]<class T>() {
-    if constexpr (sizeof(T) <= 4) {
+    const auto run = [&]<bool kWhole>() {
       taken = true;
-      const bool whole = b.inputs % kColumns == 0;
-      if (K == 2) return whole ? f.template operator()<T, 2, true>() : f.template operator()<T, 2, false>();
-      return whole ? f.template operator()<T, 3, true>() : f.template operator()<T, 3, false>();
+      return K == 2 ? f.template operator()<T, 2, kWhole>() : f.template operator()<T, 3, kWhole>();
+    };
+    if constexpr (sizeof(T) == 4) run.template operator()<true>();
+    if constexpr (sizeof(T) == 2) {
+      b.inputs % kColumns<T> == 0 ? run.template operator()<true>() : run.template operator()<false>();
     }
   });
   return taken;
 }
 
-template <int K, class F>
+template <class T, int K, class F>
 const char* on_groups(const Images& s, int64_t rows, const F& f) {
-  return in_launches(s, ceil_div(rows, kRun<K, kStride>), ceil_div(s.columns.outputs, kWindows), 1, f);
+  return in_launches(s, ceil_div(rows, kRun<K, kStride>), ceil_div(s.columns.outputs, kWindows<T>), 1, f);
 }
 int64_t rows_of_cells(const Images& s) { return ceil_div(int64_t{s.rows.inputs} + s.rows.padding, kStride); }
 
@@ -428,7 +442,7 @@ bool pool_rows(const MaxPoolArgs& a, Stream stream, const char*& wrong) {
       [&]<class T, int K, bool kWhole>() {
         const auto kernel =
             a.locations != nullptr ? max_rows<T, K, kWhole, true> : max_rows<T, K, kWhole, false>;
-        wrong = on_groups<K>(s, s.rows.outputs, [&](Places places, dim3 blocks, int64_t first) {
+        wrong = on_groups<T, K>(s, s.rows.outputs, [&](Places places, dim3 blocks, int64_t first) {
           const int64_t out = first * s.outputs();
           return launch(kernel, blocks, dim3(kThreads), 0, stream, s, places,
                         static_cast<const T*>(a.input) + first * s.inputs(), static_cast<T*>(a.output) + out,
@@ -443,7 +457,7 @@ bool pool_rows(const AvgPoolArgs& a, Stream stream, const char*& wrong) {
   return for_rows(
       a.dtype, a.shape, s, nullptr,
       [&]<class T, int K, bool kWhole>() {
-        wrong = on_groups<K>(s, s.rows.outputs, [&](Places places, dim3 blocks, int64_t first) {
+        wrong = on_groups<T, K>(s, s.rows.outputs, [&](Places places, dim3 blocks, int64_t first) {
           return launch(avg_rows<T, K, kWhole>, blocks, dim3(kThreads), 0, stream, s, places,
                         Averaging<acc_t<T>>{a.count_include_pad, static_cast<acc_t<T>>(a.divisor)},
                         static_cast<const T*>(a.input) + first * s.inputs(),
@@ -459,7 +473,7 @@ bool pool_rows(const MaxPoolBackwardArgs& a, Stream stream, const char*& wrong) 
   return for_rows(
       a.dtype, a.shape, s, a.locations,
       [&]<class T, int K, bool kWhole>() {
-        wrong = on_groups<K>(s, rows_of_cells(s), [&](Places places, dim3 blocks, int64_t first) {
+        wrong = on_groups<T, K>(s, rows_of_cells(s), [&](Places places, dim3 blocks, int64_t first) {
           const int64_t out = first * s.outputs();
           return launch(max_rows_backward<T, K, kWhole>, blocks, dim3(kThreads), 0, stream, s, places,
                         static_cast<const T*>(a.grad) + out, a.locations + out,
@@ -474,7 +488,7 @@ bool pool_rows(const AvgPoolBackwardArgs& a, Stream stream, const char*& wrong) 
   return for_rows(
       a.dtype, a.shape, s, nullptr,
       [&]<class T, int K, bool kWhole>() {
-        wrong = on_groups<K>(s, rows_of_cells(s), [&](Places places, dim3 blocks, int64_t first) {
+        wrong = on_groups<T, K>(s, rows_of_cells(s), [&](Places places, dim3 blocks, int64_t first) {
           return launch(avg_rows_backward<T, K, kWhole>, blocks, dim3(kThreads), 0, stream, s, places,
                         Averaging<acc_t<T>>{a.count_include_pad, static_cast<acc_t<T>>(a.divisor)},
                         static_cast<const T*>(a.grad) + first * s.outputs(),

@@ -7,10 +7,9 @@
 namespace fastnn::cuda {
 
 // Windows of 2 x 2 elements without padding and of 3 x 3 with padding of 1 to the left, at a stride of 2, of
-// 2 and 4 bytes, in planes [n, c, rows, columns] of a multiple of 4 columns that are twice the windows: a
-// thread has four windows side by side and eight columns of the input, by as wide loads and stores as the
-// columns allow, and some such rows one below the other. Each function says whether it takes a call; if so,
-// `wrong` is null or what went wrong.
+// elements of 2 and 4 bytes, in planes [n, c, rows, columns] of a multiple of 4 columns that are twice the
+// windows: a thread has 16 bytes of columns and the windows over them, and those that overlap further down
+// too. Each function says whether it takes a call; if so, `wrong` is null or what went wrong.
 bool pool_rows(const MaxPoolArgs& args, Stream stream, const char*& wrong);
 bool pool_rows(const MaxPoolBackwardArgs& args, Stream stream, const char*& wrong);
 bool pool_rows(const AvgPoolArgs& args, Stream stream, const char*& wrong);
