@@ -94,6 +94,13 @@ BY_BLOCKS = [
     (1, 40, (12, 7, 4, 3, 1), (13, 6, 5, 0, 1)),
     (1, 16, (24, 6, 5, 2, 3), (20, 7, 4, 0, 2)),
 ]
+# Planes of fewer elements than are shared by a warp, whose mean is wanted.
+MEANS = [
+    (5, 61, (7, 1), (7, 1)),
+    (1, 3, (8, 1), (16, 1)),
+    (1, 1, (15, 1), (17, 1)),
+    (2, 67, (2, 1), (4, 1)),
+]
 # Windows that lie side by side and cover the image, whose averages' gradients are copies.
 APART = [
     ((3, 5, (7, 1), (7, 1)), False),
@@ -317,6 +324,12 @@ def test_rows(case, dtype):
 def test_large_windows(case, channels_last, by, dtype):
     check_max(Pooling(case, channels_last), dtype, "large windows", by, backward=False)
     check_avg(Pooling(without_dilation(case), channels_last), dtype, "large windows", by, backward=False)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("case", MEANS, ids=str)
+def test_means_of_small_planes(case, dtype):
+    check_avg(Pooling(case), dtype, "large windows", backward=False)
 
 
 @EVERY_DTYPE
