@@ -67,6 +67,17 @@ SQUARES = [
     (1, 16, (1, 3, 2, 1, 1), (2, 3, 2, 1, 1)),
     (300, 8, (3, 2, 2, 0, 1), (5, 2, 2, 0, 1)),
 ]
+# Planes of a multiple of 4 columns, twice the windows.
+ROWS = [
+    (2, 3, (8, 2, 2, 0, 1), (8, 2, 2, 0, 1)),
+    (1, 2, (9, 2, 2, 1, 1), (12, 2, 2, 0, 1)),
+    (1, 5, (7, 2, 2, 0, 1), (4, 2, 2, 0, 1)),
+    (2, 3, (9, 3, 2, 1, 1), (8, 3, 2, 1, 1, "floor")),
+    (1, 2, (24, 3, 2, 0, 1), (20, 3, 2, 1, 1, "floor")),
+    (1, 3, (22, 3, 2, 1, 1), (32, 3, 2, 1, 1, "floor")),
+    (1, 1, (1, 3, 2, 1, 1), (4, 3, 2, 1, 1, "floor")),
+    (70, 3, (3, 3, 2, 1, 1), (12, 3, 2, 1, 1, "floor")),
+]
 # Windows that threads share: warps those of planes, blocks those of channels_last.
 BY_WARPS = [
     (2, 3, (33, 1), (17, 1)),
@@ -82,6 +93,13 @@ BY_BLOCKS = [
     (1, 520, (13, 2), (13, 2)),
     (1, 40, (12, 7, 4, 3, 1), (13, 6, 5, 0, 1)),
     (1, 16, (24, 6, 5, 2, 3), (20, 7, 4, 0, 2)),
+]
+# Planes of fewer elements than are shared by a warp, whose mean is wanted.
+MEANS = [
+    (5, 61, (7, 1), (7, 1)),
+    (1, 3, (8, 1), (16, 1)),
+    (1, 1, (15, 1), (17, 1)),
+    (2, 67, (2, 1), (4, 1)),
 ]
 # Windows that lie side by side and cover the image, whose averages' gradients are copies.
 APART = [
@@ -113,9 +131,10 @@ class Axis:
             self.taps = self.inside.sum(1)  # how taps are numbered, of each window
             self.extent = self.padded = self.taps
         else:
-            inputs, kernel, stride, padding, dilation = axis
+            inputs, kernel, stride, padding, dilation, *floor = axis
             room = inputs + 2 * padding - dilation * (kernel - 1) - 1
-            outputs = -(-room // stride) + 1  # the last may reach over the edge
+            # The last may reach over the edge.
+            outputs = (room // stride if floor else -(-room // stride)) + 1
             if (outputs - 1) * stride >= inputs + padding:
                 outputs -= 1
             self.numbers = (inputs, outputs, kernel, stride, padding, dilation)
@@ -206,7 +225,7 @@ def check_max(p, dtype, level="staged", by=0, backward=True):
     x, g = (p.stored(a, kind, by) for a in (x64, g64))
     has_taps = p.rows.numbers[2] > 0 and p.inside.shape[2] * p.inside.shape[3] <= 256
     wants = [(False, False), (False, True)] + [(True, False), (True, True)] * has_taps
-    for want in wants if level != "squares" else [w for w in wants if not w[1]]:
+    for want in wants if level not in ("squares", "rows") else [w for w in wants if not w[1]]:
         y = p.stored(np.zeros(p.outputs), kind, by)
         locations, indices = (
             p.stored(np.full(p.outputs, 255), t, by) if w else None
@@ -220,7 +239,7 @@ def check_max(p, dtype, level="staged", by=0, backward=True):
         return
     want, size = p.scatter(g64, index), p.scatter(np.abs(g64), index)
     locations, indices = p.stored(tap, np.uint8, by), p.stored(index, np.int64, by)
-    for places in [(None, indices)] * (level != "squares") + [(locations, None)] * has_taps:
+    for places in [(None, indices)] * (level not in ("squares", "rows")) + [(locations, None)] * has_taps:
         gx = p.stored(np.full(p.inputs, np.nan), kind, by)
         kernels.max_pool_backward(level, 1, *p.numbers, g, *places, gx)
         assert np.all(np.abs(p.exact(gx) - want) <= bound(dtype, 25, size))
@@ -290,6 +309,13 @@ def test_squares(case, dtype):
     check_avg(Pooling(case, channels_last=True), dtype, "squares")
 
 
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != "float64"])
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_rows(case, dtype):
+    check_max(Pooling(case), dtype, "rows")
+    check_avg(Pooling(case), dtype, "rows")
+
+
 @EVERY_DTYPE
 @pytest.mark.parametrize("by", [0, 1])
 @pytest.mark.parametrize(
@@ -298,6 +324,12 @@ def test_squares(case, dtype):
 def test_large_windows(case, channels_last, by, dtype):
     check_max(Pooling(case, channels_last), dtype, "large windows", by, backward=False)
     check_avg(Pooling(without_dilation(case), channels_last), dtype, "large windows", by, backward=False)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("case", MEANS, ids=str)
+def test_means_of_small_planes(case, dtype):
+    check_avg(Pooling(case), dtype, "large windows", backward=False)
 
 
 @EVERY_DTYPE

@@ -1,6 +1,7 @@
 #include "cuda/pool.h"
 
 #include "cuda/pool_large_windows.h"
+#include "cuda/pool_rows.h"
 #include "cuda/pool_squares.h"
 #include "cuda/pool_staged.h"
 #include "cuda/pool_windows.h"
@@ -98,7 +99,7 @@ const char* vectorized(DType dtype, const PoolShape& s, const uint8_t* locations
 
 const char* max_pool_forward(const MaxPoolArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_large_windows(a, stream, wrong) || pool_squares(a, stream, wrong) ||
+  if (pool_large_windows(a, stream, wrong) || pool_squares(a, stream, wrong) || pool_rows(a, stream, wrong) ||
       pool_staged(a, stream, wrong)) {
     return wrong;
   }
@@ -122,7 +123,8 @@ const char* max_pool_forward(const MaxPoolArgs& a, Stream stream) {
 
 const char* max_pool_backward(const MaxPoolBackwardArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_squares(a, stream, wrong) || pool_staged(a, stream, wrong)) return wrong;
+  if (pool_squares(a, stream, wrong) || pool_rows(a, stream, wrong) || pool_staged(a, stream, wrong))
+    return wrong;
   const Images s(a.shape);
   return vectorized(
       a.dtype, a.shape, a.locations,
@@ -140,7 +142,7 @@ const char* max_pool_backward(const MaxPoolBackwardArgs& a, Stream stream) {
 
 const char* avg_pool_forward(const AvgPoolArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_large_windows(a, stream, wrong) || pool_squares(a, stream, wrong) ||
+  if (pool_large_windows(a, stream, wrong) || pool_squares(a, stream, wrong) || pool_rows(a, stream, wrong) ||
       pool_staged(a, stream, wrong)) {
     return wrong;
   }
@@ -161,7 +163,7 @@ const char* avg_pool_forward(const AvgPoolArgs& a, Stream stream) {
 
 const char* avg_pool_backward(const AvgPoolBackwardArgs& a, Stream stream) {
   const char* wrong = nullptr;
-  if (pool_squares(a, stream, wrong) || pool_large_windows(a, stream, wrong) ||
+  if (pool_squares(a, stream, wrong) || pool_rows(a, stream, wrong) || pool_large_windows(a, stream, wrong) ||
       pool_staged(a, stream, wrong)) {
     return wrong;
   }

@@ -2,6 +2,7 @@
 
 #include "cuda/parts.h"
 #include "cuda/pool_windows.h"
+#include "cuda/tensor_core.h"
 
 namespace fastnn::cuda {
 namespace {
@@ -218,6 +219,53 @@ __global__ void avg_by_blocks(Images s, Lanes lanes, Averaging<acc_t<T>> averagi
   }
 }
 
+// ---- means of small planes ----
+
+// A block copies as many planes into shared memory as there are `lanes` threads for each.
+template <class T>
+__global__ void mean_of_planes(int64_t planes, int area, int lanes, acc_t<T> over, const T* input,
+                               T* output) {
+  constexpr int V = 16 / sizeof(T);
+  T* shared = shared_memory<T>();
+  const int together = kThreads / lanes;
+  const int64_t first = int64_t{blockIdx.x} * together;
+  const int here = min(static_cast<int>(planes - first), together), count = here * area;
+  const T* from = input + first * area;
+  for (int i = static_cast<int>(threadIdx.x) * V; i < count; i += kThreads * V) {
+    if (i + V <= count) {
+      copy_async_16(shared + i, from + i, true);
+    } else {
+      for (int v = 0; i + v < count; ++v) shared[i + v] = from[i + v];
+    }
+  }
+  commit_copies();
+  wait_for_copies<0>();
+  __syncthreads();
+  const int plane = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
+  acc_t<T> sum = 0;
+  if (plane < here) {
+    const T* mine = shared + plane * area;
+#pragma unroll 8
+    for (int i = lane; i < area; i += lanes) sum += widen(mine[i]);
+  }
+  for (int other = lanes / 2; other > 0; other /= 2) sum += from_lane_xor(sum, other);
+  if (lane == 0 && plane < here) output[first + plane] = narrow<T>(sum / over);
+}
+
+template <class T>
+const char* start_means(int64_t planes, int area, acc_t<T> over, const void* input, void* output,
+                        Stream stream) {
+  constexpr int kMostBytes = 16 * 1024, kBlocks = 264;
+  // Where many planes begin in one bank, few of them are read at a time.
+  int lanes = area % 2 == 0 ? 8 : 2;
+  while (kThreads / lanes * area * static_cast<int>(sizeof(T)) > kMostBytes) lanes *= 2;
+  while (lanes < kWarp && planes * lanes < int64_t{kBlocks} * kThreads) lanes *= 2;
+  const int together = kThreads / lanes;
+  return launch(mean_of_planes<T>, dim3(static_cast<unsigned>(ceil_div(planes, together))), dim3(kThreads),
+                static_cast<size_t>(together) * area * sizeof(T), stream, planes, area, lanes, over,
+                static_cast<const T*>(input), static_cast<T*>(output));
+}
+
 // ---- the gradient of averages ----
 
 // Windows that lie side by side and cover the planes: runs of `length` elements, a row of a window, or all of
@@ -294,6 +342,14 @@ int64_t largest_window(const Axis& a) {
   return a.adaptive ? a.inputs / a.outputs + 1 : min_of(a.kernel, a.inputs);
 }
 
+// Whether the windows lie side by side and cover the axis.
+bool covers(const Axis& a) {
+  return !a.adaptive && a.dilation == 1 && a.padding == 0 && a.kernel == a.stride &&
+         int64_t{a.kernel} * a.outputs == a.inputs;
+}
+
+constexpr int kAreaOfWarps = 256;  // from which a warp has a window of a plane
+
 // By what a call is taken, if it is.
 enum class By { nothing, warps, blocks };
 
@@ -302,14 +358,15 @@ By what(const Images& s, bool channels_last, int vector) {
   const int64_t windows = s.images * s.rows.outputs * s.columns.outputs;
   if (windows > kMostPerLaunch) return By::nothing;
   if (channels_last) {
-    // Such few threads would each wait for one read after the other.
-    constexpr int64_t kFewThreads = 64 * 1024;
+    // Threads of their own would each wait for one read after the other; so many hide one another's waits.
+    constexpr int64_t kFewThreads = 1024 * 1024;
     return window >= 32 && windows * (s.channels / vector) <= kFewThreads ? By::blocks : By::nothing;
   }
   // Overlapping windows are better read from shared memory, and small ones have too few elements for a warp.
   const int64_t read = window * s.rows.outputs * s.columns.outputs;
   const bool apart = read <= 2 * int64_t{s.rows.inputs} * s.columns.inputs;
-  return window >= 256 && apart && s.rows.dilation == 1 && s.columns.dilation == 1 ? By::warps : By::nothing;
+  return window >= kAreaOfWarps && apart && s.rows.dilation == 1 && s.columns.dilation == 1 ? By::warps
+                                                                                            : By::nothing;
 }
 
 // Calls f.operator()<T, V>(by) with V elements of 16 bytes together if pointers and channels allow, else with
@@ -379,15 +436,20 @@ bool pool_large_windows(const AvgPoolArgs& a, Stream stream, const char*& wrong)
                      V * plane_of_sums(lanes) * sizeof(acc_t<T>), stream, s, lanes, averaging, input, output);
     }
   };
+  const int64_t area = s.inputs();
+  if (!a.shape.channels_last && s.outputs() == 1 && covers(s.rows) && covers(s.columns) && area >= 8 &&
+      area < kAreaOfWarps && s.images <= kMostPerLaunch && is_aligned(a.input, 16)) {
+    dispatch(a.dtype, [&]<class T>() {
+      const auto over = static_cast<acc_t<T>>(a.divisor != 0 ? a.divisor : area);
+      wrong = start_means<T>(s.images, static_cast<int>(area), over, a.input, a.output, stream);
+    });
+    return true;
+  }
   return start(a.dtype, a.shape, s, run, a.input, a.output);
 }
 
 bool pool_large_windows(const AvgPoolBackwardArgs& a, Stream stream, const char*& wrong) {
   const Images s(a.shape);
-  const auto covers = [](const Axis& axis) {
-    return !axis.adaptive && axis.dilation == 1 && axis.padding == 0 && axis.kernel == axis.stride &&
-           int64_t{axis.kernel} * axis.outputs == axis.inputs;
-  };
   if (!covers(s.rows) || !covers(s.columns) || !is_aligned(a.grad, 16) || !is_aligned(a.grad_input, 16)) {
     return false;
   }

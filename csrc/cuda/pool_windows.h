@@ -179,16 +179,22 @@ __device__ uint32_t max_or_nan_of_pairs(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Each half is the highest bit of a byte, throughout.
-template <int kLow, int kHigh>
-__device__ uint32_t signs_of_bytes(uint32_t bytes) {
+// Four bytes of a and b, numbered from the lowest of a: those that the digits of kSelector name, the lowest
+// first. With 8 added, a digit is the highest bit of the byte throughout.
+template <uint32_t kSelector>
+__device__ uint32_t bytes_of(uint32_t a, uint32_t b) {
 #ifdef FASTNN_CUDA_ON_HOST
-  return each_half([=](int at) { return bytes >> ((at == 0 ? kLow : kHigh) * 8 + 7) & 1 ? 0xffff : 0; });
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = kSelector >> 4 * i & 15;
+    const uint32_t byte = (digit & 4 ? b : a) >> (digit & 3) * 8 & 255;
+    out |= (digit & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+  }
+  return out;
 #else
-  uint32_t signs;
-  constexpr int kSelector = (kLow | 8) * 0x11 | (kHigh | 8) * 0x1100;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(signs) : "r"(bytes), "n"(kSelector));
-  return signs;
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "n"(kSelector));
+  return out;
 #endif
 }
 
@@ -209,9 +215,9 @@ __device__ uint32_t equal_pairs(uint32_t a, uint32_t b) {
     // is equal to the first whatever the signs.
     constexpr uint32_t kMagnitude = 0x7fff7fff;
     const uint32_t magnitude = b & kMagnitude, nan = magnitude + 0x007f007fu;
-    const uint32_t compared = signs_of_bytes<1, 3>(magnitude + kMagnitude) | kMagnitude;
+    const uint32_t compared = bytes_of<0xbb99>(magnitude + kMagnitude, 0) | kMagnitude;
     const uint32_t bits = (a ^ b) & compared;
-    equal = ~signs_of_bytes<1, 3>(((bits & kMagnitude) + kMagnitude) | bits | nan);
+    equal = ~bytes_of<0xbb99>(((bits & kMagnitude) + kMagnitude) | bits | nan, 0);
 #endif
   }
   return equal;
@@ -224,17 +230,6 @@ __device__ inline uint32_t anew(uint32_t value) {
   asm volatile("" : "+r"(value));
 #endif
   return value;
-}
-
-// The lower byte of each half of two.
-__device__ inline uint32_t low_bytes(uint32_t a, uint32_t b) {
-#ifdef FASTNN_CUDA_ON_HOST
-  return (a & 255) | (a >> 8 & 0xff00) | (b & 255) << 16 | (b >> 16 & 255) << 24;
-#else
-  uint32_t bytes;
-  asm("prmt.b32 %0, %1, %2, 0x6420;" : "=r"(bytes) : "r"(a), "r"(b));
-  return bytes;
-#endif
 }
 
 // The largest elements of V windows side by side, and which tap each is if kPlaces: row * width of the window

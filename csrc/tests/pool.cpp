@@ -1,6 +1,7 @@
 #include "cuda/pool.h"
 
 #include "cuda/pool_large_windows.h"
+#include "cuda/pool_rows.h"
 #include "cuda/pool_squares.h"
 #include "cuda/pool_staged.h"
 #include "tests/module.h"
@@ -17,7 +18,7 @@ PoolShape shape_of(int64_t n, int64_t c, const Ints& rows, const Ints& columns, 
   return {n, c, axis_of(rows), axis_of(columns), channels_last};
 }
 
-// At the levels "staged", "squares" and "large windows" by those kernels for GPUs, or not at all.
+// At the levels "staged", "squares", "rows" and "large windows" by those kernels for GPUs, or not at all.
 template <class Args>
 void run(const Kernel<Args>& kernel, const std::string& level, int threads, const Args& args) {
   const char* wrong = nullptr;
@@ -26,6 +27,8 @@ void run(const Kernel<Args>& kernel, const std::string& level, int threads, cons
     taken = cuda::pool_staged(args, nullptr, wrong);
   } else if (level == "squares") {
     taken = cuda::pool_squares(args, nullptr, wrong);
+  } else if (level == "rows") {
+    taken = cuda::pool_rows(args, nullptr, wrong);
   } else if (level == "large windows") {
     if constexpr (requires { cuda::pool_large_windows(args, nullptr, wrong); }) {
       taken = cuda::pool_large_windows(args, nullptr, wrong);

@@ -129,7 +129,7 @@ const char* run_pool() {
   constexpr PoolAxis kRows{90, 45, 3, 2, 1, 1, false}, kColumns{81, 41, 3, 2, 1, 1, false},
       kSixths{90, 4, 0, 1, 0, 1, true}, kAll{9, 1, 0, 1, 0, 1, true};
   const PoolShape squares{1, 1, kRows, kColumns, false}, adaptive{1, 1, kSixths, kColumns, false},
-      large{1, 8, kAll, kAll, true};
+      large{1, 8, kAll, kAll, true}, small{3, 8, kAll, kAll, false};
   auto* places = static_cast<uint8_t*>(locations.data());
   const char* wrong = nullptr;
   const auto run = [&](bool taken) { return taken ? wrong : "not for these kernels"; };
@@ -141,7 +141,9 @@ const char* run_pool() {
   if (const char* failed = run(cuda::pool_staged(forward, nullptr, wrong))) return failed;
   if (const char* failed = run(cuda::pool_staged(backward, nullptr, wrong))) return failed;
   if (const char* failed = run(cuda::pool_staged(spread, nullptr, wrong))) return failed;
+  const AvgPoolArgs small_mean{DType::f32, small, true, 0, x.data(), y.data()};
   if (const char* failed = run(cuda::pool_large_windows(largest, nullptr, wrong))) return failed;
+  if (const char* failed = run(cuda::pool_large_windows(small_mean, nullptr, wrong))) return failed;
   return run(cuda::pool_large_windows(mean, nullptr, wrong));
 }
 
