@@ -121,7 +121,23 @@ bool is_flat(const ConvShape& s, DType dtype) {
   return s.c / s.groups % vector != 0 || s.k / s.groups % vector != 0;
 }
 
-// As many parts as fill a large GPU twice, once with warpgroups, of 1024 pixels at least.
+// The number of parts, of 1024 pixels at least, that a large GPU is estimated to be done with first: it
+// multiplies `blocks` of `area` elements at once, and what parts write is read again.
+int parts_for(int64_t tiles, int64_t blocks, int64_t area, int64_t pixels, int64_t weights) {
+  constexpr int64_t kLeastPixels = 1024, kMostParts = 128;
+  constexpr double kProductsPerByte = 42;  // 125e12 a second, and 3e12 bytes
+  int best = 1;
+  double least = 0;
+  for (int64_t parts = 1; parts == 1 || (parts <= kMostParts && parts * kLeastPixels <= pixels); ++parts) {
+    const double turns = static_cast<double>(ceil_div(tiles * parts, blocks)),
+                 multiplied = turns * static_cast<double>(blocks * area * ceil_div(pixels, parts)),
+                 moved = parts == 1 ? 0 : 8.0 * static_cast<double>(parts * weights),
+                 cost = multiplied + kProductsPerByte * moved;
+    if (parts == 1 || cost < least) best = static_cast<int>(parts), least = cost;
+  }
+  return best;
+}
+
 Parts parts_of(const ConvShape& s, DType dtype, TileSize tile) {
   Parts p;
   const int64_t rows = s.k / s.groups;
@@ -136,12 +152,9 @@ Parts parts_of(const ConvShape& s, DType dtype, TileSize tile) {
   }
   const TileExtent extent = extent_of(p.tile);
   p.tiles = ceil_div(rows, extent.rows) * ceil_div(p.columns, extent.columns);
-  constexpr int64_t kLeastPixels = 1024, kMostParts = 128;
-  const int64_t blocks = is_of_warpgroups(p.tile) ? kMultiprocessors : 2 * kMultiprocessors;
-  const int64_t wanted = ceil_div(blocks, p.tiles * s.groups),
-                room = ceil_div(s.n * s.oh * s.ow, kLeastPixels);
-  const int64_t most = wanted < room ? wanted : room;
-  p.count = static_cast<int>(most < kMostParts ? most : kMostParts);
+  const int64_t blocks = kMultiprocessors * extent.blocks;
+  p.count =
+      parts_for(p.tiles * s.groups, blocks, extent.rows * extent.columns, s.n * s.oh * s.ow, s.k * p.columns);
   return p;
 }
 
