@@ -88,11 +88,13 @@ __global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) weight_product(We
   const auto fetch = [&](T* a, T* b, int step) {
     T *grads = kTurned ? b : a, *inputs = kTurned ? a : b;
     const int from = first + step * A::kDepth;
+#ifdef FASTNN_HOPPER
     if constexpr (Tile::kOfWarpgroups) {
       // Other tiles' threads all meet before every step but the first ones.
       constexpr int kCopiersOnly = 2;
       meet(kCopiersOnly, Tile::kCopiers);
     }
+#endif
     const Window* window = windows + step % kWindowSteps * A::kDepth;
 #pragma unroll
     for (int i = 0; i < A::kDepth; i += Tile::kCopiers / kDown) {
