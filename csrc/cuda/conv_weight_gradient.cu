@@ -108,18 +108,25 @@ __global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) weight_product(We
         copy_async_16(to, grad + (there ? element : 0), there);
       }
     }
+    // Read before the copies, which nothing in shared memory is read beside.
+    constexpr int kPerPass = Tile::kCopiers / kAcross, kPasses = A::kDepth / kPerPass,
+                  kAtOnce = kPasses < 8 ? kPasses : 8;
 #pragma unroll
-    for (int i = 0; i < A::kDepth; i += Tile::kCopiers / kAcross) {
-      const int at = i + thread / kAcross;
-      const Window of = window[at];
-      const bool there = static_cast<unsigned>(of.y + mine.y) < static_cast<unsigned>(s.h) &&
-                         static_cast<unsigned>(of.x + mine.x) < static_cast<unsigned>(s.w);
-      const int64_t element = there ? of.from + mine.from : 0;
-      T* to = inputs + Inputs::at(thread % kAcross * V, at);
-      if constexpr (kFlat) {
-        *to = there ? input[element] : T{};
-      } else {
-        copy_async_16(to, input + element, there);
+    for (int pass = 0; pass < kPasses; pass += kAtOnce) {
+      Window of[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) of[i] = window[(pass + i) * kPerPass + thread / kAcross];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const bool there = static_cast<unsigned>(of[i].y + mine.y) < static_cast<unsigned>(s.h) &&
+                           static_cast<unsigned>(of[i].x + mine.x) < static_cast<unsigned>(s.w);
+        const int64_t element = there ? of[i].from + mine.from : 0;
+        T* to = inputs + Inputs::at(thread % kAcross * V, (pass + i) * kPerPass + thread / kAcross);
+        if constexpr (kFlat) {
+          *to = there ? input[element] : T{};
+        } else {
+          copy_async_16(to, input + element, there);
+        }
       }
     }
     find_windows(step + kWindowsAhead);
