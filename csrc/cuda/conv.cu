@@ -31,17 +31,24 @@ struct Gather {
   float* workspace;  // [parts][groups and phases][rows][columns], null where there is one part
 };
 
-// A row of the product: where the window's first tap lies in the source, and where the result goes.
+// A row of the product: where its window lies in the source, the first tap's element (kFlat: the image's),
+// row and column; and where the result goes, negative where there is no row.
 struct alignas(16) Row {
-  int64_t from, to;  // elements; `to` is negative where there is no row
+  int64_t from;
   int y, x;
 };
+struct RowAndPlace {
+  Row row;
+  int64_t to;
+};
+constexpr size_t kRowBytes = sizeof(Row) + sizeof(int64_t);
 
 // Forward, a row is an output pixel, or one of four that are pooled together. Of the input gradient it is an
 // input pixel: those of one phase, which the same taps of a strided kernel reach.
 template <Pass kPass, bool kFlat>
-__device__ Row row_at(const Gather& p, uint32_t i, int phase_y, int phase_x) {
-  if (i >= p.rows) return {0, -1, -(1 << 29), 0};
+__device__ RowAndPlace row_at(const Gather& p, uint32_t i, int phase_y, int phase_x) {
+  const RowAndPlace none{{0, -(1 << 29), 0}, -1};
+  if (i >= p.rows) return none;
   const Conv& s = p.s;
   int in_window = 0;
   if (kPass == Pass::forward && p.pooled) {
@@ -50,17 +57,24 @@ __device__ Row row_at(const Gather& p, uint32_t i, int phase_y, int phase_x) {
   }
   const int x = static_cast<int>(p.by_width.split(i)), y = static_cast<int>(p.by_height.split(i)),
             n = static_cast<int>(i);
+  Row row;
+  int64_t to;
   if constexpr (kPass == Pass::forward) {
     const int oy = p.pooled ? 2 * y + in_window / 2 : y, ox = p.pooled ? 2 * x + in_window % 2 : x;
     const int height = static_cast<int>(p.by_height.divisor), width = static_cast<int>(p.by_width.divisor);
-    return {int64_t{n} * s.h * s.w * s.c, ((int64_t{n} * height + y) * width + x) * s.k, oy * s.sh - s.ph,
-            ox * s.sw - s.pw};
+    row = {int64_t{n} * s.h * s.w * s.c, oy * s.sh - s.ph, ox * s.sw - s.pw};
+    to = ((int64_t{n} * height + y) * width + x) * s.k;
   } else {
     const int iy = kFlat ? y : y * s.sh + phase_y, ix = kFlat ? x : x * s.sw + phase_x;
-    if (iy >= s.h || ix >= s.w) return {0, -1, -(1 << 29), 0};
-    return {int64_t{n} * s.oh * s.ow * s.k, ((int64_t{n} * s.h + iy) * s.w + ix) * s.c, kFlat ? iy + s.ph : y,
-            kFlat ? ix + s.pw : x};
+    if (iy >= s.h || ix >= s.w) return none;
+    row = {int64_t{n} * s.oh * s.ow * s.k, kFlat ? iy + s.ph : y, kFlat ? ix + s.pw : x};
+    to = ((int64_t{n} * s.h + iy) * s.w + ix) * s.c;
   }
+  if constexpr (!kFlat) {
+    const int width = kPass == Pass::forward ? s.w : s.ow, channels = kPass == Pass::forward ? s.c : s.k;
+    row.from += (int64_t{row.y} * width + row.x) * channels;
+  }
+  return {row, to};
 }
 
 // How far tap `tap` of one axis lies from the first. Of the input gradient: whether it reaches pixels of this
@@ -139,14 +153,16 @@ __global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) gather_product(Ga
   const Conv& s = p.s;
   const int thread = static_cast<int>(threadIdx.x);
   Row* rows = shared_memory<Row>();
-  auto* memory = reinterpret_cast<unsigned char*>(rows + Tile::kRows);
+  auto* places = reinterpret_cast<int64_t*>(rows + Tile::kRows);
+  auto* memory = reinterpret_cast<unsigned char*>(places + Tile::kRows);
 
   uint32_t row_tile = blockIdx.x, group = blockIdx.z;
   const int first_column = static_cast<int>(p.by_columns.split(row_tile)) * Tile::kColumns;
   const int phase = static_cast<int>(p.by_phases.split(group));
   const int phase_y = phase / s.sw, phase_x = phase % s.sw;
   for (int i = thread; i < Tile::kRows; i += Tile::kBlock) {
-    rows[i] = row_at<kPass, kFlat>(p, row_tile * Tile::kRows + i, phase_y, phase_x);
+    const RowAndPlace row = row_at<kPass, kFlat>(p, row_tile * Tile::kRows + i, phase_y, phase_x);
+    rows[i] = row.row, places[i] = row.to;
   }
   __syncthreads();
 
@@ -215,22 +231,30 @@ __global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) gather_product(Ga
       const int tap = walk.r * s.kw + walk.q;
       {
         const int column = thread % kAcross * V, channel = walk.channel + column;
+        const int64_t from = (int64_t{y} * source_w + x) * source_channels + channel;
+        // Rows are read before the copies, which nothing in shared memory is read beside.
+        constexpr int kPasses = Tile::kRows / kPerPass, kAtOnce = kPasses < 4 ? kPasses : 4;
 #pragma unroll
-        for (int i = 0; i < Tile::kRows; i += kPerPass) {
-          const Row row = rows[i + thread / kAcross];
-          const int at_y = row.y + y, at_x = row.x + x;
-          const bool there = channel < depth &&
-                             static_cast<unsigned>(at_y) < static_cast<unsigned>(source_h) &&
-                             static_cast<unsigned>(at_x) < static_cast<unsigned>(source_w);
-          const int64_t from = row.from + (int64_t{at_y} * source_w + at_x) * source_channels + channel;
-          copy_async_16(a + A::at(i + thread / kAcross, column), source + (there ? from : 0), there);
+        for (int pass = 0; pass < kPasses; pass += kAtOnce) {
+          Row row[kAtOnce];
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) row[i] = rows[(pass + i) * kPerPass + thread / kAcross];
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const bool there = channel < depth &&
+                               static_cast<unsigned>(row[i].y + y) < static_cast<unsigned>(source_h) &&
+                               static_cast<unsigned>(row[i].x + x) < static_cast<unsigned>(source_w);
+            copy_async_16(a + A::at((pass + i) * kPerPass + thread / kAcross, column),
+                          source + (there ? row[i].from + from : 0), there);
+          }
         }
         if constexpr (kForward) {
 #pragma unroll
           for (int i = 0; i < Tile::kColumns; i += kPerPass) {
             const int k = first_column + i + thread / kAcross;
             const bool there = channel < depth && k < width;
-            const int64_t from = (int64_t{k} * taps + tap) * depth + channel;
+            // A weight has 2^30 elements at most.
+            const uint32_t from = static_cast<uint32_t>(k * taps + tap) * depth + channel;
             copy_async_16(b + B::at(i + thread / kAcross, column), weight + (there ? from : 0), there);
           }
         }
@@ -242,7 +266,7 @@ __global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) gather_product(Ga
         for (int i = 0; i < B::kDepth; i += kRowsPerPass) {
           const int at = i + thread / kWeightAcross, k = walk.channel + at;
           const bool there = k < depth && first_column + column < width;
-          const int64_t from = (int64_t{k} * taps + tap) * width + first_column + column;
+          const uint32_t from = static_cast<uint32_t>(k * taps + tap) * width + first_column + column;
           copy_async_16(b + B::at(column, at), weight + (there ? from : 0), there);
         }
       }
@@ -258,7 +282,7 @@ __global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) gather_product(Ga
     float* part = p.workspace + number * p.rows * p.columns + first_column;
     for (int i = worker; i < Tile::kRows * Tile::kColumns; i += Tile::kWorkers) {
       const int row = i / Tile::kColumns, column = i % Tile::kColumns;
-      if (rows[row].to < 0 || first_column + column >= width) continue;
+      if (places[row] < 0 || first_column + column >= width) continue;
       part[(int64_t{row_tile} * Tile::kRows + row) * p.columns + column] =
           staged[row * kStagedPitch<Tile> + column];
     }
@@ -275,7 +299,7 @@ __global__ void __launch_bounds__(Tile::kBlock, Tile::kBlocks) gather_product(Ga
                           kForward ? p.locations : nullptr};
   write_tile<T, Tile::kRows, Tile::kColumns, kStagedPitch<Tile>, Tile::kWorkers>(
       epilogue, staged, worker, static_cast<int>(group) * width + first_column, width - first_column,
-      [&](int row) { return rows[row].to; });
+      [&](int row) { return places[row]; });
 }
 
 // Adds up the parts in their order. Each thread has one element of the output: there are too few of them to
@@ -368,7 +392,7 @@ const char* start(const Plan& plan, Stream stream) {
   const char* wrong =
       launch(gather_product<kPass, kMultiply, Tile, kFlat>,
              dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.parts), products),
-             dim3(Tile::kBlock), Tile::kRows * sizeof(Row) + shared_bytes<T, Tile, A, B>(), stream, p);
+             dim3(Tile::kBlock), Tile::kRows * kRowBytes + shared_bytes<T, Tile, A, B>(), stream, p);
   if (wrong != nullptr || p.workspace == nullptr) return wrong;
   const int64_t elements = int64_t{p.rows} * p.columns / (p.pooled ? 4 : 1);
   return launch(finish_parts<kPass, T, kFlat>,

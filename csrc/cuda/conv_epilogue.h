@@ -31,7 +31,7 @@ __device__ Largest largest(int together, float bias, const Sum& sum) {
   return {best, static_cast<uint8_t>(best <= 0 ? kNoLocation : at)};
 }
 
-// How an output is made of sums: `together` rows of them are pooled, else it is 1.
+// How an output is made of sums: `together` rows of them, 4, are pooled; else it is 1.
 struct Epilogue {
   bool wide;  // whether rows of the output, and of the residual, may be moved 16 bytes at a time
   Activation activation;
@@ -64,13 +64,34 @@ __device__ void write_tile(const Epilogue& e, const float* staged, int worker, i
     if (pixel < 0) continue;
     const float* from = staged + i * kPitch + column;
     float value[V];
-    Vector<uint8_t, V> places;
+    const auto read = [&](int row, float (&to)[V]) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const auto sum = [&](int row) { return from[row * kPitch + v]; };
-      const Largest found = largest<T>(e.together, bias[v], sum);
-      value[v] = found.value;
-      places.element[v] = found.location;
+      for (int v = 0; v < V; v += 4) {
+        const auto some = *reinterpret_cast<const Vector<float, 4>*>(from + row * kPitch + v);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) to[v + k] = some.element[k] + bias[v + k];
+      }
+    };
+    read(0, value);
+    Vector<uint8_t, V> places{};
+    if (e.together > 1) {
+      // largest() of V at once.
+      constexpr int kTogether = 4;
+      float sums[kTogether - 1][V];
+#pragma unroll
+      for (int row = 1; row < kTogether; ++row) read(row, sums[row - 1]);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        float best = widen(narrow<T>(value[v]));
+        int at = 0;
+#pragma unroll
+        for (int row = 1; row < kTogether; ++row) {
+          const float x = widen(narrow<T>(sums[row - 1][v]));
+          if (x > best || x != x) best = x, at = row;
+        }
+        value[v] = best;
+        places.element[v] = static_cast<uint8_t>(best <= 0 ? kNoLocation : at);
+      }
     }
     if (e.residual != nullptr) {
       const T* residual = static_cast<const T*>(e.residual) + pixel + channel;

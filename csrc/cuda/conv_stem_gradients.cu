@@ -7,6 +7,7 @@
 //
 // The input gradient has as columns the pixels of a square of one stride by one stride, 4 channels each:
 // those of a square are sums over the same outputs' gradients, each of which is read once for all of them.
+// Taps that a pixel of the square does not have are zeros: what is infinite or NaN reaches the whole square.
 #include "cuda/conv_stem.h"
 #include "cuda/conv_tiles.h"
 #include "cuda/parts.h"

@@ -76,11 +76,12 @@ auto with_tile(TileKind kind, F&& f) {
 }
 
 struct TileExtent {
-  int64_t rows, columns;
+  int64_t rows, columns, blocks;  // blocks: of a multiprocessor
 };
 inline TileExtent extent_of(TileKind kind) {
   TileExtent extent;
-  with_tile<Multiply::bf16>(kind, [&]<class Tile>() { extent = {Tile::kRows, Tile::kColumns}; });
+  with_tile<Multiply::bf16>(kind,
+                            [&]<class Tile>() { extent = {Tile::kRows, Tile::kColumns, Tile::kBlocks}; });
   return extent;
 }
 

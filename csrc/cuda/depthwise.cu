@@ -16,7 +16,8 @@ struct Depthwise {
   int kh, kw, sh, sw, ph, pw, dh, dw;
   bool flipped;
   Activation activation;
-  int64_t count;  // threads that there is work for, of one vector of channels
+  int64_t count;  // of tiles of pixels
+  int turns;      // tiles of a thread, one after another: a block loads its weights once for all of them
   Divisor by_tiles, by_height;
   Lanes lanes;
 };
@@ -50,73 +51,76 @@ __global__ void __launch_bounds__(kThreads, 2)
   load_weights<T, V>(p, weight, weights);
   const int block_channels = p.lanes.columns * V, column = p.lanes.column() * V,
             channel = static_cast<int>(blockIdx.y) * block_channels + column;
-  const int64_t number = int64_t{blockIdx.x} * p.lanes.rows + p.lanes.row();
-  if (number >= p.count || channel >= p.channels) return;
-  uint32_t n = static_cast<uint32_t>(number);
-  const int tile = static_cast<int>(p.by_tiles.split(n)), y = static_cast<int>(p.by_height.split(n));
+  if (channel >= p.channels) return;
   float added[V];
   load_bias(added, bias, channel);
-  const T* image = source + int64_t{n} * p.source_h * p.source_w * p.channels + channel;
-  const int64_t line = (int64_t{n} * p.height + y) * p.width * p.channels + channel;
-  const auto read = [&](int row, int x) {
-    Vector<T, V> value{};
-    if (static_cast<unsigned>(x) < static_cast<unsigned>(p.source_w)) {
-      value = *reinterpret_cast<const Vector<T, V>*>(image + (int64_t{row} * p.source_w + x) * p.channels);
-    }
-    return value;
-  };
+  for (int turn = 0; turn < p.turns; ++turn) {
+    const int64_t number = (int64_t{blockIdx.x} * p.turns + turn) * p.lanes.rows + p.lanes.row();
+    if (number >= p.count) return;
+    uint32_t n = static_cast<uint32_t>(number);
+    const int tile = static_cast<int>(p.by_tiles.split(n)), y = static_cast<int>(p.by_height.split(n));
+    const T* image = source + int64_t{n} * p.source_h * p.source_w * p.channels + channel;
+    const int64_t line = (int64_t{n} * p.height + y) * p.width * p.channels + channel;
+    const auto read = [&](int row, int x) {
+      Vector<T, V> value{};
+      if (static_cast<unsigned>(x) < static_cast<unsigned>(p.source_w)) {
+        value = *reinterpret_cast<const Vector<T, V>*>(image + (int64_t{row} * p.source_w + x) * p.channels);
+      }
+      return value;
+    };
 
-  if constexpr (K > 0) {
-    constexpr int kWindow = (kTile - 1) * kStride + K;
-    const int x0 = tile * kTile;
-    float sum[kTile * V] = {};
-    // What one row reads fills the registers.
+    if constexpr (K > 0) {
+      constexpr int kWindow = (kTile - 1) * kStride + K;
+      const int x0 = tile * kTile;
+      float sum[kTile * V] = {};
+      // What one row reads fills the registers.
 #pragma unroll 1
-    for (int r = 0; r < K; ++r) {
-      const int row = y * kStride - p.ph + r;
-      if (static_cast<unsigned>(row) >= static_cast<unsigned>(p.source_h)) continue;
-      Vector<T, V> x[kWindow];
+      for (int r = 0; r < K; ++r) {
+        const int row = y * kStride - p.ph + r;
+        if (static_cast<unsigned>(row) >= static_cast<unsigned>(p.source_h)) continue;
+        Vector<T, V> x[kWindow];
 #pragma unroll
-      for (int i = 0; i < kWindow; ++i) x[i] = read(row, x0 * kStride - p.pw + i);
+        for (int i = 0; i < kWindow; ++i) x[i] = read(row, x0 * kStride - p.pw + i);
 #pragma unroll
-      for (int q = 0; q < K; ++q) {
-        const float* w = weights + (r * K + q) * block_channels + column;
+        for (int q = 0; q < K; ++q) {
+          const float* w = weights + (r * K + q) * block_channels + column;
 #pragma unroll
-        for (int t = 0; t < kTile; ++t)
+          for (int t = 0; t < kTile; ++t)
 #pragma unroll
-          for (int v = 0; v < V; ++v) sum[t * V + v] += widen(x[t * kStride + q].element[v]) * w[v];
-      }
-    }
-    const int64_t at = line + int64_t{x0} * p.channels;
-    finish_pixels<T, V, kTile>(sum, added, p.activation, residual == nullptr ? nullptr : residual + at,
-                               output + at, p.channels, p.width - x0);
-  } else {
-    float sum[V] = {};
-    for (int r = 0; r < p.kh; ++r) {
-      int row = kTransposed ? y + p.ph - r * p.dh : y * p.sh - p.ph + r * p.dh;
-      if constexpr (kTransposed) {
-        if (row % p.sh != 0) continue;
-        row /= p.sh;
-      }
-      if (static_cast<unsigned>(row) >= static_cast<unsigned>(p.source_h)) continue;
-      for (int q = 0; q < p.kw; ++q) {
-        int at = kTransposed ? tile + p.pw - q * p.dw : tile * p.sw - p.pw + q * p.dw;
-        if constexpr (kTransposed) {
-          if (at % p.sw != 0) continue;
-          at /= p.sw;
+            for (int v = 0; v < V; ++v) sum[t * V + v] += widen(x[t * kStride + q].element[v]) * w[v];
         }
-        const auto x = read(row, at);
-        const float* w = weights + (r * p.kw + q) * block_channels + column;
-#pragma unroll
-        for (int v = 0; v < V; ++v) sum[v] += widen(x.element[v]) * w[v];
       }
+      const int64_t at = line + int64_t{x0} * p.channels;
+      finish_pixels<T, V, kTile>(sum, added, p.activation, residual == nullptr ? nullptr : residual + at,
+                                 output + at, p.channels, p.width - x0);
+    } else {
+      float sum[V] = {};
+      for (int r = 0; r < p.kh; ++r) {
+        int row = kTransposed ? y + p.ph - r * p.dh : y * p.sh - p.ph + r * p.dh;
+        if constexpr (kTransposed) {
+          if (row % p.sh != 0) continue;
+          row /= p.sh;
+        }
+        if (static_cast<unsigned>(row) >= static_cast<unsigned>(p.source_h)) continue;
+        for (int q = 0; q < p.kw; ++q) {
+          int at = kTransposed ? tile + p.pw - q * p.dw : tile * p.sw - p.pw + q * p.dw;
+          if constexpr (kTransposed) {
+            if (at % p.sw != 0) continue;
+            at /= p.sw;
+          }
+          const auto x = read(row, at);
+          const float* w = weights + (r * p.kw + q) * block_channels + column;
+#pragma unroll
+          for (int v = 0; v < V; ++v) sum[v] += widen(x.element[v]) * w[v];
+        }
+      }
+      // The kernel of gradients alone has nothing behind it, and no code for it.
+      const Activation activation = kTransposed ? Activation::none : p.activation;
+      const int64_t at = line + int64_t{tile} * p.channels;
+      finish_pixels<T, V, 1>(sum, added, activation,
+                             kTransposed || residual == nullptr ? nullptr : residual + at, output + at,
+                             p.channels, 1);
     }
-    // The kernel of gradients alone has nothing behind it, and no code for it.
-    const Activation activation = kTransposed ? Activation::none : p.activation;
-    const int64_t at = line + int64_t{tile} * p.channels;
-    finish_pixels<T, V, 1>(sum, added, activation,
-                           kTransposed || residual == nullptr ? nullptr : residual + at, output + at,
-                           p.channels, 1);
   }
 }
 
@@ -196,13 +200,23 @@ const char* start(Depthwise p, int64_t images, const void* source, const void* w
   const int tiles = K > 0 ? static_cast<int>(ceil_div(p.width, kTile)) : p.width;
   int most = kMostColumns;
   while (most > 1 && most * bytes > kMostShared) most /= 2;
+  // Fewer where fewer threads are left without channels.
+  const auto taken = [&](int columns) { return round_up(vectors, columns); };
+  for (int columns = most; columns >= 8; columns /= 2) {
+    if (taken(columns) < taken(most)) most = columns;
+  }
   p.lanes = Lanes(vectors, most);
   p.by_tiles = Divisor(tiles);
   p.by_height = Divisor(p.height);
   p.count = images * p.height * tiles;
+  // Some blocks are left for every multiprocessor.
+  constexpr int64_t kLeastBlocks = 8 * kMultiprocessors, kMostTurns = 16;
+  const int64_t slices = ceil_div(vectors, p.lanes.columns),
+                turns = p.count * slices / (p.lanes.rows * kLeastBlocks);
+  p.turns = static_cast<int>(turns < 1 ? 1 : turns < kMostTurns ? turns : kMostTurns);
   return launch(convolve<T, V, K, kStride, kTransposed>,
-                dim3(static_cast<unsigned>(ceil_div(p.count, p.lanes.rows)),
-                     static_cast<unsigned>(ceil_div(vectors, p.lanes.columns))),
+                dim3(static_cast<unsigned>(ceil_div(p.count, int64_t{p.lanes.rows} * p.turns)),
+                     static_cast<unsigned>(slices)),
                 dim3(kThreads), static_cast<size_t>(p.lanes.columns * bytes), stream, p,
                 static_cast<const T*>(source), static_cast<const T*>(weight), static_cast<const T*>(bias),
                 static_cast<const T*>(residual), static_cast<T*>(output));
@@ -248,18 +262,18 @@ constexpr int64_t kMostParts = 256, kLeastSteps = 16;
 const char* depthwise_forward(const ConvForwardArgs& a, Stream stream) {
   if (has_strips(a.shape)) return strips_forward(a, stream);
   const Conv s(a.shape);
-  const Depthwise p{s.c,  s.h,  s.w,  s.oh,  s.ow,         s.kh, s.kw,      s.sh,      s.sw,       s.ph,
-                    s.pw, s.dh, s.dw, false, a.activation, 0,    Divisor(), Divisor(), Lanes(1, 1)};
+  const Depthwise p{s.c,  s.h,  s.w,  s.oh,  s.ow,         s.kh, s.kw, s.sh,      s.sw,      s.ph,
+                    s.pw, s.dh, s.dw, false, a.activation, 0,    1,    Divisor(), Divisor(), Lanes(1, 1)};
   return start(p, a.dtype, false, s.n, a.input, a.weight, a.bias, a.residual, a.output, stream);
 }
 
 const char* depthwise_input_gradient(const ConvInputGradientArgs& a, Stream stream) {
   if (has_strips(a.shape)) return strips_input_gradient(a, stream);
   const Conv s(a.shape);
-  Depthwise p{s.c,  s.oh,      s.ow,      s.h,        s.w,
-              s.kh, s.kw,      s.sh,      s.sw,       s.ph,
-              s.pw, s.dh,      s.dw,      false,      Activation::none,
-              0,    Divisor(), Divisor(), Lanes(1, 1)};
+  Depthwise p{s.c,  s.oh, s.ow,      s.h,       s.w,
+              s.kh, s.kw, s.sh,      s.sw,      s.ph,
+              s.pw, s.dh, s.dw,      false,     Activation::none,
+              0,    1,    Divisor(), Divisor(), Lanes(1, 1)};
   const bool strided = s.sh > 1 || s.sw > 1;
   if (!strided) {
     // The same convolution, from the other end.

@@ -41,6 +41,7 @@ __global__ void add_parts(Lanes lanes, int64_t count, int parts, const acc_t<T>*
   const int64_t i = int64_t{blockIdx.x} * lanes.columns + lanes.column();
   acc_t<T> sum[1] = {};
   if (i < count) {
+#pragma unroll 8
     for (int part = lanes.row(); part < parts; part += lanes.rows) sum[0] += from[part * count + i];
   }
   add_rows<1>(sum, shared_memory<acc_t<T>>(), lanes.column(), lanes.row(), lanes.columns, lanes.rows);
@@ -49,8 +50,10 @@ __global__ void add_parts(Lanes lanes, int64_t count, int parts, const acc_t<T>*
 
 template <class T>
 const char* start_add_parts(int64_t count, int parts, const acc_t<T>* from, T* to, Stream stream) {
-  // Many parts of few sums: eight rows of lanes share them.
-  const Lanes lanes(count, parts < 32 ? kThreads : 32);
+  // Many parts of few sums: eight rows of lanes share them, or more where there would be few blocks.
+  int columns = parts < 32 ? kThreads : 32;
+  while (parts > 256 && columns > 8 && count < int64_t{128} * columns) columns /= 2;
+  const Lanes lanes(count, columns);
   return launch(add_parts<T>, dim3(static_cast<unsigned>(ceil_div(count, lanes.columns))), dim3(kThreads),
                 sizeof(acc_t<T>) * kThreads, stream, lanes, count, parts, from, to);
 }

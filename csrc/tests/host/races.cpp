@@ -159,6 +159,8 @@ int main(int count, char** arguments) {
   constexpr ConvShape kByVectors{1, 16, 6, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 6, 6},
       kOneByOne{1, 3, 6, 6, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 6, 6},
       kDepthwise{1, 8, 6, 6, 8, 3, 3, 1, 1, 1, 1, 1, 1, 8, 6, 6},
+      // A weight gradient of more steps of its depth than there are stages.
+      kDeep{1, 8, 24, 24, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 24, 24},
       // As many taps as make a product in parts.
       kParts{1, 8, 6, 6, 8, 7, 7, 1, 1, 3, 3, 1, 1, 1, 6, 6};
   constexpr cuda::TileSize kSmall = cuda::TileSize::small, kLarge = cuda::TileSize::large,
@@ -170,6 +172,8 @@ int main(int count, char** arguments) {
     }
   }
   if (wrong == nullptr) wrong = run(DType::bf16, false, kSmall, kParts);
+  if (wrong == nullptr) wrong = run(DType::bf16, false, kSmall, kDeep);
+  if (wrong == nullptr) wrong = run(DType::bf16, false, kWarpgroups, kDeep);
   if (wrong == nullptr) wrong = run(DType::f16, false, kLarge, kByVectors);
   if (wrong == nullptr) wrong = run(DType::f32, true, kLarge, kByVectors);
   if (wrong == nullptr) wrong = run(DType::bf16, false, cuda::TileSize::automatic, kOneByOne);
