@@ -48,10 +48,14 @@ struct AttentionBackwardOnHopperArgs {
   const float* statistics;
   void *grad_query, *grad_key, *grad_value;
   HeadStrides grad_query_strides, grad_key_strides, grad_value_strides;
-  void* workspace;  // of attention_backward_workspace's bytes
+  void* workspace;    // of attention_backward_workspace's bytes
+  int64_t most_kept;  // as was given there
 };
 
-size_t attention_backward_workspace(const AttentionShape& shape);
+// Gradients of scores are kept, of as many heads at a time as take `most_kept` bytes, or else made twice,
+// which are seven products instead of five. With half a GB a GPU has some blocks for each multiprocessor.
+constexpr int64_t kMostKept = int64_t{512} << 20;
+size_t attention_backward_workspace(const AttentionShape& shape, int64_t most_kept);
 const char* attention_backward_on_hopper(const AttentionBackwardOnHopperArgs& args, Stream stream);
 
 }  // namespace fastnn::cuda

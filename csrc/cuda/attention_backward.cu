@@ -1,7 +1,8 @@
-// The gradients of attention (T. Dao, FlashAttention-2, 2023), by warpgroups as in attention.cu. Two kernels
-// of one form: a block has 128 rows of its own, of the keys and values or of the queries and the output's
-// gradient, and walks over tiles of the other two. Both make the weights anew; no two blocks add to one
-// place, so results do not depend on chance.
+// The gradients of attention (T. Dao, FlashAttention-2, 2023), by warpgroups as in attention.cu. A block has
+// 128 rows of its own, of the keys and values or of the queries and the output's gradient, and walks over
+// tiles of the other two. Where there is room for the gradients of the scores, the blocks of the keys keep
+// them, and the queries' gradients are a product with the keys; or else blocks of the queries make the
+// weights anew. No two blocks add to one place, so results do not depend on chance.
 #include "cuda/attention.h"
 #include "cuda/attention_tiles.h"
 
@@ -29,6 +30,20 @@ struct alignas(16) Query {
 // Queries of a head are filled up to a multiple of this.
 constexpr int kQueries = 64;
 
+// Tiles of the product of kept gradients and keys: warpgroups have several tiles of 64 queries each.
+template <int kWidth_>
+struct KeptTiles {
+  static constexpr int kWidth = kWidth_, kConsumers = 2, kTilesOfGroup = 2,
+                       kTiles = kConsumers * kTilesOfGroup, kKeys = 64, kStages = 4,
+                       kBlock = kWarpgroup * (1 + kConsumers), kParts = kWidth / kPartColumns,
+                       kKeyPart = kKeys * kPartPitch, kKeyBytes = kParts * kKeyPart,
+                       kKeptBytes = kKeys * kPartPitch, kStageBytes = kTiles * kKeptBytes + kKeyBytes;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kWarpgroup);
+  // Of a causal call the keys of a warpgroup's tiles end at the same tile of the blocks that kept them.
+  static_assert(kTilesOfGroup * kQueries == Tiles<kWidth>::kOwn);
+};
+
 struct Prepare {
   const void *output, *grad;
   const float* statistics;
@@ -45,6 +60,19 @@ struct Backward {
   HeadStrides first_strides, second_strides;
   int heads, key_heads, shared, query_count, key_count, padded, width, value_width;
   float scale, scale_log2;
+  // Gradients of scores: of each head from that of key head number first_head on, of each 64 queries, of each
+  // key, those 64, in the order of kept_query(); or null.
+  void* kept;
+  int first_head, padded_keys;
+};
+
+// The product of kept gradients and keys.
+struct OfKept {
+  TensorMap kept, key;
+  void* grad_query;
+  HeadStrides strides;
+  int first_head, heads, shared, query_count, key_count, padded_keys, width;
+  float scale;
 };
 
 template <class Tiles>
@@ -59,6 +87,9 @@ constexpr size_t shared_bytes() {
 }
 
 #ifdef FASTNN_HOPPER
+
+// Where a row of 64 kept gradients has its i-th: so that a thread has eight neighbours of each of its rows.
+__device__ inline int kept_query(int i) { return (i / 32 * 4 + i % 8 / 2) * 8 + i / 8 % 4 * 2 + i % 2; }
 
 template <class Tiles>
 struct Memory {
@@ -91,8 +122,8 @@ struct Work {
     const int tile = static_cast<int>(kOf == Of::keys ? blockIdx.y : gridDim.y - 1 - blockIdx.y);
     const int heads = kOf == Of::keys ? p.key_heads : p.heads;
     w.row = tile * Tiles::kOwn;
-    w.head = static_cast<int>(blockIdx.x) % heads;
-    w.batch = static_cast<int>(blockIdx.x) / heads;
+    w.head = (static_cast<int>(blockIdx.x) + p.first_head) % heads;
+    w.batch = (static_cast<int>(blockIdx.x) + p.first_head) / heads;
     w.first_tile = 0;
     int end = kOf == Of::keys ? p.query_count : p.key_count;
     if (causal && kOf == Of::keys) w.first_tile = w.row / Tiles::kOther;
@@ -251,8 +282,27 @@ struct Consumer {
 #pragma unroll
     for (int j = 0; j < kScores; ++j) grad[j] = score[j] * (grad[j] - query_of(j, stage).product);
     narrow_all(score_grads, grad);
+    if constexpr (kOf == Of::keys) {
+      if (p.kept != nullptr) keep(i);
+    }
     hold_sums();
     start_sums(stage, i > 0);
+  }
+  // Writes the gradients of a tile's scores.
+  __device__ void keep(int tile) {
+    const int head = work.batch * p.heads + work.other_head(p, tile) - p.first_head * p.shared,
+              number = head * (p.padded / kQueries) + work.other_row(tile) / kQueries;
+    auto* to = static_cast<T*>(p.kept) + (int64_t{number} * p.padded_keys + row(0)) * kQueries;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        Vector<uint32_t, 4> four;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) four.element[c] = score_grads[2 * v + c / 2][c % 2 * 2 + half];
+        *reinterpret_cast<Vector<uint32_t, 4>*>(to + 8 * half * kQueries + v * 32 + lane_id() % 4 * 8) = four;
+      }
+    }
   }
 
   __device__ void run() {
@@ -377,7 +427,143 @@ __global__ void __launch_bounds__(Tiles::kBlock, 1) differentiate(const __grid_c
 #endif
 }
 
+template <class Tiles>
+struct KeptBarriers {
+  uint64_t there[Tiles::kStages], read[Tiles::kStages];
+};
+template <class Tiles>
+constexpr size_t kept_shared_bytes() {
+  return kTileAlignment + Tiles::kStages * Tiles::kStageBytes + sizeof(KeptBarriers<Tiles>);
+}
+
+// The gradients of kTiles * 64 queries.
+template <class T, class Tiles, bool kCausal>
+__global__ void __launch_bounds__(Tiles::kBlock, 1) multiply_kept(const __grid_constant__ OfKept p) {
+#ifdef FASTNN_HOPPER
+  unsigned char* const memory = first_tile();
+  auto& barriers = *reinterpret_cast<KeptBarriers<Tiles>*>(memory + Tiles::kStages * Tiles::kStageBytes);
+  if (threadIdx.x == 0) {
+    prefetch(&p.kept);
+    prefetch(&p.key);
+    for (int stage = 0; stage < Tiles::kStages; ++stage) {
+      make_barrier(&barriers.there[stage], 1);
+      make_barrier(&barriers.read[stage], 4 * Tiles::kConsumers);
+    }
+    finish_barriers();
+  }
+  __syncthreads();
+  // Of a causal call the longest walks come first.
+  const int number = static_cast<int>(blockIdx.x),
+            first_tile_of_block =
+                Tiles::kTiles * static_cast<int>(kCausal ? gridDim.y - 1 - blockIdx.y : blockIdx.y),
+            head = (number + p.first_head) % p.heads, batch = (number + p.first_head) / p.heads;
+  // Tiles of keys of a warpgroup's queries.
+  const auto steps_of = [&](int group) {
+    const int end = (first_tile_of_block + (group + 1) * Tiles::kTilesOfGroup) * kQueries;
+    return (kCausal && end < p.key_count ? end : p.key_count + Tiles::kKeys - 1) / Tiles::kKeys;
+  };
+  const int group = same_in_warp(static_cast<int>(threadIdx.x) / kWarpgroup);
+  if (group == 0) {
+    give_registers<Tiles::kProducerRegisters>();
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < steps_of(Tiles::kConsumers - 1); ++i) {
+      const int stage = i % Tiles::kStages;
+      unsigned char* to = memory + stage * Tiles::kStageBytes;
+      wait(&barriers.read[stage], i / Tiles::kStages % 2 ^ 1);
+      // Beyond the last key of the first warpgroup nothing was kept of its queries.
+      const int first = i < steps_of(0) ? 0 : Tiles::kTilesOfGroup;
+      arrive_and_expect(&barriers.there[stage],
+                        (Tiles::kTiles - first) * Tiles::kKeptBytes + Tiles::kKeyBytes);
+      for (int part = 0; part < Tiles::kParts; ++part) {
+        copy_tile(to + Tiles::kTiles * Tiles::kKeptBytes + part * Tiles::kKeyPart, &p.key,
+                  &barriers.there[stage], part * kPartColumns, i * Tiles::kKeys, head / p.shared, batch);
+      }
+      for (int tile = first; tile < Tiles::kTiles; ++tile) {
+        copy_tile(to + tile * Tiles::kKeptBytes, &p.kept, &barriers.there[stage], 0,
+                  (first_tile_of_block + tile) * p.padded_keys + i * Tiles::kKeys, number, 0);
+      }
+    }
+    return;
+  }
+  take_registers<Tiles::kConsumerRegisters>();
+  const int consumer = group - 1, steps = steps_of(consumer);
+  float total[Tiles::kTilesOfGroup][1][Tiles::kWidth / 2];
+  const auto hold_totals = [&] {
+#pragma unroll
+    for (int tile = 0; tile < Tiles::kTilesOfGroup; ++tile) hold(total[tile][0]);
+  };
+  // Totals are not set to 0 here but by their first products: see multiply_in_warpgroups().
+  const auto start = [&](int i) {
+    const int stage = i % Tiles::kStages;
+    wait(&barriers.there[stage], i / Tiles::kStages % 2);
+    const uint32_t tiles = shared_address(memory) + stage * Tiles::kStageBytes;
+    const uint64_t b = descriptor(tiles + Tiles::kTiles * Tiles::kKeptBytes, Tiles::kKeyPart);
+    hold_totals();
+    begin_products();
+#pragma unroll
+    for (int tile = 0; tile < Tiles::kTilesOfGroup; ++tile) {
+      const uint64_t a =
+          descriptor(tiles + (consumer * Tiles::kTilesOfGroup + tile) * Tiles::kKeptBytes, Tiles::kKeptBytes);
+#pragma unroll
+      for (int step = 0; step < Tiles::kKeys / 16; ++step) {
+        multiply_group<T, false, false>(total[tile][0], further(a, 16 * kPartPitch * step),
+                                        further(b, 16 * kPartPitch * step), i + step > 0);
+      }
+    }
+    commit_products();
+  };
+  start(0);
+  for (int i = 1; i < steps; ++i) {
+    start(i);
+    // Those of the step before are done then.
+    wait_for_products<1>();
+    hold_totals();
+    release(&barriers.read[(i - 1) % Tiles::kStages]);
+  }
+  wait_for_products<0>();
+  hold_totals();
+  // The last stage that it read is the one its rows go through: it is not given back before they are written,
+  // and nobody else reads these tiles.
+  const int last = steps - 1, warp = static_cast<int>(threadIdx.x) / kWarp % 4;
+  unsigned char* room = memory + last % Tiles::kStages * Tiles::kStageBytes +
+                        consumer * Tiles::kTilesOfGroup * Tiles::kKeptBytes;
+  auto* output = static_cast<T*>(p.grad_query) + batch * p.strides.batch + head * p.strides.head;
+  const float scale[2] = {p.scale, p.scale};
+  static_assert(Tiles::kTilesOfGroup >= Tiles::kParts);
+#pragma unroll
+  for (int tile = 0; tile < Tiles::kTilesOfGroup; ++tile) {
+    // All warps' products are done that read these tiles, and the rows of the tile before are written.
+    meet(1 + consumer, kWarpgroup);
+    const RowsToStore rows{(first_tile_of_block + consumer * Tiles::kTilesOfGroup + tile) * kQueries,
+                           p.query_count, p.width, p.strides.row};
+    store_rows<T>(room + 16 * warp * kPartPitch, Tiles::kKeptBytes, total[tile], scale, rows, output,
+                  [&](int r) { return kept_query(16 * warp + r); });
+  }
+  // Copies to there come after what was written.
+  show_to_tensor_cores();
+  meet_warp();
+  for (int i = last; i < steps_of(Tiles::kConsumers - 1); ++i) {
+    if (i > last) wait(&barriers.there[i % Tiles::kStages], i / Tiles::kStages % 2);
+    release(&barriers.read[i % Tiles::kStages]);
+  }
+#else
+  __trap();
+#endif
+}
+
 int64_t padded(int64_t queries) { return ceil_div(queries, kQueries) * kQueries; }
+// Keys are filled up to whole tiles of the blocks that have them.
+constexpr int kKeysOfBlock = Tiles<64>::kOwn;
+int64_t padded_keys(int64_t keys) { return ceil_div(keys, kKeysOfBlock) * kKeysOfBlock; }
+
+// Of how many key heads gradients of scores are kept at a time, of all about equally many; or 0.
+int64_t heads_at_once(const AttentionShape& s, int64_t most_kept) {
+  const int64_t shared = s.heads / s.key_heads, all = s.batch * s.key_heads,
+                bytes = padded(s.queries) * padded_keys(s.keys) * 2 * shared, most = most_kept / bytes;
+  // Rows of a head are counted in 31 bits.
+  if (most == 0 || padded(s.queries) / kQueries * padded_keys(s.keys) >= int64_t{1} << 30) return 0;
+  return ceil_div(all, ceil_div(all, most));
+}
 
 template <class T, class Tiles, bool kCausal>
 const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
@@ -405,16 +591,16 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
   struct Tensor {
     const void* data;
     HeadStrides strides;
-    int64_t width, rows, heads;
+    int64_t width, rows, heads, batch;
   };
-  const Tensor q{a.query, a.query_strides, s.width, s.queries, s.heads},
-      k{a.key, a.key_strides, s.width, s.keys, s.key_heads},
-      v{a.value, a.value_strides, s.value_width, s.keys, s.key_heads},
-      g{a.grad, a.grad_strides, s.value_width, s.queries, s.heads};
+  const Tensor q{a.query, a.query_strides, s.width, s.queries, s.heads, s.batch},
+      k{a.key, a.key_strides, s.width, s.keys, s.key_heads, s.batch},
+      v{a.value, a.value_strides, s.value_width, s.keys, s.key_heads, s.batch},
+      g{a.grad, a.grad_strides, s.value_width, s.queries, s.heads, s.batch};
   const auto map = [&](TensorMap* to, const Tensor& t, int tile_rows) {
     if (wrong != nullptr) return;
     wrong =
-        make_tensor_map(to, mapped(t.data, kIsBf16, t.strides, t.width, t.rows, t.heads, s.batch, tile_rows));
+        make_tensor_map(to, mapped(t.data, kIsBf16, t.strides, t.width, t.rows, t.heads, t.batch, tile_rows));
   };
   Backward p{};
   p.queries = queries;
@@ -429,14 +615,13 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
   p.scale = a.scale;
   p.scale_log2 = a.scale * kLog2E;
   const auto run = [&]<Of kOf>(const Tensor& own0, const Tensor& own1, const Tensor& other0,
-                               const Tensor& other1) {
+                               const Tensor& other1, int64_t heads) {
     map(&p.own[0], own0, Tiles::kOwn);
     map(&p.own[1], own1, Tiles::kOwn);
     map(&p.other[0], other0, Tiles::kOther);
     map(&p.other[1], other1, Tiles::kOther);
     if (wrong != nullptr) return;
-    const dim3 grid{static_cast<unsigned>(s.batch * own0.heads),
-                    static_cast<unsigned>(ceil_div(own0.rows, Tiles::kOwn))};
+    const dim3 grid{static_cast<unsigned>(heads), static_cast<unsigned>(ceil_div(own0.rows, Tiles::kOwn))};
     wrong = launch(differentiate<T, kOf, Tiles, kCausal>, grid, dim3{Tiles::kBlock}, shared_bytes<Tiles>(),
                    stream, p);
   };
@@ -444,10 +629,48 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
   p.first_strides = a.grad_key_strides;
   p.second = a.grad_value;
   p.second_strides = a.grad_value_strides;
-  run.template operator()<Of::keys>(k, v, q, g);
-  p.first = a.grad_query;
-  p.first_strides = a.grad_query_strides;
-  run.template operator()<Of::queries>(q, g, k, v);
+  const int64_t at_once = heads_at_once(s, a.most_kept);
+  if (at_once == 0) {
+    run.template operator()<Of::keys>(k, v, q, g, s.batch * s.key_heads);
+    p.first = a.grad_query;
+    p.first_strides = a.grad_query_strides;
+    run.template operator()<Of::queries>(q, g, k, v, s.batch * s.heads);
+    return wrong;
+  }
+  using Kept = KeptTiles<Tiles::kWidth>;
+  p.kept = queries + s.batch * s.heads * rows;
+  p.padded_keys = static_cast<int>(padded_keys(s.keys));
+  OfKept of{};
+  of.grad_query = a.grad_query;
+  of.strides = a.grad_query_strides;
+  of.heads = p.heads;
+  of.shared = p.shared;
+  of.query_count = p.query_count;
+  of.key_count = p.key_count;
+  of.padded_keys = p.padded_keys;
+  of.width = p.width;
+  of.scale = p.scale;
+  map(&of.key, k, Kept::kKeys);
+  const int64_t rows_of_head = rows / kQueries * p.padded_keys;
+  map(&of.kept,
+      {p.kept,
+       {rows_of_head * kQueries * at_once * p.shared, rows_of_head * kQueries, kQueries},
+       kQueries,
+       rows_of_head,
+       at_once * p.shared,
+       1},
+      Kept::kKeys);
+  for (int64_t first = 0; first < s.batch * s.key_heads && wrong == nullptr; first += at_once) {
+    const int64_t left = s.batch * s.key_heads - first, count = left < at_once ? left : at_once;
+    p.first_head = static_cast<int>(first);
+    run.template operator()<Of::keys>(k, v, q, g, count);
+    if (wrong != nullptr) return wrong;
+    of.first_head = p.first_head * p.shared;
+    const dim3 grid{static_cast<unsigned>(count * p.shared),
+                    static_cast<unsigned>(ceil_div(s.queries, Kept::kTiles * kQueries))};
+    wrong = launch(multiply_kept<T, Kept, kCausal>, grid, dim3{Kept::kBlock}, kept_shared_bytes<Kept>(),
+                   stream, of);
+  }
   return wrong;
 }
 
@@ -460,8 +683,10 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
 
 }  // namespace
 
-size_t attention_backward_workspace(const AttentionShape& s) {
-  return sizeof(Query) * static_cast<size_t>(s.batch * s.heads * padded(s.queries));
+size_t attention_backward_workspace(const AttentionShape& s, int64_t most_kept) {
+  const int64_t kept = heads_at_once(s, most_kept) * (s.heads / s.key_heads);
+  return sizeof(Query) * static_cast<size_t>(s.batch * s.heads * padded(s.queries)) +
+         static_cast<size_t>(kept * padded(s.queries) * padded_keys(s.keys)) * 2;
 }
 
 const char* attention_backward_on_hopper(const AttentionBackwardOnHopperArgs& args, Stream stream) {

@@ -60,10 +60,11 @@ struct RowsToStore {
 
 // Writes a warp's 16 rows of sums, times a factor for each of a lane's two, through 16 rows of a tile in
 // shared memory that nobody else uses, so that rows are written 16 bytes at a time. The first dimension of
-// the sums are halves of the columns.
-template <class T, int kHalves, int kSums>
+// the sums are halves of the columns. Row r is number row_of(r) from the first one on.
+template <class T, int kHalves, int kSums, class RowOf>
 __device__ void store_rows(unsigned char* tile, int part_bytes, const float (&total)[kHalves][kSums],
-                           const float (&factor)[2], const RowsToStore& rows, T* output) {
+                           const float (&factor)[2], const RowsToStore& rows, T* output,
+                           const RowOf& row_of) {
   const auto place = [&](int row, int column) {
     return tile + column / kPartColumns * part_bytes + row * kPartPitch + (column / 8 % 8 ^ row % 8) * 16;
   };
@@ -80,11 +81,16 @@ __device__ void store_rows(unsigned char* tile, int part_bytes, const float (&to
   meet_warp();
   constexpr int kPieces = kHalves * kSums * 2 / 8;
   for (int i = lane_id(); i < 16 * kPieces; i += kWarp) {
-    const int r = i / kPieces, column = i % kPieces * 8;
-    if (rows.first + r >= rows.count || column >= rows.width) continue;
-    *reinterpret_cast<Vector<T, 8>*>(output + (rows.first + r) * rows.pitch + column) =
+    const int r = i / kPieces, column = i % kPieces * 8, row = rows.first + row_of(r);
+    if (row >= rows.count || column >= rows.width) continue;
+    *reinterpret_cast<Vector<T, 8>*>(output + row * rows.pitch + column) =
         *reinterpret_cast<const Vector<T, 8>*>(place(r, column));
   }
+}
+template <class T, int kHalves, int kSums>
+__device__ void store_rows(unsigned char* tile, int part_bytes, const float (&total)[kHalves][kSums],
+                           const float (&factor)[2], const RowsToStore& rows, T* output) {
+  store_rows<T>(tile, part_bytes, total, factor, rows, output, [](int r) { return r; });
 }
 
 #endif
