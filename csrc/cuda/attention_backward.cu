@@ -5,6 +5,7 @@
 // weights anew. No two blocks add to one place, so results do not depend on chance.
 #include "cuda/attention.h"
 #include "cuda/attention_tiles.h"
+#include "cuda/tensor_core.h"
 
 namespace fastnn::cuda {
 namespace {
@@ -22,13 +23,14 @@ struct Tiles {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kWarpgroup);
 };
 
-// What both kernels need of a query, read at once: its statistics, of which both are 0 where no key takes
-// part; and the product of the output and its gradient, which every gradient of a score has in it.
-struct alignas(16) Query {
-  float most, inverse, product;
-};
 // Queries of a head are filled up to a multiple of this.
 constexpr int kQueries = 64;
+// What both kernels need of so many queries: the largest score and what the sum is divided by, both 0 where
+// no key takes part; and the product of the output and its gradient, which every gradient of a score has in
+// it. A thread reads them for two queries at once.
+struct alignas(16) Queries {
+  float weight[kQueries][2], product[kQueries];
+};
 
 // Tiles of the product of kept gradients and keys: warpgroups have several tiles of 64 queries each.
 template <int kWidth_>
@@ -47,7 +49,7 @@ struct KeptTiles {
 struct Prepare {
   const void *output, *grad;
   const float* statistics;
-  Query* queries;
+  Queries* queries;
   HeadStrides output_strides, grad_strides;
   int heads, count, padded, width;
 };
@@ -55,7 +57,7 @@ struct Prepare {
 struct Backward {
   // Keys and values, or queries and gradients; and the other two.
   TensorMap own[2], other[2];
-  const Query* queries;
+  const Queries* queries;
   void *first, *second;  // gradients of what is the block's own; of the output's gradient there is none
   HeadStrides first_strides, second_strides;
   int heads, key_heads, shared, query_count, key_count, padded, width, value_width;
@@ -64,6 +66,10 @@ struct Backward {
   // key, those 64, in the order of kept_query(); or null.
   void* kept;
   int first_head, padded_keys;
+
+  __device__ const Queries* queries_of(int batch, int head) const {
+    return queries + (int64_t{batch} * heads + head) * (padded / kQueries);
+  }
 };
 
 // The product of kept gradients and keys.
@@ -82,8 +88,8 @@ struct Barriers {
 
 template <class Tiles>
 constexpr size_t shared_bytes() {
-  return kTileAlignment + 2 * Tiles::kOwnBytes +
-         Tiles::kStages * (2 * Tiles::kOtherBytes + sizeof(Query) * Tiles::kOther) + sizeof(Barriers<Tiles>);
+  return kTileAlignment + 2 * Tiles::kOwnBytes + Tiles::kStages * (2 * Tiles::kOtherBytes + sizeof(Queries)) +
+         sizeof(Barriers<Tiles>);
 }
 
 #ifdef FASTNN_HOPPER
@@ -94,14 +100,14 @@ __device__ inline int kept_query(int i) { return (i / 32 * 4 + i % 8 / 2) * 8 + 
 template <class Tiles>
 struct Memory {
   unsigned char *own, *other;
-  Query* queries;
+  Queries* queries;
   Barriers<Tiles>* barriers;
 
   __device__ Memory() {
     own = first_tile();
     other = own + 2 * Tiles::kOwnBytes;
-    queries = reinterpret_cast<Query*>(other + Tiles::kStages * 2 * Tiles::kOtherBytes);
-    barriers = reinterpret_cast<Barriers<Tiles>*>(queries + Tiles::kStages * Tiles::kOther);
+    queries = reinterpret_cast<Queries*>(other + Tiles::kStages * 2 * Tiles::kOtherBytes);
+    barriers = reinterpret_cast<Barriers<Tiles>*>(queries + Tiles::kStages);
   }
   // The first or the second of the pair.
   __device__ unsigned char* own_tile(int which) const { return own + which * Tiles::kOwnBytes; }
@@ -155,7 +161,8 @@ __device__ void copy_tiles(const Backward& p, const Memory<Tiles>& memory, const
   for (int i = 0; i < work.tiles; ++i) {
     const int stage = i % Tiles::kStages, head = work.other_head(p, i), row = work.other_row(i);
     wait(&barriers.read[stage], i / Tiles::kStages % 2 ^ 1);
-    constexpr int kQueryBytes = kOf == Of::keys ? sizeof(Query) * Tiles::kOther : 0;
+    static_assert(Tiles::kOther == kQueries);
+    constexpr int kQueryBytes = kOf == Of::keys ? sizeof(Queries) : 0;
     arrive_and_expect(&barriers.there[stage], 2 * Tiles::kOtherBytes + kQueryBytes);
     for (int which = 0; which < 2; ++which) {
       for (int part = 0; part < Tiles::kParts; ++part) {
@@ -164,8 +171,7 @@ __device__ void copy_tiles(const Backward& p, const Memory<Tiles>& memory, const
       }
     }
     if constexpr (kOf == Of::keys) {
-      copy_bytes(memory.queries + stage * Tiles::kOther,
-                 p.queries + (int64_t{work.batch} * p.heads + head) * p.padded + row, kQueryBytes,
+      copy_bytes(memory.queries + stage, p.queries_of(work.batch, head) + row / kQueries, kQueryBytes,
                  &barriers.there[stage]);
     }
   }
@@ -184,7 +190,13 @@ struct Consumer {
   float first[1][kSums], second[1][kSums];
   float score[kScores], grad[kScores];
   uint32_t weights[kSteps][4], score_grads[kSteps][4];
-  Query query[2];  // of the thread's two rows, 8 apart, where rows are queries
+  // Of the thread's two rows, 8 apart, where rows are queries.
+  float most[2], inverse[2], product[2];
+  // Whether there are registers for the block's own rows, which otherwise are read from shared memory for
+  // each product: as much as that can give while the tensor cores are busy.
+  static constexpr bool kOwnInRegisters = kOf == Of::queries || Tiles::kWidth <= 64;
+  static constexpr int kOwnSteps = kOwnInRegisters ? Tiles::kWidth / 16 : 1;
+  uint32_t own[2][kOwnSteps][4];
 
   __device__ Consumer(const Backward& parameters, const Memory<Tiles>& tiles, const Work<kOf, Tiles>& mine,
                       int number)
@@ -197,9 +209,32 @@ struct Consumer {
 
   // Scores, or the weights' gradients, of a tile.
   __device__ void start_scores(float (&to)[kScores], int which, int stage) {
+    if constexpr (kOwnInRegisters) {
+      const uint64_t b = descriptor(shared_address(memory.other_tile(stage, which)), 16);
+      begin_products();
+#pragma unroll
+      for (int step = 0; step < kOwnSteps; ++step) {
+        multiply_group<T, true>(to, own[which][step],
+                                further(b, step / 4 * Tiles::kOtherPart + step % 4 * 32), step > 0);
+      }
+      commit_products();
+      return;
+    }
     start_rows_by_rows<T, Tiles::kParts>(to, shared_address(memory.own_tile(which)) + 64 * group * kPartPitch,
                                          Tiles::kOwnPart, shared_address(memory.other_tile(stage, which)),
                                          Tiles::kOtherPart);
+  }
+  __device__ void load_own() {
+    const int row = 64 * group + 16 * warp() + lane_id() % 16;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+#pragma unroll
+      for (int step = 0; step < kOwnSteps; ++step) {
+        const int piece = step % 4 * 2 + lane_id() / 16;
+        load_matrices<false>(own[which][step], memory.own_tile(which) + step / 4 * Tiles::kOwnPart +
+                                                   row * kPartPitch + (piece ^ row % 8) * 16);
+      }
+    }
   }
   __device__ void add(float (&sum)[kSums], const uint32_t (&a)[kSteps][4], int which, int stage,
                       bool accumulate) {
@@ -209,17 +244,22 @@ struct Consumer {
       multiply_group<T>(sum, a[step], further(b, 16 * kPartPitch * step), accumulate || step > 0);
     }
   }
-  __device__ void start_sums(int stage, bool accumulate) {
-    begin_products();
-    if constexpr (kOf == Of::keys) add(second[0], weights, 1, stage, accumulate);
-    add(first[0], score_grads, 0, stage, accumulate);
-    commit_products();
-  }
-
-  // The thread's column number i of a tile, and what is known of its query.
+  // The thread's column number i of a tile, and what is known of the queries of i and i + 1, for an even i.
   static __device__ int column(int i) { return i / 4 * 8 + lane_id() % 4 * 2 + i % 2; }
-  __device__ Query query_of(int i, int stage) const {
-    return kOf == Of::keys ? memory.queries[stage * Tiles::kOther + column(i)] : query[i / 2 % 2];
+  __device__ Vector<float, 4> weights_of(int i, int stage) const {
+    if constexpr (kOf == Of::keys) {
+      return *reinterpret_cast<const Vector<float, 4>*>(memory.queries[stage].weight[column(i)]);
+    } else {
+      const int half = i / 2 % 2;
+      return {most[half], inverse[half], most[half], inverse[half]};
+    }
+  }
+  __device__ Vector<float, 2> products_of(int i, int stage) const {
+    if constexpr (kOf == Of::keys) {
+      return *reinterpret_cast<const Vector<float, 2>*>(memory.queries[stage].product + column(i));
+    } else {
+      return {product[i / 2 % 2], product[i / 2 % 2]};
+    }
   }
   // Weights of the scores; those of keys and queries that do not meet are 0.
   __device__ void make_weights(int tile, int stage) {
@@ -230,9 +270,13 @@ struct Consumer {
         (kOf == Of::keys ? last_row : last_column) >= p.key_count ||
         (kCausal && (kOf == Of::keys ? last_row > first_column : last_column > last_row - 63));
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const Query of = query_of(i, stage);
-      score[i] = power_of_2(fmaf(score[i], p.scale_log2, -of.most)) * of.inverse;
+    for (int i = 0; i < kScores; i += 2) {
+      const Vector<float, 4> of = weights_of(i, stage);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        score[i + j] =
+            power_of_2(fmaf(score[i + j], p.scale_log2, -of.element[2 * j])) * of.element[2 * j + 1];
+      }
     }
     if (at_edge) {
 #pragma unroll
@@ -276,17 +320,33 @@ struct Consumer {
     wait_for_products<1>();
     hold(score);
     make_weights(i, stage);
-    if constexpr (kOf == Of::keys) narrow_all(weights, score);
-    wait_for_products<0>();
+    if constexpr (kOf == Of::keys) {
+      // The gradients of the scores are made beside this product.
+      narrow_all(weights, score);
+      hold(second[0]);
+      hold(grad);
+      begin_products();
+      add(second[0], weights, 1, stage, i > 0);
+      commit_products();
+      wait_for_products<1>();
+    } else {
+      wait_for_products<0>();
+    }
     hold(grad);
 #pragma unroll
-    for (int j = 0; j < kScores; ++j) grad[j] = score[j] * (grad[j] - query_of(j, stage).product);
+    for (int j = 0; j < kScores; j += 2) {
+      const Vector<float, 2> of = products_of(j, stage);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) grad[j + k] = score[j + k] * (grad[j + k] - of.element[k]);
+    }
     narrow_all(score_grads, grad);
     if constexpr (kOf == Of::keys) {
       if (p.kept != nullptr) keep(i);
     }
     hold_sums();
-    start_sums(stage, i > 0);
+    begin_products();
+    add(first[0], score_grads, 0, stage, i > 0);
+    commit_products();
   }
   // Writes the gradients of a tile's scores.
   __device__ void keep(int tile) {
@@ -309,11 +369,16 @@ struct Consumer {
     if constexpr (kOf == Of::queries) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t at = (int64_t{work.batch} * p.heads + work.head) * p.padded;
-        query[half] = row(half) < p.query_count ? p.queries[at + row(half)] : Query{};
+        most[half] = inverse[half] = product[half] = 0;
+        if (row(half) >= p.query_count) continue;
+        const Queries& of = p.queries_of(work.batch, work.head)[row(half) / kQueries];
+        most[half] = of.weight[row(half) % kQueries][0];
+        inverse[half] = of.weight[row(half) % kQueries][1];
+        product[half] = of.product[row(half) % kQueries];
       }
     }
     wait(&memory.barriers->own, 0);
+    if constexpr (kOwnInRegisters) load_own();
     if (work.tiles == 0) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) first[0][i] = second[0][i] = 0;
@@ -381,13 +446,13 @@ __global__ void __launch_bounds__(kThreads) prepare(const Prepare p) {
 #pragma unroll
     for (int mask = kLanes / 2; mask > 0; mask /= 2) product += from_lane_xor(product, mask);
     if (lane != 0 || row >= p.padded) continue;
-    Query query{0, 0, product};
+    Queries& of = p.queries[int64_t{head} * (p.padded / kQueries) + row / kQueries];
+    of.product[row % kQueries] = product;
+    Vector<float, 2> weight{};
     if (row < p.count) {
-      const float* statistics = p.statistics + 2 * (int64_t{head} * p.count + row);
-      query.most = statistics[0];
-      query.inverse = statistics[1];
+      weight = *reinterpret_cast<const Vector<float, 2>*>(p.statistics + 2 * (int64_t{head} * p.count + row));
     }
-    p.queries[int64_t{head} * p.padded + row] = query;
+    *reinterpret_cast<Vector<float, 2>*>(of.weight[row % kQueries]) = weight;
   }
 #else
   __trap();
@@ -569,7 +634,7 @@ template <class T, class Tiles, bool kCausal>
 const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
   constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
   const AttentionShape& s = a.shape;
-  auto* queries = static_cast<Query*>(a.workspace);
+  auto* queries = static_cast<Queries*>(a.workspace);
   const int64_t rows = padded(s.queries);
   const Prepare prepared{a.output,
                          a.grad,
@@ -638,7 +703,7 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
     return wrong;
   }
   using Kept = KeptTiles<Tiles::kWidth>;
-  p.kept = queries + s.batch * s.heads * rows;
+  p.kept = queries + s.batch * s.heads * (rows / kQueries);
   p.padded_keys = static_cast<int>(padded_keys(s.keys));
   OfKept of{};
   of.grad_query = a.grad_query;
@@ -685,7 +750,7 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
 
 size_t attention_backward_workspace(const AttentionShape& s, int64_t most_kept) {
   const int64_t kept = heads_at_once(s, most_kept) * (s.heads / s.key_heads);
-  return sizeof(Query) * static_cast<size_t>(s.batch * s.heads * padded(s.queries)) +
+  return sizeof(Queries) * static_cast<size_t>(s.batch * s.heads * padded(s.queries) / kQueries) +
          static_cast<size_t>(kept * padded(s.queries) * padded_keys(s.keys)) * 2;
 }
 
