@@ -66,10 +66,6 @@ struct Backward {
   // key, those 64, in the order of kept_query(); or null.
   void* kept;
   int first_head, padded_keys;
-
-  __device__ const Queries* queries_of(int batch, int head) const {
-    return queries + (int64_t{batch} * heads + head) * (padded / kQueries);
-  }
 };
 
 // The product of kept gradients and keys.
@@ -96,6 +92,10 @@ constexpr size_t shared_bytes() {
 
 // Where a row of 64 kept gradients has its i-th: so that a thread has eight neighbours of each of its rows.
 __device__ inline int kept_query(int i) { return (i / 32 * 4 + i % 8 / 2) * 8 + i / 8 % 4 * 2 + i % 2; }
+
+__device__ inline const Queries* queries_of(const Backward& p, int batch, int head) {
+  return p.queries + (int64_t{batch} * p.heads + head) * (p.padded / kQueries);
+}
 
 template <class Tiles>
 struct Memory {
@@ -171,7 +171,7 @@ __device__ void copy_tiles(const Backward& p, const Memory<Tiles>& memory, const
       }
     }
     if constexpr (kOf == Of::keys) {
-      copy_bytes(memory.queries + stage, p.queries_of(work.batch, head) + row / kQueries, kQueryBytes,
+      copy_bytes(memory.queries + stage, queries_of(p, work.batch, head) + row / kQueries, kQueryBytes,
                  &barriers.there[stage]);
     }
   }
@@ -371,7 +371,7 @@ struct Consumer {
       for (int half = 0; half < 2; ++half) {
         most[half] = inverse[half] = product[half] = 0;
         if (row(half) >= p.query_count) continue;
-        const Queries& of = p.queries_of(work.batch, work.head)[row(half) / kQueries];
+        const Queries& of = queries_of(p, work.batch, work.head)[row(half) / kQueries];
         most[half] = of.weight[row(half) % kQueries][0];
         inverse[half] = of.weight[row(half) % kQueries][1];
         product[half] = of.product[row(half) % kQueries];
