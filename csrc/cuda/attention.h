@@ -33,8 +33,10 @@ const char* attention_forward_on_hopper(const AttentionForwardOnHopperArgs& args
 
 // The sums of both gradients of a tile of keys take half of the registers that there are: up to 128 wide.
 inline bool backward_fits_hopper(const AttentionShape& s) {
-  constexpr int64_t kMost = int64_t{1} << 22;  // of which a grid's second dimension counts tiles
-  return fits_hopper(s) && s.width <= 128 && s.value_width <= 128 && s.queries < kMost && s.keys < kMost;
+  // A grid's second dimension counts tiles of queries, and its first one all tiles of keys.
+  constexpr int64_t kMost = int64_t{1} << 22, kMostTiles = int64_t{1} << 30;
+  return fits_hopper(s) && s.width <= 128 && s.value_width <= 128 && s.queries < kMost && s.keys < kMost &&
+         (s.keys + 127) / 128 * s.batch * s.key_heads <= kMostTiles;
 }
 
 struct AttentionBackwardOnHopperArgs {

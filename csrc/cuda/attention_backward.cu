@@ -16,7 +16,9 @@ template <int kWidth_>
 struct Tiles {
   static constexpr int kWidth = kWidth_, kConsumers = 2, kOwn = 64 * kConsumers, kOther = 64, kStages = 3,
                        kBlock = kWarpgroup * (1 + kConsumers), kParts = kWidth / kPartColumns,
-                       kOwnPart = kOwn * kPartPitch, kOtherPart = kOther * kPartPitch,
+                       // Where there is room for two tiles of rows, a block goes through several walks: while
+                       // one ends, the next one's first tiles are on their way.
+      kOwnStages = kWidth <= 64 ? 2 : 1, kOwnPart = kOwn * kPartPitch, kOtherPart = kOther * kPartPitch,
                        kOwnBytes = kParts * kOwnPart, kOtherBytes = kParts * kOtherPart;
   // 64 Ki registers in all.
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -66,6 +68,7 @@ struct Backward {
   // key, those 64, in the order of kept_query(); or null.
   void* kept;
   int first_head, padded_keys;
+  int heads_of_launch, walks;
 };
 
 // The product of kept gradients and keys.
@@ -79,13 +82,14 @@ struct OfKept {
 
 template <class Tiles>
 struct Barriers {
-  uint64_t own, there[Tiles::kStages], read[Tiles::kStages];
+  uint64_t own_there[Tiles::kOwnStages], own_read[Tiles::kOwnStages], there[Tiles::kStages],
+      read[Tiles::kStages];
 };
 
 template <class Tiles>
 constexpr size_t shared_bytes() {
-  return kTileAlignment + 2 * Tiles::kOwnBytes + Tiles::kStages * (2 * Tiles::kOtherBytes + sizeof(Queries)) +
-         sizeof(Barriers<Tiles>);
+  return kTileAlignment + Tiles::kOwnStages * 2 * Tiles::kOwnBytes +
+         Tiles::kStages * (2 * Tiles::kOtherBytes + sizeof(Queries)) + sizeof(Barriers<Tiles>);
 }
 
 #ifdef FASTNN_HOPPER
@@ -105,31 +109,35 @@ struct Memory {
 
   __device__ Memory() {
     own = first_tile();
-    other = own + 2 * Tiles::kOwnBytes;
+    other = own + Tiles::kOwnStages * 2 * Tiles::kOwnBytes;
     queries = reinterpret_cast<Queries*>(other + Tiles::kStages * 2 * Tiles::kOtherBytes);
     barriers = reinterpret_cast<Barriers<Tiles>*>(queries + Tiles::kStages);
   }
   // The first or the second of the pair.
-  __device__ unsigned char* own_tile(int which) const { return own + which * Tiles::kOwnBytes; }
+  __device__ unsigned char* own_tile(int stage, int which) const {
+    return own + (2 * stage + which) * Tiles::kOwnBytes;
+  }
   __device__ unsigned char* other_tile(int stage, int which) const {
     return other + (2 * stage + which) * Tiles::kOtherBytes;
   }
 };
 
-// A block's rows, and the tiles that it walks over: of one head after another, where queries share a key's.
+// A block's rows, and the tiles that it walks over: of one head after another, where queries share a key's. A
+// block may have several walks, by their numbers.
 template <Of kOf, class Tiles>
 struct Work {
   int row, head, batch, first_tile, tiles_of_head, tiles;
 
-  static __device__ Work of(const Backward& p, bool causal) {
+  static __device__ Work of(const Backward& p, int number, bool causal) {
     Work w;
     // Of a causal call the longest walks of all heads come first: those of the first keys, and of the last
     // queries.
-    const int tile = static_cast<int>(kOf == Of::keys ? blockIdx.y : gridDim.y - 1 - blockIdx.y);
+    const int nth = number / p.heads_of_launch, of_launch = number % p.heads_of_launch,
+              tile = kOf == Of::keys ? nth : p.walks / p.heads_of_launch - 1 - nth;
     const int heads = kOf == Of::keys ? p.key_heads : p.heads;
     w.row = tile * Tiles::kOwn;
-    w.head = (static_cast<int>(blockIdx.x) + p.first_head) % heads;
-    w.batch = (static_cast<int>(blockIdx.x) + p.first_head) / heads;
+    w.head = (of_launch + p.first_head) % heads;
+    w.batch = (of_launch + p.first_head) / heads;
     w.first_tile = 0;
     int end = kOf == Of::keys ? p.query_count : p.key_count;
     if (causal && kOf == Of::keys) w.first_tile = w.row / Tiles::kOther;
@@ -149,43 +157,53 @@ struct Work {
 };
 
 template <Of kOf, class Tiles>
-__device__ void copy_tiles(const Backward& p, const Memory<Tiles>& memory, const Work<kOf, Tiles>& work) {
+__device__ void copy_tiles(const Backward& p, const Memory<Tiles>& memory, bool causal) {
   auto& barriers = *memory.barriers;
-  arrive_and_expect(&barriers.own, 2 * Tiles::kOwnBytes);
-  for (int which = 0; which < 2; ++which) {
-    for (int part = 0; part < Tiles::kParts; ++part) {
-      copy_tile(memory.own_tile(which) + part * Tiles::kOwnPart, &p.own[which], &barriers.own,
-                part * kPartColumns, work.row, work.head, work.batch);
-    }
-  }
-  for (int i = 0; i < work.tiles; ++i) {
-    const int stage = i % Tiles::kStages, head = work.other_head(p, i), row = work.other_row(i);
-    wait(&barriers.read[stage], i / Tiles::kStages % 2 ^ 1);
-    static_assert(Tiles::kOther == kQueries);
-    constexpr int kQueryBytes = kOf == Of::keys ? sizeof(Queries) : 0;
-    arrive_and_expect(&barriers.there[stage], 2 * Tiles::kOtherBytes + kQueryBytes);
+  int step = 0, walk = 0;
+#pragma unroll 1
+  for (int number = static_cast<int>(blockIdx.x); number < p.walks;
+       number += static_cast<int>(gridDim.x), ++walk) {
+    const auto work = Work<kOf, Tiles>::of(p, number, causal);
+    const int own = walk % Tiles::kOwnStages;
+    wait(&barriers.own_read[own], walk / Tiles::kOwnStages % 2 ^ 1);
+    arrive_and_expect(&barriers.own_there[own], 2 * Tiles::kOwnBytes);
     for (int which = 0; which < 2; ++which) {
       for (int part = 0; part < Tiles::kParts; ++part) {
-        copy_tile(memory.other_tile(stage, which) + part * Tiles::kOtherPart, &p.other[which],
-                  &barriers.there[stage], part * kPartColumns, row, head, work.batch);
+        copy_tile(memory.own_tile(own, which) + part * Tiles::kOwnPart, &p.own[which],
+                  &barriers.own_there[own], part * kPartColumns, work.row, work.head, work.batch);
       }
     }
-    if constexpr (kOf == Of::keys) {
-      copy_bytes(memory.queries + stage, queries_of(p, work.batch, head) + row / kQueries, kQueryBytes,
-                 &barriers.there[stage]);
+#pragma unroll 1
+    for (int i = 0; i < work.tiles; ++i, ++step) {
+      const int stage = step % Tiles::kStages, head = work.other_head(p, i), row = work.other_row(i);
+      wait(&barriers.read[stage], step / Tiles::kStages % 2 ^ 1);
+      static_assert(Tiles::kOther == kQueries);
+      constexpr int kQueryBytes = kOf == Of::keys ? sizeof(Queries) : 0;
+      arrive_and_expect(&barriers.there[stage], 2 * Tiles::kOtherBytes + kQueryBytes);
+      for (int which = 0; which < 2; ++which) {
+        for (int part = 0; part < Tiles::kParts; ++part) {
+          copy_tile(memory.other_tile(stage, which) + part * Tiles::kOtherPart, &p.other[which],
+                    &barriers.there[stage], part * kPartColumns, row, head, work.batch);
+        }
+      }
+      if constexpr (kOf == Of::keys) {
+        copy_bytes(memory.queries + stage, queries_of(p, work.batch, head) + row / kQueries, kQueryBytes,
+                   &barriers.there[stage]);
+      }
     }
   }
 }
 
-// A warpgroup's 64 rows. Of keys: scores are [key][query], and the weights of its rows, times the gradients,
-// are those of the values.
+// A warpgroup's 64 rows of each walk. Of keys: scores are [key][query], and the weights of its rows, times
+// the gradients, are those of the values.
 template <class T, Of kOf, class Tiles, bool kCausal>
 struct Consumer {
   static constexpr int kScores = Tiles::kOther / 2, kSteps = Tiles::kOther / 16, kSums = Tiles::kWidth / 2;
   const Backward& p;
   const Memory<Tiles>& memory;
-  const Work<kOf, Tiles> work;
   const int group;
+  Work<kOf, Tiles> work{};
+  int walk = 0, before = 0;  // walks, and tiles of the others, before this walk
   // Gradients of keys or queries; and of values.
   float first[1][kSums], second[1][kSums];
   float score[kScores], grad[kScores];
@@ -198,14 +216,17 @@ struct Consumer {
   static constexpr int kOwnSteps = kOwnInRegisters ? Tiles::kWidth / 16 : 1;
   uint32_t own[2][kOwnSteps][4];
 
-  __device__ Consumer(const Backward& parameters, const Memory<Tiles>& tiles, const Work<kOf, Tiles>& mine,
-                      int number)
-      : p(parameters), memory(tiles), work(mine), group(number) {}
+  __device__ Consumer(const Backward& parameters, const Memory<Tiles>& tiles, int number)
+      : p(parameters), memory(tiles), group(number) {}
 
   __device__ int row(int half) const {
     return work.row + 64 * group + warp() * 16 + lane_id() / 4 + 8 * half;
   }
   static __device__ int warp() { return static_cast<int>(threadIdx.x) / kWarp % 4; }
+
+  __device__ unsigned char* own_tile(int which) const {
+    return memory.own_tile(walk % Tiles::kOwnStages, which);
+  }
 
   // Scores, or the weights' gradients, of a tile.
   __device__ void start_scores(float (&to)[kScores], int which, int stage) {
@@ -220,7 +241,7 @@ struct Consumer {
       commit_products();
       return;
     }
-    start_rows_by_rows<T, Tiles::kParts>(to, shared_address(memory.own_tile(which)) + 64 * group * kPartPitch,
+    start_rows_by_rows<T, Tiles::kParts>(to, shared_address(own_tile(which)) + 64 * group * kPartPitch,
                                          Tiles::kOwnPart, shared_address(memory.other_tile(stage, which)),
                                          Tiles::kOtherPart);
   }
@@ -231,7 +252,7 @@ struct Consumer {
 #pragma unroll
       for (int step = 0; step < kOwnSteps; ++step) {
         const int piece = step % 4 * 2 + lane_id() / 16;
-        load_matrices<false>(own[which][step], memory.own_tile(which) + step / 4 * Tiles::kOwnPart +
+        load_matrices<false>(own[which][step], own_tile(which) + step / 4 * Tiles::kOwnPart +
                                                    row * kPartPitch + (piece ^ row % 8) * 16);
       }
     }
@@ -307,14 +328,14 @@ struct Consumer {
   }
   __device__ void step(int i) {
     auto& barriers = *memory.barriers;
-    const int stage = i % Tiles::kStages;
-    wait(&barriers.there[stage], i / Tiles::kStages % 2);
+    const int stage = (before + i) % Tiles::kStages;
+    wait(&barriers.there[stage], (before + i) / Tiles::kStages % 2);
     hold(score);
     start_scores(score, 0, stage);
     // The sums of the tile before are done then, whose operands leave their registers to what follows.
     wait_for_products<1>();
     hold_sums();
-    if (i > 0) release(&barriers.read[(i - 1) % Tiles::kStages]);
+    if (i > 0) release(&barriers.read[(before + i - 1) % Tiles::kStages]);
     hold(grad);
     start_scores(grad, 1, stage);
     wait_for_products<1>();
@@ -365,7 +386,7 @@ struct Consumer {
     }
   }
 
-  __device__ void run() {
+  __device__ void run_walk() {
     if constexpr (kOf == Of::queries) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -377,21 +398,39 @@ struct Consumer {
         product[half] = of.product[row(half) % kQueries];
       }
     }
-    wait(&memory.barriers->own, 0);
+    wait(&memory.barriers->own_there[walk % Tiles::kOwnStages], walk / Tiles::kOwnStages % 2);
     if constexpr (kOwnInRegisters) load_own();
     if (work.tiles == 0) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) first[0][i] = second[0][i] = 0;
-      return store();
+      const float none[1][kSums] = {};
+      return store(none, none);
     }
-    // Sums are not set to 0 here but by their first products: see multiply_in_warpgroups().
+    // Sums are not set to 0 but by their first products: see multiply_in_warpgroups().
     for (int i = 0; i < work.tiles; ++i) step(i);
     wait_for_products<0>();
     hold_sums();
-    store();
+    before += work.tiles;
+    release(&memory.barriers->read[(before - 1) % Tiles::kStages]);
+    store(first, second);
+  }
+  __device__ void run() {
+    if constexpr (Tiles::kOwnStages == 1) {
+      work = Work<kOf, Tiles>::of(p, static_cast<int>(blockIdx.x), kCausal);
+      run_walk();
+    } else {
+#pragma unroll 1
+      for (int number = static_cast<int>(blockIdx.x); number < p.walks;
+           number += static_cast<int>(gridDim.x), ++walk) {
+        work = Work<kOf, Tiles>::of(p, number, kCausal);
+        run_walk();
+        // The next copy to there comes after what was written and read there.
+        show_to_tensor_cores();
+        meet_warp();
+        release(&memory.barriers->own_read[walk % Tiles::kOwnStages]);
+      }
+    }
   }
 
-  __device__ void store() {
+  __device__ void store(const float (&of_first)[1][kSums], const float (&of_second)[1][kSums]) {
     const int first_row = 64 * group + 16 * warp(), row = work.row + first_row,
               count = kOf == Of::keys ? p.key_count : p.query_count;
     const auto output = [&](void* to, const HeadStrides& strides) {
@@ -399,10 +438,10 @@ struct Consumer {
     };
     // All products that read the block's own rows are done, those of this warp's rows by this warp.
     const float scale[2] = {p.scale, p.scale}, one[2] = {1, 1};
-    store_rows<T>(memory.own_tile(0) + first_row * kPartPitch, Tiles::kOwnPart, first, scale,
+    store_rows<T>(own_tile(0) + first_row * kPartPitch, Tiles::kOwnPart, of_first, scale,
                   RowsToStore{row, count, p.width, p.first_strides.row}, output(p.first, p.first_strides));
     if constexpr (kOf == Of::keys) {
-      store_rows<T>(memory.own_tile(1) + first_row * kPartPitch, Tiles::kOwnPart, second, one,
+      store_rows<T>(own_tile(1) + first_row * kPartPitch, Tiles::kOwnPart, of_second, one,
                     RowsToStore{row, count, p.value_width, p.second_strides.row},
                     output(p.second, p.second_strides));
     }
@@ -469,7 +508,10 @@ __global__ void __launch_bounds__(Tiles::kBlock, 1) differentiate(const __grid_c
       prefetch(&p.own[which]);
       prefetch(&p.other[which]);
     }
-    make_barrier(&barriers.own, 1);
+    for (int stage = 0; stage < Tiles::kOwnStages; ++stage) {
+      make_barrier(&barriers.own_there[stage], 1);
+      make_barrier(&barriers.own_read[stage], 4 * Tiles::kConsumers);
+    }
     for (int stage = 0; stage < Tiles::kStages; ++stage) {
       make_barrier(&barriers.there[stage], 1);
       make_barrier(&barriers.read[stage], 4 * Tiles::kConsumers);
@@ -477,14 +519,13 @@ __global__ void __launch_bounds__(Tiles::kBlock, 1) differentiate(const __grid_c
     finish_barriers();
   }
   __syncthreads();
-  const auto work = Work<kOf, Tiles>::of(p, kCausal);
   const int group = same_in_warp(static_cast<int>(threadIdx.x) / kWarpgroup);
   if (group == 0) {
     give_registers<Tiles::kProducerRegisters>();
-    if (threadIdx.x == 0) copy_tiles<kOf, Tiles>(p, memory, work);
+    if (threadIdx.x == 0) copy_tiles<kOf, Tiles>(p, memory, kCausal);
   } else {
     take_registers<Tiles::kConsumerRegisters>();
-    Consumer<T, kOf, Tiles, kCausal>(p, memory, work, group - 1).run();
+    Consumer<T, kOf, Tiles, kCausal>(p, memory, group - 1).run();
   }
 #else
   // Nobody starts it on such a GPU.
@@ -686,7 +727,11 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
     map(&p.other[0], other0, Tiles::kOther);
     map(&p.other[1], other1, Tiles::kOther);
     if (wrong != nullptr) return;
-    const dim3 grid{static_cast<unsigned>(heads), static_cast<unsigned>(ceil_div(own0.rows, Tiles::kOwn))};
+    p.heads_of_launch = static_cast<int>(heads);
+    p.walks = static_cast<int>(heads * ceil_div(own0.rows, Tiles::kOwn));
+    dim3 grid{static_cast<unsigned>(p.walks)};
+    // Walks of a causal call differ in length: the GPU gives the next one to whoever has room.
+    if (Tiles::kOwnStages > 1 && !kCausal && grid.x > multiprocessors()) grid.x = multiprocessors();
     wrong = launch(differentiate<T, kOf, Tiles, kCausal>, grid, dim3{Tiles::kBlock}, shared_bytes<Tiles>(),
                    stream, p);
   };
