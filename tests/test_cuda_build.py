@@ -15,7 +15,7 @@ OBJECTS = BUILD / "CMakeFiles" / "_C_cuda.dir" / "csrc" / "cuda"
 NVCC = shutil.which("nvcc")
 TILED = ("conv", "conv_stem", "conv_stem_gradients", "conv_weight_gradient", "depthwise", "depthwise_strips")
 # Kernels of which a block has a multiprocessor to itself; its warpgroups share out their registers on their own.
-OF_WARPGROUPS = re.compile("WarpgroupTile|attend|differentiate")
+OF_WARPGROUPS = re.compile("WarpgroupTile|attend|differentiate|multiply_kept")
 
 if NVCC is None:
     missing("no nvcc on PATH")

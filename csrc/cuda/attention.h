@@ -33,8 +33,10 @@ const char* attention_forward_on_hopper(const AttentionForwardOnHopperArgs& args
 
 // The sums of both gradients of a tile of keys take half of the registers that there are: up to 128 wide.
 inline bool backward_fits_hopper(const AttentionShape& s) {
-  constexpr int64_t kMost = int64_t{1} << 22;  // of which a grid's second dimension counts tiles
-  return fits_hopper(s) && s.width <= 128 && s.value_width <= 128 && s.queries < kMost && s.keys < kMost;
+  // A grid's second dimension counts tiles of queries, and its first one all tiles of keys.
+  constexpr int64_t kMost = int64_t{1} << 22, kMostTiles = int64_t{1} << 30;
+  return fits_hopper(s) && s.width <= 128 && s.value_width <= 128 && s.queries < kMost && s.keys < kMost &&
+         (s.keys + 127) / 128 * s.batch * s.key_heads <= kMostTiles;
 }
 
 struct AttentionBackwardOnHopperArgs {
@@ -48,10 +50,14 @@ struct AttentionBackwardOnHopperArgs {
   const float* statistics;
   void *grad_query, *grad_key, *grad_value;
   HeadStrides grad_query_strides, grad_key_strides, grad_value_strides;
-  void* workspace;  // of attention_backward_workspace's bytes
+  void* workspace;    // of attention_backward_workspace's bytes
+  int64_t most_kept;  // as was given there
 };
 
-size_t attention_backward_workspace(const AttentionShape& shape);
+// Gradients of scores are kept, of as many heads at a time as take `most_kept` bytes, or else made twice,
+// which are seven products instead of five. With half a GB a GPU has some blocks for each multiprocessor.
+constexpr int64_t kMostKept = int64_t{512} << 20;
+size_t attention_backward_workspace(const AttentionShape& shape, int64_t most_kept);
 const char* attention_backward_on_hopper(const AttentionBackwardOnHopperArgs& args, Stream stream);
 
 }  // namespace fastnn::cuda

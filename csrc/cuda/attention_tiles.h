@@ -40,15 +40,21 @@ __device__ void start_rows_by_rows(float (&to)[N], uint32_t a, int a_part, uint3
 }
 
 // Writes a warp's 16 rows of sums, times a factor for each of a lane's two (see store_rows.h). The first
-// dimension of the sums are halves of the columns.
-template <class T, int kHalves, int kSums>
+// dimension of the sums are halves of the columns. Row r is number row_of(r) from the first one on.
+template <class T, int kHalves, int kSums, class RowOf>
 __device__ void store_rows(unsigned char* tile, int part_bytes, const float (&total)[kHalves][kSums],
-                           const float (&factor)[2], const RowsToStore& rows, T* output) {
+                           const float (&factor)[2], const RowsToStore& rows, T* output,
+                           const RowOf& row_of) {
   const auto pair = [&](int j) {
     const float (&sums)[kSums] = total[j / kSums];
     return narrow_pair<T>(sums[j % kSums] * factor[j / 2 % 2], sums[j % kSums + 1] * factor[j / 2 % 2]);
   };
-  store_pairs<kHalves * kSums>(tile, part_bytes, pair, rows, output);
+  store_pairs<kHalves * kSums>(tile, part_bytes, pair, rows, output, row_of);
+}
+template <class T, int kHalves, int kSums>
+__device__ void store_rows(unsigned char* tile, int part_bytes, const float (&total)[kHalves][kSums],
+                           const float (&factor)[2], const RowsToStore& rows, T* output) {
+  store_rows<T>(tile, part_bytes, total, factor, rows, output, [](int r) { return r; });
 }
 
 #endif

@@ -216,7 +216,7 @@ __device__ inline void finish_before(float* to, float number) {
 // d (+)= a b, of 64 rows by 64, 128 or 256 columns over a depth of 16; thread t of the warpgroup holds of d,
 // in each 8 columns, what a lane holds after multiply_bf16 (tensor_core.h), of the 16 rows of its warp.
 // Operands in shared memory are named by descriptors (below): tiles [row or column][depth], or else
-// [depth][row or column]; beside an a in registers b is [depth][column].
+// [depth][row or column].
 #define FASTNN_REGISTERS_32                                                                          \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
   "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
@@ -256,20 +256,21 @@ __device__ inline void finish_before(float* to, float number) {
                  : "l"(a_tile), "l"(b_tile), "r"(int{accumulates}), "n"(int{!kDepthInsideA}),           \
                    "n"(int{!kDepthInsideB}));                                                           \
   }
-#define FASTNN_REGISTERS_BY_SHARED(name, type, count, shape, a, b, accumulate)                         \
+#define FASTNN_REGISTERS_BY_SHARED(name, type, count, shape, a, b, accumulate, transposed_b)           \
+  template <bool kDepthInsideB>                                                                        \
   __device__ inline void name(float (&d)[count], const uint32_t (&a_registers)[4], uint64_t b_tile,    \
                               bool accumulates) {                                                      \
-    asm volatile(FASTNN_WGMMA(shape, type, FASTNN_REGISTERS_##count, a, b, accumulate, "1")            \
+    asm volatile(FASTNN_WGMMA(shape, type, FASTNN_REGISTERS_##count, a, b, accumulate, transposed_b)   \
                  : FASTNN_##count(d, 0)                                                                \
                  : "r"(a_registers[0]), "r"(a_registers[1]), "r"(a_registers[2]), "r"(a_registers[3]), \
-                   "l"(b_tile), "r"(int{accumulates}));                                                \
+                   "l"(b_tile), "r"(int{accumulates}), "n"(int{!kDepthInsideB}));                      \
   }
-#define FASTNN_PRODUCTS(name, type)                                                              \
-  FASTNN_SHARED_BY_SHARED(name, type, 32, "m64n64k16", "%32", "%33", "%34", "%35", "%36")        \
-  FASTNN_SHARED_BY_SHARED(name, type, 64, "m64n128k16", "%64", "%65", "%66", "%67", "%68")       \
-  FASTNN_SHARED_BY_SHARED(name, type, 128, "m64n256k16", "%128", "%129", "%130", "%131", "%132") \
-  FASTNN_REGISTERS_BY_SHARED(name, type, 32, "m64n64k16", "{%32, %33, %34, %35}", "%36", "%37")  \
-  FASTNN_REGISTERS_BY_SHARED(name, type, 64, "m64n128k16", "{%64, %65, %66, %67}", "%68", "%69")
+#define FASTNN_PRODUCTS(name, type)                                                                    \
+  FASTNN_SHARED_BY_SHARED(name, type, 32, "m64n64k16", "%32", "%33", "%34", "%35", "%36")              \
+  FASTNN_SHARED_BY_SHARED(name, type, 64, "m64n128k16", "%64", "%65", "%66", "%67", "%68")             \
+  FASTNN_SHARED_BY_SHARED(name, type, 128, "m64n256k16", "%128", "%129", "%130", "%131", "%132")       \
+  FASTNN_REGISTERS_BY_SHARED(name, type, 32, "m64n64k16", "{%32, %33, %34, %35}", "%36", "%37", "%38") \
+  FASTNN_REGISTERS_BY_SHARED(name, type, 64, "m64n128k16", "{%64, %65, %66, %67}", "%68", "%69", "%70")
 FASTNN_PRODUCTS(multiply_group_bf16, "bf16")
 FASTNN_PRODUCTS(multiply_group_f16, "f16")
 #undef FASTNN_PRODUCTS
@@ -353,12 +354,12 @@ __device__ inline void multiply_group(float (&d)[N], uint64_t a, uint64_t b, boo
     multiply_group_f16<kDepthInsideA, kDepthInsideB>(d, a, b, accumulate);
   }
 }
-template <class T, int N>
+template <class T, bool kDepthInsideB = false, int N>
 __device__ inline void multiply_group(float (&d)[N], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   if constexpr (std::is_same_v<T, bf16>) {
-    multiply_group_bf16(d, a, b, accumulate);
+    multiply_group_bf16<kDepthInsideB>(d, a, b, accumulate);
   } else {
-    multiply_group_f16(d, a, b, accumulate);
+    multiply_group_f16<kDepthInsideB>(d, a, b, accumulate);
   }
 }
 

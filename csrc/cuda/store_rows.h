@@ -16,9 +16,10 @@ struct RowsToStore {
 
 // Writes a warp's 16 rows of 2 kSums elements through 16 rows of a tile in shared memory that nobody else
 // uses, so that rows are written 16 bytes at a time. pair(j) is what a thread has of its j-th and next sum.
-template <int kSums, class T, class Pair>
+// Row r is number row_of(r) from the first one on.
+template <int kSums, class T, class Pair, class RowOf>
 __device__ void store_pairs(unsigned char* tile, int part_bytes, const Pair& pair, const RowsToStore& rows,
-                            T* output) {
+                            T* output, const RowOf& row_of) {
   const auto place = [&](int row, int column) {
     return tile + column / kPartColumns * part_bytes + row * kPartPitch + (column / 8 % 8 ^ row % 8) * 16;
   };
@@ -30,11 +31,16 @@ __device__ void store_pairs(unsigned char* tile, int part_bytes, const Pair& pai
   meet_warp();
   constexpr int kPieces = kSums * 2 / 8;
   for (int i = lane_id(); i < 16 * kPieces; i += kWarp) {
-    const int r = i / kPieces, column = i % kPieces * 8;
-    if (rows.first + r >= rows.count || column >= rows.width) continue;
-    *reinterpret_cast<Vector<T, 8>*>(output + (rows.first + r) * rows.pitch + column) =
+    const int r = i / kPieces, column = i % kPieces * 8, row = rows.first + row_of(r);
+    if (row >= rows.count || column >= rows.width) continue;
+    *reinterpret_cast<Vector<T, 8>*>(output + row * rows.pitch + column) =
         *reinterpret_cast<const Vector<T, 8>*>(place(r, column));
   }
+}
+template <int kSums, class T, class Pair>
+__device__ void store_pairs(unsigned char* tile, int part_bytes, const Pair& pair, const RowsToStore& rows,
+                            T* output) {
+  store_pairs<kSums>(tile, part_bytes, pair, rows, output, [](int r) { return r; });
 }
 
 #endif

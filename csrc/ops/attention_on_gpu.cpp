@@ -78,7 +78,8 @@ void _attention_backward_on_hopper(Tensor grad, Tensor query, Tensor key, Tensor
   const Tensor g = mapped(grad), q = mapped(query), k = mapped(key), v = mapped(value), y = mapped(output),
                kept = dense(statistics);
   Tensor workspace =
-      empty_like(query, ScalarType::Byte, {static_cast<int64_t>(cuda::attention_backward_workspace(s))});
+      empty_like(query, ScalarType::Byte,
+                 {static_cast<int64_t>(cuda::attention_backward_workspace(s, cuda::kMostKept))});
   const cuda::AttentionBackwardOnHopperArgs args{dtype_of(query, "query"),
                                                  s,
                                                  is_causal,
@@ -100,7 +101,8 @@ void _attention_backward_on_hopper(Tensor grad, Tensor query, Tensor key, Tensor
                                                  strides_of(grad_query),
                                                  strides_of(grad_key),
                                                  strides_of(grad_value),
-                                                 workspace.mutable_data_ptr()};
+                                                 workspace.mutable_data_ptr(),
+                                                 cuda::kMostKept};
   run_on_gpu(cuda::attention_backward_on_hopper, query, args);
 }
 

@@ -36,11 +36,11 @@ void forward(const py::array& query, const py::array& key, const py::array& valu
 
 void backward(const py::array& grad, const py::array& query, const py::array& key, const py::array& value,
               const py::array& output, const py::array& statistics, bool causal, float scale,
-              py::array grad_query, py::array grad_key, py::array grad_value) {
+              py::array grad_query, py::array grad_key, py::array grad_value, int64_t most_kept) {
   const AttentionShape s = shape_of(query, key, value);
   if (!cuda::backward_fits_hopper(s)) throw py::value_error("no tiles for this shape");
   // Of exactly so many bytes, and full of NaN.
-  const size_t bytes = cuda::attention_backward_workspace(s);
+  const size_t bytes = cuda::attention_backward_workspace(s, most_kept);
   const std::unique_ptr<void, void (*)(void*)> workspace(
       ::operator new(bytes, std::align_val_t{64}),
       [](void* p) { ::operator delete(p, std::align_val_t{64}); });
@@ -66,7 +66,8 @@ void backward(const py::array& grad, const py::array& query, const py::array& ke
                                               strides_of(grad_query),
                                               strides_of(grad_key),
                                               strides_of(grad_value),
-                                              workspace.get()},
+                                              workspace.get(),
+                                              most_kept},
                                              nullptr));
 }
 
@@ -74,7 +75,10 @@ void backward(const py::array& grad, const py::array& query, const py::array& ke
 
 void bind_cuda_attention(py::module_& m) {
   m.def("attention_forward_on_hopper", forward);
-  m.def("attention_backward_on_hopper", backward);
+  m.def("attention_backward_on_hopper", backward, py::arg("grad"), py::arg("query"), py::arg("key"),
+        py::arg("value"), py::arg("output"), py::arg("statistics"), py::arg("causal"), py::arg("scale"),
+        py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"),
+        py::arg("most_kept") = cuda::kMostKept);
 }
 
 }  // namespace fastnn::tests

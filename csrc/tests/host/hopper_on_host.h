@@ -68,10 +68,10 @@ void start_product(PendingProduct product);
     host::start_product(                                                                                  \
         {d, 2 * N, is_bf16, accumulate, false, kDepthInsideA, kDepthInsideB, {}, nullptr, a, b});         \
   }                                                                                                       \
-  template <int N>                                                                                        \
+  template <bool kDepthInsideB, int N>                                                                    \
   void name(float (&d)[N], const uint32_t (&a)[4], uint64_t b, bool accumulate) {                         \
     const auto lanes = host::exchange(#name " of registers", std::to_array(a));                           \
-    host::PendingProduct product{d, 2 * N, is_bf16, accumulate, true, true, false, {}, a, 0, b};          \
+    host::PendingProduct product{d, 2 * N, is_bf16, accumulate, true, true, kDepthInsideB, {}, a, 0, b};  \
     for (int t = 0; t < 4; ++t) std::memcpy(product.a[t], lanes[lane_id() / 4 * 4 + t].data(), sizeof a); \
     host::start_product(product);                                                                         \
   }

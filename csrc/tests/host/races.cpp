@@ -92,7 +92,8 @@ const char* run_attention() {
                                              rows,
                                              rows,
                                              rows,
-                                             workspace.data()},
+                                             workspace.data(),
+                                             cuda::kMostKept},
                                             nullptr);
 }
 
