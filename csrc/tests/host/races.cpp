@@ -101,7 +101,7 @@ const char* run_linear() {
   for (const int tile_columns : {64, 128, 256}) {
     cuda::MatrixProductArgs args{DType::bf16,
                                  200,
-                                 520,
+                                 264,
                                  200,
                                  tile_columns,
                                  {a.data(), true},
