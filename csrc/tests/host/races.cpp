@@ -104,6 +104,7 @@ const char* run_linear() {
                                  264,
                                  200,
                                  tile_columns,
+                                 false,
                                  {a.data(), true},
                                  {b.data(), true},
                                  beside.data(),
@@ -112,6 +113,8 @@ const char* run_linear() {
                                  output.data(),
                                  nullptr};
     if (const char* wrong = cuda::matrix_product(args, nullptr)) return wrong;
+    args.pairs = tile_columns == 256;
+    if (const char* wrong = args.pairs ? cuda::matrix_product(args, nullptr) : nullptr) return wrong;
     args.depth = 1100;
     args.a.depth_inside = args.b.depth_inside = false;
     args.bias = args.residual = nullptr;
