@@ -166,7 +166,7 @@ __device__ inline void arrive_at(uint64_t* barrier, int block) {
       "{\n\t"
       ".reg .b32 there;\n\t"
       "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t"
       "}" ::"r"(shared_address(barrier)),
       "r"(block)
       : "memory");
