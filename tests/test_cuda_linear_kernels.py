@@ -7,8 +7,8 @@ import pytest
 from kernel_module import ACTIVATIONS, DTYPES, EPS, behind, kernels
 
 SIXTEEN_BITS = ("bfloat16", "float16")
-# Columns of a tile, of which a block that stays has several one after another.
-TILES = (64, 128, 256)
+# Columns of a tile, of which a block that stays has several one after another, and whether blocks work in pairs.
+TILES = ((64, False), (128, False), (256, False), (256, True))
 # Rows, columns and depth; tiles have 128 rows, and steps a depth of 64.
 SIZES = [(1, 8, 8), (3, 24, 72), (197, 136, 200), (1000, 136, 72), (130, 1000, 136), (260, 600, 64)]
 
@@ -26,11 +26,13 @@ def matrices(rows, columns, depth, dtype, inside_a=True, inside_b=True):
     return a, b, bias, residual, exact, size
 
 
-def multiply(a, b, shape, inside_a=True, inside_b=True, bias=None, activation="none", residual=None, tile=0):
+def multiply(
+    a, b, shape, inside_a=True, inside_b=True, bias=None, activation="none", residual=None, tile=(0, False)
+):
     """The product, and the bytes of its workspace."""
     output = np.full(shape, np.nan, a.dtype)
     bytes_ = kernels.matrix_product_on_hopper(
-        tile, a, inside_a, b, inside_b, bias, activation, residual, output
+        *tile, a, inside_a, b, inside_b, bias, activation, residual, output
     )
     return output, bytes_
 

@@ -366,7 +366,9 @@ def test_by_warpgroups_linear(in_place_of_hopper, shape, features, dtype, activa
     apart = torch.cat([x, x], -1)[..., :width]
     shifted = torch.cat([w.flatten()[:1], w.flatten()])[1:].view_as(w)
     assert linear._covers_warpgroups(x, w)
-    forward = OPS["linear_activation"].candidates[gpu.WARPGROUPS]
+    # Any of them could be of pairs.
+    by_warpgroups = linear.PAIRS if len(shape) == 2 else gpu.WARPGROUPS
+    forward = OPS["linear_activation"].candidates[by_warpgroups]
     for args in ((x, w, b, None), (x, w, None, residual), (apart, shifted, b, residual)):
         y = forward(*args, number)
         assert y.stride() == linear.fake(*args[:3]).stride()
@@ -374,7 +376,7 @@ def test_by_warpgroups_linear(in_place_of_hopper, shape, features, dtype, activa
         assert_as_good(y, linear.stock_activation(*args, number), exact, roundings=2, depth=width)
     for name in ("linear", "linear_relu"):
         op = OPS[name]
-        ours = op.candidates[gpu.WARPGROUPS](x, w, b)
+        ours = op.candidates[by_warpgroups](x, w, b)
         exact = op.stock(x.double(), w.double(), b.double())
         assert_as_good(ours, op.stock(x, w, b), exact, roundings=2, depth=width)
 
@@ -384,7 +386,7 @@ def test_by_warpgroups_linear(in_place_of_hopper, shape, features, dtype, activa
         calls.append(("linear_activation_backward", (upstream, x, w, y, number, False)))
     for name, args in calls:
         op = OPS[name]
-        backward = op.candidates[gpu.WARPGROUPS]
+        backward = op.candidates[by_warpgroups]
         ours, fakes = backward(*args, True, True, True), op.fake(*args, True, True, True)
         exact = op.stock(*(t.double() if isinstance(t, torch.Tensor) else t for t in args), True, True, True)
         stock = op.stock(*args, True, True, True)
@@ -424,6 +426,10 @@ def test_linear_that_the_warpgroups_do_not_take(in_place_of_hopper, ops):
     for a, b in ((x.float(), w.float()), (x[:, :12], w[:, :12]), (x, w[:7]), (x[:0], w)):
         assert not covers(a, b, None)
         assert not of_gradients(torch.zeros(a.shape[0], b.shape[0]), a, b, True, True, True)
+    pairs, wide = OPS["linear"].covers[linear.PAIRS], torch.zeros(136, 136, dtype=torch.float16)
+    assert pairs(wide, wide, None)
+    assert not pairs(wide[:128], wide, None)
+    assert not pairs(wide, wide[:128], None)
     y = torch.zeros(4, 8, dtype=torch.float16)
     for args, message in (
         ((x.float(), w.float(), None, None, 0), "bfloat16 or float16"),
@@ -434,7 +440,7 @@ def test_linear_that_the_warpgroups_do_not_take(in_place_of_hopper, ops):
         ((x, w, None, None, 99), "activation"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops._linear_on_hopper(*args)
+            ops._linear_on_hopper(*args, False)
     wanted = (True, True, True)
     for args, message in (
         ((y, x, w, None, 0, True, *wanted), "no gradient of a residual"),
@@ -444,7 +450,7 @@ def test_linear_that_the_warpgroups_do_not_take(in_place_of_hopper, ops):
         ((y.float(), x.float(), w.float(), None, 0, False, *wanted), "bfloat16 or float16"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops._linear_backward_on_hopper(*args)
+            ops._linear_backward_on_hopper(*args, False)
 
 
 def test_what_the_warpgroups_do_not_take(in_place_of_hopper, ops):

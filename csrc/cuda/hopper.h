@@ -161,6 +161,41 @@ __device__ inline void copy_tile(void* to, const TensorMap* map, uint64_t* barri
       : "memory");
 }
 
+// ---- clusters: blocks that run at the same time and reach each other's shared memory ----
+
+__device__ inline int block_of_cluster() {
+  int number;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(number));
+  return number;
+}
+// All threads of all blocks come here before any goes on: before the first reaches into another block, and
+// before a block ends that others reach into.
+__device__ inline void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// At the barrier of a block of the cluster that lies where this one does.
+__device__ inline void arrive_at(uint64_t* barrier, int block) {
+  asm volatile(
+      "{\n\t"
+      ".reg .b32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(block)
+      : "memory");
+}
+// copy_tile to the same place in each of the first so many blocks of the cluster, whose barriers count the
+// bytes.
+__device__ inline void copy_tile_to_all(void* to, const TensorMap* map, uint64_t* barrier, int column,
+                                        int row, int head, int batch, int blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch),
+      "h"(static_cast<uint16_t>((1 << blocks) - 1))
+      : "memory");
+}
+
 // Copies bytes that lie side by side, in sixteens and aligned so, which the barrier counts.
 __device__ inline void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile(

@@ -19,7 +19,7 @@ struct MatrixProduct {
   Activation activation;
   int rows, columns;
   int steps, part_steps;  // of the depth in all and of a part; the last part may have fewer
-  uint32_t down, across;  // tiles
+  uint32_t down, across;  // tiles, those of a cluster taken for one
   uint32_t pieces;        // tiles of all parts
 };
 
@@ -50,35 +50,56 @@ struct Turn {
   __device__ int before() const { return (stage == 0 ? kStages : stage) - 1; }
 };
 
+// All warps of a cluster have read what the stage holds of its blocks.
+template <int kCluster>
+__device__ void release_in_cluster(uint64_t* read) {
+  if constexpr (kCluster == 1) {
+    release(read);
+  } else if (lane_id() < kCluster) {
+    arrive_at(read, lane_id());
+  }
+}
+
 // A tile of a part of the depth. Blocks that run at the same time have tiles of about as many rows as
 // columns, which share what the second-level cache holds: 16 tiles down and what 132 blocks leave across.
-template <class Tile>
+template <class Tile, int kCluster>
 struct Piece {
   int row, column, first_step, steps, part;
 
-  __device__ Piece(const MatrixProduct& p, uint32_t number) {
-    constexpr uint32_t kGroup = 16;
+  __device__ Piece(const MatrixProduct& p, uint32_t number, int block) {
+    constexpr uint32_t kGroup = 16 / kCluster;
     const uint32_t tiles = p.down * p.across, which = number / tiles, in_part = number - which * tiles,
                    of_group = kGroup * p.across, first = in_part / of_group * kGroup,
                    in_group = in_part % of_group, left = p.down - first,
                    height = left < kGroup ? left : kGroup;
     part = static_cast<int>(which);
-    row = static_cast<int>(first + in_group % height) * Tile::kRows;
+    row = (static_cast<int>(first + in_group % height) * kCluster + block) * Tile::kRows;
     column = static_cast<int>(in_group / height) * Tile::kColumns;
     first_step = part * p.part_steps;
     steps = min(p.part_steps, p.steps - first_step);
   }
 };
 
-template <class Operand>
-__device__ void copy_operand(unsigned char* to, const TensorMap* map, uint64_t* there, int extent, int step) {
+// Copies an operand's tile, of which blocks of a cluster that share it copy a part each for all.
+template <class Operand, int kSharers>
+__device__ void copy_operand(unsigned char* to, const TensorMap* map, uint64_t* there, int extent, int step,
+                             int block) {
+  constexpr int kExtent = Operand::kExtent / kSharers;
   const int depth = step * Operand::kDepth;
+  const auto copy = [&](unsigned char* tile, int column, int row) {
+    if constexpr (kSharers == 1) {
+      copy_tile(tile, map, there, column, row, 0, 0);
+    } else {
+      copy_tile_to_all(tile, map, there, column, row, 0, 0, kSharers);
+    }
+  };
+  extent += block * kExtent;
+  to += block * kExtent * Operand::kDepth * 2;
   if constexpr (Operand::kDepthInside) {
-    copy_tile(to, map, there, depth, extent, 0, 0);
+    copy(to, depth, extent);
   } else {
-    for (int part = 0; part < Operand::kExtent / kPartColumns; ++part) {
-      copy_tile(to + part * Operand::kDepth * kPartPitch, map, there, extent + part * kPartColumns, depth, 0,
-                0);
+    for (int part = 0; part < kExtent / kPartColumns; ++part) {
+      copy(to + part * Operand::kDepth * kPartPitch, extent + part * kPartColumns, depth);
     }
   }
 }
@@ -198,7 +219,7 @@ __device__ void write_part(const MatrixProduct& p, int part, int row, int first_
 
 #endif  // FASTNN_HOPPER
 
-template <class T, class Tile, bool kDepthInsideA, bool kDepthInsideB>
+template <class T, class Tile, int kCluster, bool kDepthInsideA, bool kDepthInsideB>
 __global__ void __launch_bounds__(Tile::kBlock, 1) multiply_tiles(const __grid_constant__ MatrixProduct p) {
 #ifdef FASTNN_HOPPER
   using A = WarpgroupOperand<T, Tile::kRows, kDepthInsideA>;
@@ -213,30 +234,39 @@ __global__ void __launch_bounds__(Tile::kBlock, 1) multiply_tiles(const __grid_c
     prefetch(&p.b);
     for (int stage = 0; stage < Ring::kStages; ++stage) {
       make_barrier(&ring.there[stage], 1);
-      make_barrier(&ring.read[stage], Tile::kWorkers / kWarp);
+      make_barrier(&ring.read[stage], kCluster * Tile::kWorkers / kWarp);
     }
     finish_barriers();
   }
   __syncthreads();
-  constexpr int kCopierRegisters = 24, kWorkerRegisters = 240;
+  int block = 0;
+  if constexpr (kCluster > 1) {
+    block = block_of_cluster();
+    meet_cluster();
+  }
+  const uint32_t first_piece = blockIdx.x / kCluster, apart = gridDim.x / kCluster;
+  constexpr int kCopierRegisters = 40, kWorkerRegisters = 232;
   static_assert(kCopierRegisters + Tile::kConsumers * kWorkerRegisters <= 65536 / kWarpgroup);
   Turn<Ring::kStages> turn;
   if (threadIdx.x < Tile::kCopiers) {
     give_registers<kCopierRegisters>();
-    if (threadIdx.x != 0) return;
-    for (uint32_t i = blockIdx.x; i < p.pieces; i += gridDim.x) {
-      const Piece<Tile> piece(p, i);
-      for (int step = piece.first_step; step < piece.first_step + piece.steps; ++step) {
-        // In the first round there is nothing to wait for: the phase before the first counts as over.
-        wait(&ring.read[turn.stage], turn.parity ^ 1);
-        uint64_t* there = &ring.there[turn.stage];
-        arrive_and_expect(there, Ring::kStage);
-        unsigned char* to = tiles + turn.stage * Ring::kStage;
-        copy_operand<A>(to, &p.a, there, piece.row, step);
-        copy_operand<B>(to + Ring::kABytes, &p.b, there, piece.column, step);
-        turn.pass();
+    if (threadIdx.x == 0) {
+      for (uint32_t i = first_piece; i < p.pieces; i += apart) {
+        const Piece<Tile, kCluster> piece(p, i, block);
+#pragma unroll 1
+        for (int step = piece.first_step; step < piece.first_step + piece.steps; ++step) {
+          // In the first round there is nothing to wait for: the phase before the first counts as over.
+          wait(&ring.read[turn.stage], turn.parity ^ 1);
+          uint64_t* there = &ring.there[turn.stage];
+          arrive_and_expect(there, Ring::kStage);
+          unsigned char* to = tiles + turn.stage * Ring::kStage;
+          copy_operand<A, 1>(to, &p.a, there, piece.row, step, 0);
+          copy_operand<B, kCluster>(to + Ring::kABytes, &p.b, there, piece.column, step, block);
+          turn.pass();
+        }
       }
     }
+    if constexpr (kCluster > 1) meet_cluster();
     return;
   }
   take_registers<kWorkerRegisters>();
@@ -246,8 +276,8 @@ __global__ void __launch_bounds__(Tile::kBlock, 1) multiply_tiles(const __grid_c
   const uint32_t first = shared_address(tiles);
   const bool plain =
       p.residual == nullptr && (p.activation == Activation::none || p.activation == Activation::relu);
-  for (uint32_t i = blockIdx.x; i < p.pieces; i += gridDim.x) {
-    const Piece<Tile> piece(p, i);
+  for (uint32_t i = first_piece; i < p.pieces; i += apart) {
+    const Piece<Tile, kCluster> piece(p, i, block);
     // Set to 0 by the first product (see warpgroup_product.h).
     constexpr int kSums = Tile::kColumns / 2;
     float sum[kSums];
@@ -272,11 +302,11 @@ __global__ void __launch_bounds__(Tile::kBlock, 1) multiply_tiles(const __grid_c
       // Those of the step before are done then.
       wait_for_products<1>();
       hold(sum);
-      release(&ring.read[before]);
+      release_in_cluster<kCluster>(&ring.read[before]);
     }
     wait_for_products<0>();
     hold(sum);
-    release(&ring.read[turn.before()]);
+    release_in_cluster<kCluster>(&ring.read[turn.before()]);
     const int row = piece.row + 16 * warp;
     if (p.parts != nullptr) {
       write_part(p, piece.part, row, piece.column, sum);
@@ -289,6 +319,7 @@ __global__ void __launch_bounds__(Tile::kBlock, 1) multiply_tiles(const __grid_c
       write_rows<T>(p, row, piece.column, sum, staged);
     }
   }
+  if constexpr (kCluster > 1) meet_cluster();
 #else
   // Nobody starts it on such a GPU.
   __trap();
@@ -316,6 +347,7 @@ Plan plan_of(const MatrixProductArgs& a) {
   double least = 0;
   for (const Cost& cost : kCosts) {
     if (a.tile_columns != 0 && a.tile_columns != cost.columns) continue;
+    if (a.pairs && cost.columns != 256) continue;
     const int64_t tiles = ceil_div(a.rows, 128) * ceil_div(a.columns, cost.columns);
     int64_t parts = 1, part_steps = steps;
     if (divisible && 2 * tiles <= kMultiprocessors && steps >= 2 * kLeastSteps) {
@@ -334,23 +366,23 @@ Plan plan_of(const MatrixProductArgs& a) {
 }
 
 // A matrix whose rows lie side by side, as a tensor of four dimensions.
-template <class Operand>
+template <class Operand, int kSharers>
 const char* map_operand(TensorMap* to, const MatrixOperand& m, bool is_bf16, int64_t extent, int64_t depth) {
   const int64_t width = m.depth_inside ? depth : extent, rows = m.depth_inside ? extent : depth;
   constexpr int64_t kAny = 256;  // of the only head and batch
-  constexpr int kTileRows = Operand::kDepthInside ? Operand::kExtent : Operand::kDepth;
+  constexpr int kTileRows = Operand::kDepthInside ? Operand::kExtent / kSharers : Operand::kDepth;
   return make_tensor_map(
       to, {m.data, {width, rows, 1, 1}, {rows == 1 ? kAny : width, kAny, kAny}, is_bf16, kTileRows});
 }
 
-template <class T, class Tile, bool kDepthInsideA, bool kDepthInsideB>
+template <class T, class Tile, int kCluster, bool kDepthInsideA, bool kDepthInsideB>
 const char* start(const MatrixProductArgs& a, const Plan& plan, Stream stream) {
   using A = WarpgroupOperand<T, Tile::kRows, kDepthInsideA>;
   using B = WarpgroupOperand<T, Tile::kColumns, kDepthInsideB>;
   constexpr bool kIsBf16 = std::is_same_v<T, bf16>;
   MatrixProduct p{};
-  const char* wrong = map_operand<A>(&p.a, a.a, kIsBf16, a.rows, a.depth);
-  if (wrong == nullptr) wrong = map_operand<B>(&p.b, a.b, kIsBf16, a.columns, a.depth);
+  const char* wrong = map_operand<A, 1>(&p.a, a.a, kIsBf16, a.rows, a.depth);
+  if (wrong == nullptr) wrong = map_operand<B, kCluster>(&p.b, a.b, kIsBf16, a.columns, a.depth);
   if (wrong != nullptr) return wrong;
   p.bias = a.bias;
   p.residual = a.residual;
@@ -361,13 +393,13 @@ const char* start(const MatrixProductArgs& a, const Plan& plan, Stream stream) {
   p.columns = static_cast<int>(a.columns);
   p.steps = static_cast<int>(ceil_div(a.depth, kPartColumns));
   p.part_steps = static_cast<int>(plan.part_steps);
-  p.down = static_cast<uint32_t>(ceil_div(a.rows, Tile::kRows));
+  p.down = static_cast<uint32_t>(ceil_div(a.rows, kCluster * Tile::kRows));
   p.across = static_cast<uint32_t>(ceil_div(a.columns, Tile::kColumns));
   p.pieces = p.down * p.across * static_cast<uint32_t>(plan.parts);
-  const auto fit = static_cast<uint32_t>(multiprocessors());
-  const dim3 grid{p.pieces < fit ? p.pieces : fit};
-  wrong = launch(multiply_tiles<T, Tile, kDepthInsideA, kDepthInsideB>, grid, dim3{Tile::kBlock},
-                 kRingBytes<Tile, A, B>, stream, p);
+  const uint32_t multi = static_cast<uint32_t>(multiprocessors()) / kCluster, fit = multi < 1 ? 1 : multi,
+                 clusters = p.pieces < fit ? p.pieces : fit;
+  wrong = launch_clusters(kCluster, multiply_tiles<T, Tile, kCluster, kDepthInsideA, kDepthInsideB>,
+                          dim3{clusters * kCluster}, dim3{Tile::kBlock}, kRingBytes<Tile, A, B>, stream, p);
   if (wrong != nullptr || plan.parts == 1) return wrong;
   return start_add_parts(a.rows * a.columns, static_cast<int>(plan.parts), p.parts, static_cast<T*>(a.output),
                          stream);
@@ -376,11 +408,13 @@ const char* start(const MatrixProductArgs& a, const Plan& plan, Stream stream) {
 template <class T, bool kDepthInsideA, bool kDepthInsideB>
 const char* start(const MatrixProductArgs& a, Stream stream) {
   const Plan plan = plan_of(a);
-  return plan.columns == 256
-             ? start<T, WarpgroupTile<128, 256>, kDepthInsideA, kDepthInsideB>(a, plan, stream)
-         : plan.columns == 128
-             ? start<T, WarpgroupTile<128, 128>, kDepthInsideA, kDepthInsideB>(a, plan, stream)
-             : start<T, WarpgroupTile<128, 64>, kDepthInsideA, kDepthInsideB>(a, plan, stream);
+  const auto with = [&]<int kColumns, int kCluster>() {
+    return start<T, WarpgroupTile<128, kColumns>, kCluster, kDepthInsideA, kDepthInsideB>(a, plan, stream);
+  };
+  if (a.pairs) return with.template operator()<256, 2>();
+  return plan.columns == 256   ? with.template operator()<256, 1>()
+         : plan.columns == 128 ? with.template operator()<128, 1>()
+                               : with.template operator()<64, 1>();
 }
 
 template <class T>

@@ -20,7 +20,8 @@ struct MatrixOperand {
 struct MatrixProductArgs {
   DType dtype;  // bf16 or f16
   int64_t rows, columns, depth;
-  int tile_columns;    // of a tile: 64, 128 or 256; or 0, as the sizes say
+  int tile_columns;  // of a tile: 64, 128 or 256; or 0, as the sizes say
+  bool pairs;        // whether two blocks that share b's tile copy half of it each for both: with 256 columns
   MatrixOperand a, b;  // b's rows are the output's columns; a's depth is inside if b's is
   const void* bias;    // [columns], or null
   Activation activation;

@@ -20,11 +20,11 @@
 namespace fastnn::cuda {
 
 #ifndef FASTNN_CUDA_ON_HOST
-// Starts a kernel on a stream, its blocks with so many bytes of shared memory. Returns null, or what went
-// wrong.
+// Starts a kernel on a stream, its blocks with so many bytes of shared memory, by clusters of neighbours in
+// x. Returns null, or what went wrong.
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream,
-                   Arguments... arguments) {
+const char* launch_clusters(unsigned cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                            size_t shared, Stream stream, Arguments... arguments) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared > kWithoutAsking) {
     const cudaError_t status =
@@ -36,6 +36,14 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   config.gridDim = grid;
   config.blockDim = block;
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute by_clusters{};
+  by_clusters.id = cudaLaunchAttributeClusterDimension;
+  by_clusters.val.clusterDim.x = cluster;
+  by_clusters.val.clusterDim.y = by_clusters.val.clusterDim.z = 1;
+  if (cluster > 1) {
+    config.attrs = &by_clusters;
+    config.numAttrs = 1;
+  }
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
@@ -73,6 +81,13 @@ __device__ inline uint16_t to_bf16(float value) {
   return bits;
 }
 #endif
+
+// The same of blocks that each are on their own.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream,
+                   Arguments... arguments) {
+  return launch_clusters(1, kernel, grid, block, shared, stream, arguments...);
+}
 
 // Division by a number that the whole grid shares, as a multiplication: right for numerators below 2^31.
 // (T. Granlund, P. Montgomery, Division by Invariant Integers using Multiplication, PLDI 1994, section 4.)

@@ -23,6 +23,7 @@ std::optional<Tensor> aligned(const std::optional<Tensor>& t) {
 // Runs a product whose `args` lack a workspace.
 void multiply(const Tensor& like, cuda::MatrixProductArgs args) {
   FASTNN_CHECK(args.dtype == DType::bf16 || args.dtype == DType::f16, "expected bfloat16 or float16");
+  args.pairs &= args.rows > 128;
   FASTNN_CHECK(cuda::fits_matrix_product(args), "no tiles for a product of ", args.rows, " rows, ",
                args.columns, " columns and a depth of ", args.depth);
   std::optional<Tensor> workspace;
@@ -34,7 +35,7 @@ void multiply(const Tensor& like, cuda::MatrixProductArgs args) {
 }
 
 Tensor _linear_on_hopper(Tensor input, Tensor weight, std::optional<Tensor> bias,
-                         std::optional<Tensor> residual, int64_t activation) {
+                         std::optional<Tensor> residual, int64_t activation, bool pairs) {
   const LinearShape s = check_linear(input, weight, bias);
   const Activation behind = activation_of(activation);
   const Sizes sizes = linear_sizes(input, s);
@@ -47,6 +48,7 @@ Tensor _linear_on_hopper(Tensor input, Tensor weight, std::optional<Tensor> bias
                    s.n,
                    s.k,
                    0,
+                   pairs,
                    {x.const_data_ptr(), true},
                    {w.const_data_ptr(), true},
                    data_or_null(b),
@@ -61,7 +63,7 @@ Tensor _linear_on_hopper(Tensor input, Tensor weight, std::optional<Tensor> bias
 // that of `activation`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> _linear_backward_on_hopper(
     Tensor grad, Tensor input, Tensor weight, std::optional<Tensor> output, int64_t activation,
-    bool residual_grad, bool input_grad, bool weight_grad, bool bias_grad) {
+    bool residual_grad, bool input_grad, bool weight_grad, bool bias_grad, bool pairs) {
   const LinearShape s = check_linear_backward(grad, input, weight, output.has_value() ? &*output : nullptr);
   const Activation behind = output.has_value() ? differentiable(activation) : Activation::none;
   FASTNN_CHECK(output.has_value() || !residual_grad,
@@ -107,6 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> _linear_backward_on_hopper(
                      columns,
                      depth,
                      0,
+                     pairs,
                      {dy.const_data_ptr(), depth_inside},
                      {kept.const_data_ptr(), false},
                      nullptr,
@@ -122,12 +125,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> _linear_backward_on_hopper(
 
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_FRAGMENT, m) {
   m.def(
-      "_linear_on_hopper(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int activation) -> "
-      "Tensor");
+      "_linear_on_hopper(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int activation, "
+      "bool pairs) -> Tensor");
   m.def(
       "_linear_backward_on_hopper(Tensor grad, Tensor input, Tensor weight, Tensor? output, int activation, "
-      "bool residual_grad, bool input_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "bool residual_grad, bool input_grad, bool weight_grad, bool bias_grad, bool pairs) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 }
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, FASTNN_GPU_KEY, m) {
   m.impl("_linear_on_hopper", TORCH_BOX(&_linear_on_hopper));

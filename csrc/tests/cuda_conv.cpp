@@ -1,7 +1,7 @@
 #include "cuda/conv.h"
 #include "cuda/conv_stem.h"
 #include "cuda/depthwise.h"
-#include "tests/host/cuda_on_host.h"
+#include "cuda/runtime.h"
 #include "tests/module.h"
 
 namespace fastnn::tests {

@@ -9,7 +9,7 @@ namespace {
 
 // Arrays of [rows][depth], or of [depth][rows] where the depth is outside; those of the output are its sizes.
 // Tells how many bytes of workspace it had.
-size_t product(int tile_columns, const py::array& a, bool depth_inside_a, const py::array& b,
+size_t product(int tile_columns, bool pairs, const py::array& a, bool depth_inside_a, const py::array& b,
                bool depth_inside_b, const py::object& bias, const std::string& activation,
                const py::object& residual, py::array output) {
   cuda::MatrixProductArgs args{dtype_of(a),
@@ -17,6 +17,7 @@ size_t product(int tile_columns, const py::array& a, bool depth_inside_a, const 
                                output.shape(1),
                                a.shape(depth_inside_a ? 1 : 0),
                                tile_columns,
+                               pairs,
                                {a.data(), depth_inside_a},
                                {b.data(), depth_inside_b},
                                in(bias),

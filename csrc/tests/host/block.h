@@ -107,11 +107,17 @@ struct Block {
   NumberedBarrier numbered[16];
   void (*body)(void*);
   void* closure;
+  dim3 index;
+  // The blocks of its cluster, itself among them, and what they meet at, which the first one has.
+  std::vector<Block*> cluster;
+  size_t rank = 0;
+  NumberedBarrier together;
   const char* wrong = nullptr;
 #ifdef FASTNN_THREADS
   std::mutex mutex;
   std::unique_ptr<std::barrier<>> barrier;
   std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+  std::vector<std::thread> running;
 #else
   int at_barrier = 0, done = 0;
   void* scheduler = nullptr;
@@ -154,11 +160,15 @@ struct Block {
     counting.clear();
     hidden.assign(shared_bytes, 0);
     for (NumberedBarrier& b : numbered) b.arrived = 0;
+    together.arrived = 0;
   }
   void fail(const char* what) {
     if (wrong == nullptr) wrong = what;
   }
-  void run();
+  // Starts the threads; has each go on as far as it gets, and tells whether any did; and ends them.
+  void begin();
+  bool turn();
+  void end();
 };
 
 // Has the calling thread go on once ready() is true.

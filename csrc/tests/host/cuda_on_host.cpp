@@ -26,27 +26,37 @@ thread_local Stacks stacks;
 
 #ifdef FASTNN_THREADS
 
-void Block::run() {
+void Block::begin() {
   barrier = std::make_unique<std::barrier<>>(static_cast<std::ptrdiff_t>(threads.size()));
   warp_barriers.clear();
   for (size_t w = 0; w < warps.size(); ++w)
     warp_barriers.push_back(std::make_unique<std::barrier<>>(lanes(w)));
-  const dim3 block = blockIdx, size = blockDim, grid = gridDim;
-  std::vector<std::thread> running;
+  const dim3 size = blockDim, grid = gridDim;
   for (size_t i = 0; i < threads.size(); ++i) {
-    running.emplace_back([this, i, block, size, grid] {
+    running.emplace_back([this, i, size, grid] {
       block_now = this;
       thread_now = static_cast<int>(i);
       threadIdx = threads[i].index;
-      blockIdx = block;
+      blockIdx = index;
       blockDim = size;
       gridDim = grid;
       body(closure);
       barrier->arrive_and_drop();
     });
   }
-  for (auto& t : running) t.join();
 }
+bool Block::turn() { return false; }
+void Block::end() {
+  for (auto& t : running) t.join();
+  running.clear();
+}
+
+namespace {
+void run_together(std::vector<std::unique_ptr<Block>>& blocks) {
+  for (auto& b : blocks) b->begin();
+  for (auto& b : blocks) b->end();
+}
+}  // namespace
 
 #else
 
@@ -85,6 +95,7 @@ void to_thread(Block& b, int i) {
   block_now = &b;
   thread_now = i;
   threadIdx = t.index;
+  blockIdx = b.index;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, t.stack, kStack);
@@ -130,13 +141,13 @@ void enter() {
 
 }  // namespace
 
-void Block::run() {
+void Block::begin() {
   const int count = static_cast<int>(threads.size());
   at_barrier = done = 0;
   for (int i = 0; i < count; ++i) {
     Thread& t = threads[i];
     t.state = Thread::kReady;
-    t.stack = stacks.get(i);
+    t.stack = stacks.get(rank * threads.size() + i);
 #if defined(__x86_64__)
     // As if it had been called: the return address of `enter`, and six registers.
     void** top = reinterpret_cast<void**>(t.stack + kStack) - 2;
@@ -151,43 +162,64 @@ void Block::run() {
 #endif
   }
   for (Warp& w : warps) w.arrived = 0;
+}
+
+bool Block::turn() {
+  const int count = static_cast<int>(threads.size());
   // Whole warps may have their turns from the last to the first.
   const bool backwards = copies_arrive_at_once && count % kWarp == 0;
-  while (done < count) {
-    bool moved = false;
-    for (int i = 0; i < count; ++i) {
-      const int number = backwards ? count - 1 - i : i;
-      Thread& t = threads[number];
-      if (t.state == Thread::kWaiting && t.waits_for()) t.state = Thread::kReady;
-      // Lanes that came together at a collective go on together: a warp as far as it gets, then the next.
-      while (t.state == Thread::kReady) {
-        moved = true;
-        to_thread(*this, number);
-      }
-      if ((i + 1) % kWarp == 0 || i + 1 == count) {
-        const int first = i / kWarp * kWarp, warp = number / kWarp * kWarp;
-        bool again = false;
-        for (int j = 0; j <= i - first; ++j) again |= threads[warp + j].state == Thread::kReady;
-        if (again) i = first - 1;
-      }
+  bool moved = false;
+  for (int i = 0; i < count; ++i) {
+    const int number = backwards ? count - 1 - i : i;
+    Thread& t = threads[number];
+    if (t.state == Thread::kWaiting) {
+      block_now = this;
+      thread_now = number;
+      if (t.waits_for()) t.state = Thread::kReady;
     }
-    if (at_barrier == count) {
-      at_barrier = 0;
-      for (Thread& t : threads) t.state = Thread::kReady;
-    } else if (!moved) {
-      // Fibers that hang are left where they stand; nothing of theirs needs to be taken down but their
-      // copies.
-      fail("threads wait for others that never come: a barrier or a collective that not all reach");
-      for (Thread& t : threads) {
-        t.open.clear();
-        t.groups.clear();
-        t.products.clear();
-      }
-      counting.clear();
+    // Lanes that came together at a collective go on together: a warp as far as it gets, then the next.
+    while (t.state == Thread::kReady) {
+      moved = true;
+      to_thread(*this, number);
+    }
+    if ((i + 1) % kWarp == 0 || i + 1 == count) {
+      const int first = i / kWarp * kWarp, warp = number / kWarp * kWarp;
+      bool again = false;
+      for (int j = 0; j <= i - first; ++j) again |= threads[warp + j].state == Thread::kReady;
+      if (again) i = first - 1;
+    }
+  }
+  if (at_barrier != count) return moved;
+  at_barrier = 0;
+  for (Thread& t : threads) t.state = Thread::kReady;
+  return true;
+}
+
+void Block::end() {
+  // Fibers that hang are left where they stand; nothing of theirs needs to be taken down but their copies.
+  fail("threads wait for others that never come: a barrier or a collective that not all reach");
+  for (Thread& t : threads) {
+    t.open.clear();
+    t.groups.clear();
+    t.products.clear();
+  }
+  counting.clear();
+}
+
+namespace {
+void run_together(std::vector<std::unique_ptr<Block>>& blocks) {
+  for (auto& b : blocks) b->begin();
+  const auto is_done = [](const auto& b) { return b->done == static_cast<int>(b->threads.size()); };
+  while (!std::all_of(blocks.begin(), blocks.end(), is_done)) {
+    bool moved = false;
+    for (auto& b : blocks) moved |= !is_done(b) && b->turn();
+    if (!moved) {
+      for (auto& b : blocks) b->end();
       return;
     }
   }
 }
+}  // namespace
 
 #endif
 
@@ -272,27 +304,43 @@ void wait_for_copies(int groups_in_flight) {
   }
 }
 
-const char* run(dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* closure) {
+const char* run(dim3 grid, dim3 block, unsigned cluster, size_t shared, void (*body)(void*), void* closure) {
   // The limits of the architectures that the kernels are built for: 163 KiB of shared memory on sm_80, and
   // 227 KiB for those that only GPUs with counting barriers run.
   constexpr size_t kLeastShared = 163 * 1024, kMostShared = 227 * 1024;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 ||
-      block.x * block.y * block.z > 1024 || block.x * block.y * block.z == 0 || shared > kMostShared) {
+      block.x * block.y * block.z > 1024 || block.x * block.y * block.z == 0 || shared > kMostShared ||
+      grid.x % cluster != 0) {
     return "invalid configuration argument";
   }
   gridDim = grid;
   blockDim = block;
-  Block running(block, shared, body, closure);
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        running.clear();
-        running.run();
-        if (running.wrong != nullptr) return running.wrong;
-        if (shared > kLeastShared && running.counting.empty()) return "invalid configuration argument";
+  std::vector<std::unique_ptr<Block>> blocks;
+  for (unsigned rank = 0; rank < cluster; ++rank) {
+    blocks.push_back(std::make_unique<Block>(block, shared, body, closure));
+    blocks.back()->rank = rank;
+  }
+  for (auto& b : blocks) {
+    for (auto& other : blocks) b->cluster.push_back(other.get());
+  }
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; x += cluster) {
+        for (auto& b : blocks) {
+          b->clear();
+          b->index = {x + static_cast<unsigned>(b->rank), y, z};
+        }
+        run_together(blocks);
+        for (auto& b : blocks) {
+          if (b->wrong != nullptr) return b->wrong;
+          if (shared > kLeastShared && b->counting.empty()) return "invalid configuration argument";
+        }
       }
-  running.clear();
-  return running.wrong;
+  for (auto& b : blocks) {
+    b->clear();
+    if (b->wrong != nullptr) return b->wrong;
+  }
+  return nullptr;
 }
 
 }  // namespace fastnn::cuda::host

@@ -58,8 +58,9 @@ struct Slot {
 // is everybody's.
 const Slot* exchange(const char* name, const void* mine, size_t size);
 
-// Calls body(closure) for each thread of a grid. Returns null or what went wrong.
-const char* run(dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* closure);
+// Calls body(closure) for each thread of a grid, whose blocks run by clusters of neighbours in x. Returns
+// null or what went wrong.
+const char* run(dim3 grid, dim3 block, unsigned cluster, size_t shared, void (*body)(void*), void* closure);
 
 // Whether copies arrive as soon as they start, threads that arrive somewhere go on first and the last warps
 // have the first turns, or the opposite of all this: a test tries both, since neither may matter.
@@ -99,11 +100,11 @@ T* shared_memory() {
 }
 
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void*,
-                   Arguments... arguments) {
+const char* launch_clusters(unsigned cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                            size_t shared, void*, Arguments... arguments) {
   auto call = [&] { kernel(static_cast<Parameters>(arguments)...); };
   return host::run(
-      grid, block, shared, [](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call);
+      grid, block, cluster, shared, [](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call);
 }
 
 // ---- tensor cores and asynchronous copies (see cuda/tensor_core.h) ----

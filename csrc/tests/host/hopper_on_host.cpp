@@ -13,12 +13,20 @@ namespace {
 // Shared memory does not begin at address 0, nor where tiles may begin.
 constexpr uint32_t kSharedBase = 1024 + 128;
 
-CountingBarrier& find(const uint64_t* place) {
-  for (CountingBarrier& b : block_now->counting) {
+CountingBarrier& find(Block& block, const uint64_t* place) {
+  for (CountingBarrier& b : block.counting) {
     if (b.place == place) return b;
   }
-  block_now->fail("a barrier that nobody made");
-  return block_now->counting.emplace_back();
+  block.fail("a barrier that nobody made");
+  return block.counting.emplace_back();
+}
+CountingBarrier& find(const uint64_t* place) { return find(*block_now, place); }
+
+// What lies in another block of the cluster where this lies in the calling thread's.
+template <class P>
+P* in_block(const Block& block, P* place) {
+  auto* mine = reinterpret_cast<const unsigned char*>(place);
+  return reinterpret_cast<P*>(block.shared + (mine - block_now->shared));
 }
 
 void end_phase_if_complete(CountingBarrier& b) {
@@ -27,8 +35,7 @@ void end_phase_if_complete(CountingBarrier& b) {
   b.left = b.arrivals;
 }
 
-void arrive_with(uint64_t* barrier, int bytes) {
-  CountingBarrier& b = find(barrier);
+void arrive_with(CountingBarrier& b, int bytes) {
   FASTNN_GUARD(b);
   if (b.left == 0) block_now->fail("more arrivals at a barrier than it counts");
   b.bytes += bytes;
@@ -36,7 +43,8 @@ void arrive_with(uint64_t* barrier, int bytes) {
   end_phase_if_complete(b);
 }
 
-unsigned char* at(uint32_t address) { return block_now->shared + (address - kSharedBase); }
+unsigned char* at(const Block& block, uint32_t address) { return block.shared + (address - kSharedBase); }
+unsigned char* at(uint32_t address) { return at(*block_now, address); }
 // Where what would lie at an address lies instead.
 uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
@@ -129,15 +137,23 @@ void make_barrier(uint64_t* barrier, int arrivals) {
   b.place = barrier;
   b.arrivals = b.left = arrivals;
 }
-void arrive(uint64_t* barrier) {
-  host::arrive_with(barrier, 0);
+namespace {
+void arrive_and_let_others(host::CountingBarrier& b) {
+  host::arrive_with(b, 0);
 #ifndef FASTNN_THREADS
   // All others go on first, with what they take to be free now; or else this thread, as far as it gets.
   if (host::copies_arrive_at_once) return;
   host::wait_until([first = true]() mutable { return !std::exchange(first, false); });
 #endif
 }
-void arrive_and_expect(uint64_t* barrier, int bytes) { host::arrive_with(barrier, bytes); }
+}  // namespace
+void arrive(uint64_t* barrier) { arrive_and_let_others(host::find(barrier)); }
+void arrive_and_expect(uint64_t* barrier, int bytes) { host::arrive_with(host::find(barrier), bytes); }
+void arrive_at(uint64_t* barrier, int block) {
+  host::Block& other = *host::block_now->cluster[static_cast<size_t>(block)];
+  arrive_and_let_others(host::find(other, host::in_block(other, barrier)));
+}
+int block_of_cluster() { return static_cast<int>(host::block_now->rank); }
 
 void wait(uint64_t* barrier, int parity) {
   host::CountingBarrier& b = host::find(barrier);
@@ -156,26 +172,32 @@ void show_to_tensor_cores() {
   t.hidden.clear();
 }
 
-void announce(int number, int threads) {
-  host::NumberedBarrier& b = host::block_now->numbered[number];
+namespace {
+void announce(host::NumberedBarrier& b, int threads) {
   FASTNN_GUARD(b);
   if (++b.arrived == threads) {
     b.arrived = 0;
     ++b.phase;
   }
 }
-void meet(int number, int threads) {
-  host::NumberedBarrier& b = host::block_now->numbered[number];
+void meet(host::NumberedBarrier& b, int threads) {
   unsigned phase;
   {
     FASTNN_GUARD(b);
     phase = b.phase;
   }
-  announce(number, threads);
+  announce(b, threads);
   host::wait_until([&b, phase] {
     FASTNN_GUARD(b);
     return b.phase != phase;
   });
+}
+}  // namespace
+void announce(int number, int threads) { announce(host::block_now->numbered[number], threads); }
+void meet(int number, int threads) { meet(host::block_now->numbered[number], threads); }
+void meet_cluster() {
+  const auto& cluster = host::block_now->cluster;
+  meet(cluster[0]->together, static_cast<int>(cluster.size() * cluster[0]->threads.size()));
 }
 
 namespace host {
@@ -183,8 +205,7 @@ namespace {
 
 // Has a copy arrive, and its bytes counted, at once or when the barrier is waited for.
 template <class F>
-void arrive_later(uint64_t* barrier, int bytes, const F& copy) {
-  CountingBarrier& b = find(barrier);
+void arrive_later(CountingBarrier& b, int bytes, const F& copy) {
   const auto arrival = [&b, bytes, copy] {
     copy();
     b.bytes -= bytes;
@@ -204,22 +225,38 @@ void arrive_later(uint64_t* barrier, int bytes, const F& copy) {
 }  // namespace
 }  // namespace host
 
-void copy_tile(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int head, int batch) {
+namespace {
+void copy_tile_to(host::Block& block, void* to, const TensorMap* map, uint64_t* barrier, int column, int row,
+                  int head, int batch) {
   using namespace host;
   const MappedTensor& t = map->tensor;
   const uint32_t address = shared_address(to);
   if (address % 128 != 0) block_now->fail("a tile that is not aligned");
-  arrive_later(barrier, t.tile_rows * kPartPitch, [&t, address, column, row, head, batch] {
+  CountingBarrier& b = find(block, in_block(block, barrier));
+  arrive_later(b, t.tile_rows * kPartPitch, [&t, &block, address, column, row, head, batch] {
     const auto* from = static_cast<const uint16_t*>(t.data) + head * t.strides[1] + batch * t.strides[2];
     const bool there = head >= 0 && head < t.sizes[2] && batch >= 0 && batch < t.sizes[3];
     for (int r = 0; r < t.tile_rows; ++r) {
       for (int c = 0; c < kPartColumns; ++c) {
         const bool inside = there && row + r >= 0 && row + r < t.sizes[1] && column + c < t.sizes[0];
         const uint16_t bits = inside ? from[(row + r) * t.strides[0] + column + c] : 0;
-        std::memcpy(at(swizzled(address + r * kPartPitch + 2 * c)), &bits, 2);
+        std::memcpy(at(block, swizzled(address + r * kPartPitch + 2 * c)), &bits, 2);
       }
     }
   });
+}
+}  // namespace
+
+void copy_tile(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int head, int batch) {
+  copy_tile_to(*host::block_now, to, map, barrier, column, row, head, batch);
+}
+void copy_tile_to_all(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int head,
+                      int batch, int blocks) {
+  if (static_cast<size_t>(blocks) != host::block_now->cluster.size())
+    host::block_now->fail("another cluster");
+  for (host::Block* block : host::block_now->cluster) {
+    copy_tile_to(*block, to, map, barrier, column, row, head, batch);
+  }
 }
 
 void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
@@ -227,7 +264,8 @@ void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
   if (shared_address(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
     block_now->fail("bytes that are not aligned");
   }
-  arrive_later(barrier, bytes, [to, from, bytes] { std::memcpy(to, from, static_cast<size_t>(bytes)); });
+  arrive_later(find(barrier), bytes,
+               [to, from, bytes] { std::memcpy(to, from, static_cast<size_t>(bytes)); });
 }
 
 void begin_products() { host::block_now->threads[host::thread_now].may_multiply = true; }

@@ -38,6 +38,13 @@ void announce(int number, int threads);
 inline void prefetch(const TensorMap*) {}
 void copy_tile(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int head, int batch);
 
+// Of clusters.
+int block_of_cluster();
+void meet_cluster();
+void arrive_at(uint64_t* barrier, int block);
+void copy_tile_to_all(void* to, const TensorMap* map, uint64_t* barrier, int column, int row, int head,
+                      int batch, int blocks);
+
 void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier);
 
 template <int kRegisters>

@@ -103,9 +103,10 @@ const char* run_linear() {
   for (const int tile_columns : {64, 128, 256}) {
     cuda::MatrixProductArgs args{DType::bf16,
                                  200,
-                                 520,
+                                 264,
                                  200,
                                  tile_columns,
+                                 false,
                                  {a.data(), true},
                                  {b.data(), true},
                                  beside.data(),
@@ -114,6 +115,8 @@ const char* run_linear() {
                                  output.data(),
                                  nullptr};
     if (const char* wrong = cuda::matrix_product(args, nullptr)) return wrong;
+    args.pairs = tile_columns == 256;
+    if (const char* wrong = args.pairs ? cuda::matrix_product(args, nullptr) : nullptr) return wrong;
     args.depth = 1100;
     args.a.depth_inside = args.b.depth_inside = false;
     args.bias = args.residual = nullptr;

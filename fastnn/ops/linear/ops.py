@@ -82,9 +82,21 @@ def _covers_warpgroups(input, weight):
     return features % 8 == 0 and width % 8 == 0 and gpu.is_hopper(input.device)
 
 
+def _covers_pairs(input, weight):
+    # Two blocks have 256 rows and 256 columns: of the output, of the input's gradient or of the weight's.
+    features, width = weight.shape
+    wide = min(features, width) > 128 and input.numel() > 128 * width
+    return wide and _covers_warpgroups(input, weight)
+
+
+#: The same with blocks in pairs that copy half of what they share each.
+PAIRS = "warpgroups in pairs"
+# By name, whether it is so.
+_BY_WARPGROUPS = {gpu.WARPGROUPS: False, PAIRS: True}
 _BACKWARD_COVERS = {
     "persistent": _covers_persistent,
     gpu.WARPGROUPS: lambda grad, input, weight, *rest: _covers_warpgroups(input, weight),
+    PAIRS: lambda grad, input, weight, *rest: _covers_pairs(input, weight),
 }
 
 
@@ -107,6 +119,7 @@ def _covers_torchs_epilogue(input, weight, bias, residual=None, activation=RELU)
 _COVERS = {
     "persistent": _covers_persistent,
     gpu.WARPGROUPS: lambda input, weight, *rest: _covers_warpgroups(input, weight),
+    PAIRS: lambda input, weight, *rest: _covers_pairs(input, weight),
     BY_TORCHS_EPILOGUE: _covers_torchs_epilogue,
 }
 
@@ -124,10 +137,14 @@ def _forward_candidates(activation):
 
         return forward
 
-    def by_warpgroups(input, weight, bias=None):
-        return _ops._linear_on_hopper(input, weight, bias, None, activations.NUMBERS[activation])
+    def by_warpgroups(pairs):
+        number = activations.NUMBERS[activation]
+        return lambda input, weight, bias=None: _ops._linear_on_hopper(
+            input, weight, bias, None, number, pairs
+        )
 
-    made = {**{design: with_design(design) for design in _DESIGNS}, gpu.WARPGROUPS: by_warpgroups}
+    made = {design: with_design(design) for design in _DESIGNS}
+    made |= {name: by_warpgroups(pairs) for name, pairs in _BY_WARPGROUPS.items()}
     return made if activation == "none" else {**made, BY_TORCHS_EPILOGUE: _by_torchs_epilogue}
 
 
@@ -141,12 +158,17 @@ def _backward_candidates(split):
 
         return backward
 
-    def by_warpgroups(*args):
-        grad, input, weight, output, wanted = split(*args)
-        behind = NONE if output is None else RELU
-        return _ops._linear_backward_on_hopper(grad, input, weight, output, behind, False, *wanted)[:3]
+    def by_warpgroups(pairs):
+        def backward(*args):
+            grad, input, weight, output, wanted = split(*args)
+            behind = NONE if output is None else RELU
+            made = _ops._linear_backward_on_hopper(grad, input, weight, output, behind, False, *wanted, pairs)
+            return made[:3]
 
-    return {**{design: with_design(design) for design in _DESIGNS}, gpu.WARPGROUPS: by_warpgroups}
+        return backward
+
+    made = {design: with_design(design) for design in _DESIGNS}
+    return made | {name: by_warpgroups(pairs) for name, pairs in _BY_WARPGROUPS.items()}
 
 
 # ---- the backward ops ----
@@ -280,10 +302,11 @@ def _activation_backward_candidates():
 
         return backward
 
-    return {
-        **{design: with_design(design) for design in _DESIGNS},
-        gpu.WARPGROUPS: lambda *args: _ops._linear_backward_on_hopper(*args),
-    }
+    def by_warpgroups(pairs):
+        return lambda *args: _ops._linear_backward_on_hopper(*args, pairs)
+
+    made = {design: with_design(design) for design in _DESIGNS}
+    return made | {name: by_warpgroups(pairs) for name, pairs in _BY_WARPGROUPS.items()}
 
 
 def _uncovered_activation_backward(grad, input, weight, output, activation, *rest):
@@ -402,11 +425,12 @@ def _candidates_with_residual():
 
         return forward
 
-    return {
-        **{design: with_design(design) for design in _DESIGNS},
-        gpu.WARPGROUPS: lambda *args: _ops._linear_on_hopper(*args),
-        BY_TORCHS_EPILOGUE: _by_torchs_epilogue,
-    }
+    def by_warpgroups(pairs):
+        return lambda *args: _ops._linear_on_hopper(*args, pairs)
+
+    made = {design: with_design(design) for design in _DESIGNS}
+    made |= {name: by_warpgroups(pairs) for name, pairs in _BY_WARPGROUPS.items()}
+    return {**made, BY_TORCHS_EPILOGUE: _by_torchs_epilogue}
 
 
 def _keep_activation(ctx, inputs, output):
