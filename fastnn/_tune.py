@@ -101,7 +101,7 @@ def tune(model: Callable, *inputs: Any, **kwargs: Any) -> Tuning:
         If the choices cannot be stored.
     """
     with choices.measuring({}):
-        rows = measure(model, inputs, kwargs, on_cpu=True)
+        rows = measure(model, inputs, kwargs, trying=_untried, on_cpu=True)
     if not rows:
         raise RuntimeError(
             "fastnn.tune found no call to measure: it measures fastnn's ops, of converted models or of fastnn.nn.functional"
@@ -116,6 +116,10 @@ def tune(model: Callable, *inputs: Any, **kwargs: Any) -> Tuning:
             choices.store(index, made)
     forget_plans()
     return Tuning(rows)
+
+
+def _untried(op: str, calls: str, name: str) -> str | None:
+    return "no GPU has run it yet" if name in gpu.UNTRIED else None
 
 
 def _is_on_gpu(t) -> bool:

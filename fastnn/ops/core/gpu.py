@@ -10,6 +10,8 @@ import torch
 
 #: The candidates in CUDA C++ that only GPUs of compute capability 9.0 run.
 WARPGROUPS = "warpgroups"
+#: The same with blocks in pairs that copy half of what they share each.
+PAIRS = "warpgroups in pairs"
 #: The least compute capability that the kernels are built for.
 LEAST_CAPABILITY = (8, 0)
 
@@ -17,6 +19,10 @@ LEAST_CAPABILITY = (8, 0)
 #: Families of ops whose kernels gave wrong results on a GPU in a few calls, for a cause that is not known. Their calls go to torch, but for
 #: tests and the benchmark suite.
 DOUBTED = frozenset(("pool",))
+
+#: Kernels whose blocks wait for each other, and that no GPU has run: `fastnn.tune` leaves them to the benchmark suite, which ends
+#: what hangs.
+UNTRIED = frozenset((PAIRS,))
 
 
 def is_doubted(op, args: tuple) -> bool:

@@ -112,7 +112,7 @@ def runner(op: Op, args: tuple, plan: Plan) -> str:
         return plan.algorithm
     if len(op.candidates) == 1:
         return f"fastnn {op.on_gpus}"
-    return f"fastnn {'cuda' if plan.algorithm == gpu.WARPGROUPS else op.on_gpus}: {plan.algorithm}"
+    return f"fastnn {'cuda' if plan.algorithm.startswith(gpu.WARPGROUPS) else op.on_gpus}: {plan.algorithm}"
 
 
 # ---- on the CPU ----

@@ -89,14 +89,12 @@ def _covers_pairs(input, weight):
     return wide and _covers_warpgroups(input, weight)
 
 
-#: The same with blocks in pairs that copy half of what they share each.
-PAIRS = "warpgroups in pairs"
 # By name, whether it is so.
-_BY_WARPGROUPS = {gpu.WARPGROUPS: False, PAIRS: True}
+_BY_WARPGROUPS = {gpu.WARPGROUPS: False, gpu.PAIRS: True}
 _BACKWARD_COVERS = {
     "persistent": _covers_persistent,
     gpu.WARPGROUPS: lambda grad, input, weight, *rest: _covers_warpgroups(input, weight),
-    PAIRS: lambda grad, input, weight, *rest: _covers_pairs(input, weight),
+    gpu.PAIRS: lambda grad, input, weight, *rest: _covers_pairs(input, weight),
 }
 
 
@@ -119,7 +117,7 @@ def _covers_torchs_epilogue(input, weight, bias, residual=None, activation=RELU)
 _COVERS = {
     "persistent": _covers_persistent,
     gpu.WARPGROUPS: lambda input, weight, *rest: _covers_warpgroups(input, weight),
-    PAIRS: lambda input, weight, *rest: _covers_pairs(input, weight),
+    gpu.PAIRS: lambda input, weight, *rest: _covers_pairs(input, weight),
     BY_TORCHS_EPILOGUE: _covers_torchs_epilogue,
 }
 
