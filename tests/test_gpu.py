@@ -192,7 +192,7 @@ def test_candidates_of_linear(dtype, sizes, activation):
         )
         assert (gpu.WARPGROUPS in ran) == gpu.is_hopper(x.device)
         pairs = min(sizes) > 128 and gpu.is_hopper(x.device)
-        assert (linear_ops.PAIRS in ran) == pairs
+        assert (gpu.PAIRS in ran) == pairs
     if number not in activations.TOLD_BY_RESULT:
         return
     op, args = (
@@ -208,7 +208,7 @@ def test_candidates_of_linear(dtype, sizes, activation):
         for a, s, c in zip(ours, theirs, exact, strict=True):
             # The gradient before the activation is rounded as well.
             assert_as_good(a, s, c, roundings=3, depth=max(rows, features))
-        if name in (gpu.WARPGROUPS, linear_ops.PAIRS):
+        if name in (gpu.WARPGROUPS, gpu.PAIRS):
             assert all(torch.equal(a, again) for a, again in zip(ours, kernel(*args), strict=True))
 
 

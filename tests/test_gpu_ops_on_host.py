@@ -367,7 +367,7 @@ def test_by_warpgroups_linear(in_place_of_hopper, shape, features, dtype, activa
     shifted = torch.cat([w.flatten()[:1], w.flatten()])[1:].view_as(w)
     assert linear._covers_warpgroups(x, w)
     # Any of them could be of pairs.
-    by_warpgroups = linear.PAIRS if len(shape) == 2 else gpu.WARPGROUPS
+    by_warpgroups = gpu.PAIRS if len(shape) == 2 else gpu.WARPGROUPS
     forward = OPS["linear_activation"].candidates[by_warpgroups]
     for args in ((x, w, b, None), (x, w, None, residual), (apart, shifted, b, residual)):
         y = forward(*args, number)
@@ -426,7 +426,7 @@ def test_linear_that_the_warpgroups_do_not_take(in_place_of_hopper, ops):
     for a, b in ((x.float(), w.float()), (x[:, :12], w[:, :12]), (x, w[:7]), (x[:0], w)):
         assert not covers(a, b, None)
         assert not of_gradients(torch.zeros(a.shape[0], b.shape[0]), a, b, True, True, True)
-    pairs, wide = OPS["linear"].covers[linear.PAIRS], torch.zeros(136, 136, dtype=torch.float16)
+    pairs, wide = OPS["linear"].covers[gpu.PAIRS], torch.zeros(136, 136, dtype=torch.float16)
     assert pairs(wide, wide, None)
     assert not pairs(wide[:128], wide, None)
     assert not pairs(wide, wide[:128], None)
