@@ -731,7 +731,8 @@ const char* start(const AttentionBackwardOnHopperArgs& a, Stream stream) {
     p.walks = static_cast<int>(heads * ceil_div(own0.rows, Tiles::kOwn));
     dim3 grid{static_cast<unsigned>(p.walks)};
     // Walks of a causal call differ in length: the GPU gives the next one to whoever has room.
-    if (Tiles::kOwnStages > 1 && !kCausal && grid.x > multiprocessors()) grid.x = multiprocessors();
+    if (Tiles::kOwnStages > 1 && !kCausal && grid.x > static_cast<unsigned>(multiprocessors()))
+      grid.x = static_cast<unsigned>(multiprocessors());
     wrong = launch(differentiate<T, kOf, Tiles, kCausal>, grid, dim3{Tiles::kBlock}, shared_bytes<Tiles>(),
                    stream, p);
   };
