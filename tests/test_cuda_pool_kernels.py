@@ -25,6 +25,8 @@ WHOLE = [  # planes that a block has whole
     (1, 2, (7, 7, 7, 0, 1), (7, 7, 7, 0, 1)),
     (3, 401, (3, 2, 2, 0, 1), (5, 2, 2, 0, 1)),  # several planes a block, the last one fewer
     (2, 700, (2, 3, 1, 1, 1), (3, 3, 1, 1, 1)),
+    (2, 1100, (3, 2, 2, 0, 1, "floor"), (7, 2, 2, 0, 1, "floor")),  # rows and columns in no window
+    (1, 1300, (5, 3, 3, 0, 1, "floor"), (3, 3, 2, 0, 1)),
 ]
 STRIPS = [  # planes of which a block has some rows
     (1, 2, (150, 2, 2, 0, 1), (67, 2, 2, 0, 1)),
@@ -280,7 +282,7 @@ def check_spread(p, dtype):
 
 
 def without_dilation(case):
-    return (*case[:2], *((*a[:4], 1) if len(a) == 5 else a for a in case[2:]))
+    return (*case[:2], *((*a[:4], 1, *a[5:]) if len(a) >= 5 else a for a in case[2:]))
 
 
 @EVERY_DTYPE

@@ -70,8 +70,10 @@ LINEARS = [(1, 784, 10), (64, 784, 128), (3, 17, 5), (1000, 1023, 511), (4096, 1
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pool(dtype, layout, shape, name, args, options, native):
     x = images(*shape, dtype=dtype, layout=layout)
-    a, b = (x.clone().requires_grad_() for _ in range(2))
-    c = x.double().requires_grad_()
+    a = x.clone().requires_grad_()
+    # Of averages over padding torch's gradient is wrong in channels_last (pytorch issue 188344).
+    b = x.clone(memory_format=torch.contiguous_format).requires_grad_()
+    c = b.detach().double().requires_grad_()
     y, s, exact = (
         f(t, *args, **options)
         for f, t in ((getattr(pool, name), a), (getattr(TF, name), b), (getattr(TF, name), c))

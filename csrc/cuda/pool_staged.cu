@@ -534,8 +534,11 @@ struct Plan {
     const Axis& a = s.rows;
     return share(
         s, a.outputs, s.columns.outputs, s.columns.inputs, s.columns.outputs, bytes, [&](int64_t height) {
-          const int64_t read = a.adaptive ? height * a.inputs / a.outputs + 2
-                                          : (height - 1) * a.stride + int64_t{a.kernel - 1} * a.dilation + 1;
+          // Of whole images all rows are staged, those in no window too.
+          const int64_t read = height == a.outputs ? a.inputs
+                               : a.adaptive
+                                   ? height * a.inputs / a.outputs + 2
+                                   : (height - 1) * a.stride + int64_t{a.kernel - 1} * a.dilation + 1;
           return Rows{min_of(read, int64_t{a.inputs}), height};
         });
   }
