@@ -164,7 +164,7 @@ int64_t mask_windows(const MaskAndSumArgs& a) {
 const char* bias_activation(const BiasActivationArgs& a, Stream stream) {
   const auto start = [&]<class T, int V>() {
     const int64_t vectors = a.k / V, rows = a.pooled ? a.n * (a.h / 2) * (a.w / 2) : a.n * a.h * a.w;
-    const Lanes lanes(vectors, kThreads);
+    const Lanes lanes(vectors, fitting_columns(vectors, kThreads, 4));
     const Pass p{lanes,
                  rows,
                  static_cast<int>(a.k),
@@ -192,7 +192,7 @@ const char* mask_and_sum(const MaskAndSumArgs& a, Stream stream) {
   const auto start = [&]<class T, int V>() -> const char* {
     using A = acc_t<T>;
     const int64_t vectors = a.k / V, rows = mask_windows(a);
-    const Lanes lanes(vectors, kThreads);
+    const Lanes lanes(vectors, fitting_columns(vectors, kThreads, 4));
     const bool unpool = a.locations != nullptr;
     const int64_t wanted = ceil_div(rows, lanes.rows * kLeastSteps),
                   most = wanted < kMostParts ? wanted : kMostParts, steps = ceil_div(rows, lanes.rows * most),

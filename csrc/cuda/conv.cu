@@ -83,11 +83,14 @@ struct TapAxis {
   int stride, padding, dilation, phase;
   template <Pass kPass>
   __device__ bool reaches(int tap) const {
-    return kPass == Pass::forward || (phase + padding - tap * dilation) % stride == 0;
+    return kPass == Pass::forward || stride == 1 || (phase + padding - tap * dilation) % stride == 0;
   }
   template <Pass kPass>
   __device__ int distance(int tap) const {
-    return kPass == Pass::forward ? tap * dilation : (phase + padding - tap * dilation) / stride;
+    if constexpr (kPass == Pass::forward) return tap * dilation;
+    // Most strides are 1, and a division takes as long as the rest of what a step's copies need.
+    const int from = phase + padding - tap * dilation;
+    return stride == 1 ? from : from / stride;
   }
 };
 

@@ -200,12 +200,7 @@ const char* start(Depthwise p, int64_t images, const void* source, const void* w
   const int tiles = K > 0 ? static_cast<int>(ceil_div(p.width, kTile)) : p.width;
   int most = kMostColumns;
   while (most > 1 && most * bytes > kMostShared) most /= 2;
-  // Fewer where fewer threads are left without channels.
-  const auto taken = [&](int columns) { return round_up(vectors, columns); };
-  for (int columns = most; columns >= 8; columns /= 2) {
-    if (taken(columns) < taken(most)) most = columns;
-  }
-  p.lanes = Lanes(vectors, most);
+  p.lanes = Lanes(vectors, fitting_columns(vectors, most, 8));
   p.by_tiles = Divisor(tiles);
   p.by_height = Divisor(p.height);
   p.count = images * p.height * tiles;

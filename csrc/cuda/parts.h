@@ -35,6 +35,16 @@ struct Lanes {
   __device__ int row() const { return static_cast<int>(threadIdx.x) / columns; }
 };
 
+// The number of columns, a power of two of `least` to `most`, that leaves the fewest threads without
+// channels: of several the largest.
+inline int fitting_columns(int64_t vectors, int most, int least) {
+  int best = Lanes(vectors, most).columns;
+  for (int columns = best / 2; columns >= least; columns /= 2) {
+    if (round_up(vectors, columns) < round_up(vectors, best)) best = columns;
+  }
+  return best;
+}
+
 // to[i] = the sum over parts of from[part][i], those of each row of lanes first.
 template <class T>
 __global__ void add_parts(Lanes lanes, int64_t count, int parts, const acc_t<T>* from, T* to) {
