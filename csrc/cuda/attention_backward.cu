@@ -204,6 +204,10 @@ struct Consumer {
   const int group;
   Work<kOf, Tiles> work{};
   int walk = 0, before = 0;  // walks, and tiles of the others, before this walk
+  // The tile's first row, and where the gradients of its scores are kept: not made anew for each tile, which
+  // would take divisions.
+  int other_row = 0, heads_left = 0;
+  T* kept = nullptr;
   // Gradients of keys or queries; and of values.
   float first[1][kSums], second[1][kSums];
   float score[kScores], grad[kScores];
@@ -283,8 +287,8 @@ struct Consumer {
     }
   }
   // Weights of the scores; those of keys and queries that do not meet are 0.
-  __device__ void make_weights(int tile, int stage) {
-    const int first_column = work.other_row(tile);
+  __device__ void make_weights(int stage) {
+    const int first_column = other_row;
     const int last_row = work.row + 64 * group + 63, last_column = first_column + Tiles::kOther - 1;
     // Beyond the last query a weight is 0 because its sum counts as infinite.
     const bool at_edge =
@@ -340,7 +344,7 @@ struct Consumer {
     start_scores(grad, 1, stage);
     wait_for_products<1>();
     hold(score);
-    make_weights(i, stage);
+    make_weights(stage);
     if constexpr (kOf == Of::keys) {
       // The gradients of the scores are made beside this product.
       narrow_all(weights, score);
@@ -362,18 +366,29 @@ struct Consumer {
     }
     narrow_all(score_grads, grad);
     if constexpr (kOf == Of::keys) {
-      if (p.kept != nullptr) keep(i);
+      if (p.kept != nullptr) keep();
     }
     hold_sums();
     begin_products();
     add(first[0], score_grads, 0, stage, i > 0);
     commit_products();
   }
+  // To the first tile of a head, by how many heads are left, or to the next tile.
+  __device__ void begin_head(int left) {
+    heads_left = left;
+    other_row = work.first_tile * Tiles::kOther;
+    if (kOf == Of::queries || p.kept == nullptr) return;
+    const int head = work.batch * p.heads + (work.head + 1) * p.shared - left - p.first_head * p.shared,
+              tile = head * (p.padded / kQueries) + work.first_tile;
+    kept = static_cast<T*>(p.kept) + (int64_t{tile} * p.padded_keys + row(0)) * kQueries + lane_id() % 4 * 8;
+  }
+  __device__ void next_tile() {
+    other_row += Tiles::kOther;
+    kept += int64_t{p.padded_keys} * kQueries;
+    if (kOf == Of::keys && other_row >= p.query_count) begin_head(heads_left - 1);
+  }
   // Writes the gradients of a tile's scores.
-  __device__ void keep(int tile) {
-    const int head = work.batch * p.heads + work.other_head(p, tile) - p.first_head * p.shared,
-              number = head * (p.padded / kQueries) + work.other_row(tile) / kQueries;
-    auto* to = static_cast<T*>(p.kept) + (int64_t{number} * p.padded_keys + row(0)) * kQueries;
+  __device__ void keep() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -381,7 +396,7 @@ struct Consumer {
         Vector<uint32_t, 4> four;
 #pragma unroll
         for (int c = 0; c < 4; ++c) four.element[c] = score_grads[2 * v + c / 2][c % 2 * 2 + half];
-        *reinterpret_cast<Vector<uint32_t, 4>*>(to + 8 * half * kQueries + v * 32 + lane_id() % 4 * 8) = four;
+        *reinterpret_cast<Vector<uint32_t, 4>*>(kept + 8 * half * kQueries + v * 32) = four;
       }
     }
   }
@@ -405,7 +420,11 @@ struct Consumer {
       return store(none, none);
     }
     // Sums are not set to 0 but by their first products: see multiply_in_warpgroups().
-    for (int i = 0; i < work.tiles; ++i) step(i);
+    begin_head(p.shared);
+    for (int i = 0; i < work.tiles; ++i) {
+      step(i);
+      next_tile();
+    }
     wait_for_products<0>();
     hold_sums();
     before += work.tiles;
