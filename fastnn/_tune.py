@@ -161,8 +161,6 @@ def measure(
                     rows.append(row)
                     on_row(row)
             return
-        if on_cpu and gpu.is_doubted(op, args):  # nobody's choice; the benchmark suite measures it
-            return
         key = op.name, choices.gpu_class(args)
         if key in known or key in {(row.op, row.calls) for row in rows}:
             return

@@ -23,7 +23,6 @@ def fake_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "architectures", lambda: "80-real 90a-real")
     monkeypatch.setattr(gpu, "_capability", lambda index: (9, 0))
     monkeypatch.setattr(gpu, "_has_triton", lambda: True)
-    monkeypatch.setattr(gpu, "DOUBTED", frozenset())
     monkeypatch.setattr(choices, "gpu", lambda index: {"key": "a GPU", "capability": (9, 0)})
     # The choices of whoever runs the tests are not to count.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -51,24 +50,6 @@ def test_kernel_that_is_not_measured_stays_with_torch(fake_gpu, native, monkeypa
     choices._tables.cache_clear()
     pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
     assert native == [("max_pool2d", None)]
-
-
-def test_kernel_that_is_doubted_stays_with_torch(fake_gpu, native, monkeypatch):
-    """Whatever was measured, but where kernels are asked for."""
-    monkeypatch.setattr(gpu, "DOUBTED", frozenset(("pool",)))
-    monkeypatch.setattr(choices, "SHIPPED", {(9, 0): {"max_pool2d": {"*": "kernel"}}})
-    pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
-    monkeypatch.setattr(watch, "prefer_kernels", False)
-    pool.max_pool2d(fake_gpu(2, 3, 8, 8), 2)
-    reason = "its kernels gave wrong results on a GPU, for a cause that is not known"
-    assert native == [("max_pool2d", None), ("max_pool2d", reason)]
-    native.clear()
-    for size in (2, 3):
-        conv.conv2d_relu_max_pool2d(fake_gpu(2, 3, 8, 8), fake_gpu(4, 3, 3, 3), kernel_size=size)
-    assert native == [
-        ("conv2d_relu_max_pool2d", "not measured on this GPU: fastnn.tune measures"),
-        ("conv2d_relu_max_pool2d", reason),
-    ]
 
 
 def test_old_gpu_and_build_without_cuda(fake_gpu, native, monkeypatch):

@@ -16,20 +16,9 @@ PAIRS = "warpgroups in pairs"
 LEAST_CAPABILITY = (8, 0)
 
 
-#: Families of ops whose kernels gave wrong results on a GPU in a few calls, for a cause that is not known. Their calls go to torch, but for
-#: tests and the benchmark suite.
-DOUBTED = frozenset(("pool",))
-
 #: Kernels whose blocks wait for each other, and that no GPU has run: `fastnn.tune` leaves them to the benchmark suite, which ends
 #: what hangs.
 UNTRIED = frozenset((PAIRS,))
-
-
-def is_doubted(op, args: tuple) -> bool:
-    """Whether a call would be done by such a kernel; behind a convolution it is one unless the window is 2 x 2, which is of its epilogue."""
-    if not DOUBTED:
-        return False
-    return op.family in DOUBTED or (op.name == "conv2d_relu_max_pool2d" and args[-6:] != (2, 2, 2, 2, 0, 0))
 
 
 @cache
