@@ -9,6 +9,7 @@ from benchmark_runs import RESULTS
 
 from benchmarks import __main__ as cli
 from benchmarks import (
+    choices,
     compare,
     markdown,
     stored,
@@ -159,8 +160,64 @@ def test_markdown_of_a_gpu(tmp_path, whole):
     assert "on a GPU (driver 1.2)" in made
     assert "| conv | fp32 | forward |" in made
     result.write_text(json.dumps({"schema": "fastnn-gpu", "suite": None}))
-    with pytest.raises(SystemExit, match="left no result"):
+    with pytest.raises(SystemExit, match="left a result"):
         markdown.main(result, readme)
+
+
+ROWS = [
+    {
+        "ceilings": {"copy": 4e12, "bf16": 7e14, "fp16": 7e14, "fp32": 5e13},
+        "gpu": "a GPU",
+        "capability": "9.0",
+        "multiprocessors": 132,
+    }
+    | {"torch": "2.11.0"},
+    {"row": "a call", "stock": {"torch": 3e-6, "cudnn": 2e-6}, "stock_backward": {"torch": 8e-6}},
+    {
+        "row": "a call",
+        "op": "conv2d",
+        "calls": "some",
+        "seconds": {"torch": 3e-6, "kernel": 1e-6},
+        "dropped": {},
+    },
+    {
+        "row": "a call",
+        "op": "conv2d_backward",
+        "calls": "back",
+        "seconds": {"torch": 4e-6, "kernel": 9e-6},
+        "dropped": {},
+    },
+    {"row": "another", "stock": {"torch": 3e-6}, "stock_backward": {}},
+    {
+        "row": "another",
+        "op": "conv2d",
+        "calls": "other",
+        "seconds": {"torch": 3e-6},
+        "dropped": {"kernel": "wrong"},
+    },
+]
+
+
+def test_rows_of_a_gpu(tmp_path):
+    """A table of what was measured, and the choices that follow from it."""
+    text = markdown.gpu_part({"rows": ROWS, "suite": None})
+    assert "| a call | 2 (cudnn) | 1 (kernel) | 2.00 | 8 (torch) | 9 (kernel) | 0.89 |" in text
+    assert "| another | 3 (torch) | left out: kernel |  |  |  |  |" in text
+    result = tmp_path / "gpu.json"
+    result.write_text(json.dumps({"schema": "fastnn-gpu", "suite": None, "rows": ROWS}))
+    record = choices._record(result)
+    assert record["environment"]["gpu"] == {"name": "a GPU", "capability": "9.0"}
+    assert choices.choices([record]) == {
+        "9.0": {
+            "conv2d": {
+                "some": "kernel",
+                # 3 us and 8 in all by torch, 1 and 4 where the kernel is forward and torch's op backward.
+                "some with gradients": "kernel",
+                "other": "torch",
+            },
+            "conv2d_backward": {"back": "torch"},
+        }
+    }
 
 
 def test_markdown_goes_between_its_lines(tmp_path):
