@@ -9,7 +9,7 @@ from conftest import DTYPES, assert_as_good
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastnn.ops.core import watch
+from fastnn.ops.core import route, watch
 from fastnn.ops.linear import linear, linear_gelu, linear_relu
 from fastnn.ops.linear import routes as linear_routes
 
@@ -236,6 +236,33 @@ def test_autocast(op, native):
     y.sum().backward()
     assert [t.grad.dtype for t in leaves] == [torch.float32] * 3
     assert native[0] is None
+
+
+def test_autocast_remembers_the_plan(monkeypatch):
+    """Of the call as it then runs: another dtype of autocast's, none, or the wish for a gradient is another kind."""
+    planned = []
+    monkeypatch.setattr(
+        route, "plan", lambda op, args, plan=route.plan: planned.append(args[0].dtype) or plan(op, args)
+    )
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    want = F.linear(x, w)
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype):
+            for _ in range(2):
+                y = linear(x, w)
+                assert y.dtype is dtype
+                torch.testing.assert_close(y.float(), want, rtol=2e-2, atol=2e-2)
+    assert planned == [torch.bfloat16, torch.float16]
+    leaf = w.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            (grad,) = torch.autograd.grad(linear(x, leaf).sum(), leaf)
+            torch.testing.assert_close(grad, x.sum(0).expand(4, 8), rtol=2e-2, atol=2e-2)
+        with torch.autocast("cpu", enabled=False):
+            assert linear(x, w).dtype is torch.float32
+    assert planned[2:].count(torch.bfloat16) == 1
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert linear(x, w).dtype is torch.float32
 
 
 @BOTH

@@ -8,15 +8,23 @@ from fastnn.ops.core.library import LIBRARY
 from fastnn.ops.core.op import Op
 
 any_autocast = torch._C._is_any_autocast_enabled
+_DEVICES = ("cpu", "cuda")
 
 
 def as_called(op: Op, args: tuple) -> tuple:
     """The arguments as autocast has them."""
     if op.autocast and any_autocast() and isinstance(args[0], torch.Tensor):
         device = args[0].device.type
-        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        if device in _DEVICES and torch.is_autocast_enabled(device):
             return _cast(args, device)
     return args
+
+
+def dtype_of(tensor: torch.Tensor) -> torch.dtype | None:
+    """What autocast casts to on a tensor's device; None where it is off there."""
+    device = tensor.device.type
+    on = device in _DEVICES and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def _cast(args: tuple, device: str) -> tuple:

@@ -148,9 +148,10 @@ def route_of(op: Op) -> Callable:
             or _settings.disabled
             or in_transform() is not None
             or forward_ad._current_level >= 0
-            or (casts and any_autocast())
         ):
             return otherwise(args)
+        if casts and any_autocast():
+            return under_autocast(args)
         wants, enabled = False, _is_grad_enabled()
         for t in args[:count]:
             if t is not None:
@@ -159,7 +160,7 @@ def route_of(op: Op) -> Callable:
                 if enabled and t.requires_grad:
                     wants = True
         if args[0] is None or not args[0].is_cpu:
-            return on_gpu(args, wants) if on_gpus else carefully(args)
+            return as_planned(args, wants) if on_gpus else carefully(args)
         numbers = ()
         if chooses:
             try:
@@ -184,21 +185,31 @@ def route_of(op: Op) -> Callable:
                 raise
         return stock(*args)
 
-    def on_gpu(args, wants):
+    def under_autocast(args):
+        if any([t is not None and type(t) not in REAL for t in args[:count]]) or args[0] is None:
+            return carefully(args)
+        wants = _is_grad_enabled() and any([t is not None and t.requires_grad for t in args[:count]])
+        return as_planned(args, wants, autocast.dtype_of(args[0]))
+
+    def as_planned(args, wants, dtype=None):
+        """By the plan that is remembered for the call's kind, after a cast to autocast's dtype."""
         try:
             # Which of its tensors wants a gradient counts for those that get none.
             needs = wants and [args[i] is not None and args[i].requires_grad for i, _ in constants]
             given = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in args[:count]]
-            key = (*given, args[count:], wants, *(needs or ()), watch.prefer_kernels)
+            key = (*given, args[count:], wants, *(needs or ()), dtype, watch.prefer_kernels)
             known = plans.get(key)
         except Exception:
-            return carefully(
-                args
-            )  # what has no strides, or None in place of a tensor: the plan says why it is torch's
+            # What has no strides, or None in place of a tensor: the plan says why it is torch's.
+            return carefully(args)
         if known is None:
-            known = remember(key, plan(op, args))
+            known = remember(key, plan(op, args if dtype is None else autocast.as_called(op, args)))
         if known.algorithm is None:
             return stock(*args)
+        if dtype is not None:
+            args = autocast.as_called(op, args)
+        if args[0].is_cpu:
+            return function.apply(*args, known.numbers) if wants else run(args, known.numbers)
         return function_on_gpu.apply(*args, known.numbers) if wants else run_on_gpu(args, known.numbers)
 
     def remember(key, known):
