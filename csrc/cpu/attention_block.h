@@ -169,7 +169,12 @@ FASTNN_INLINE acc_t<T> mask_scores(acc_t<T>* s, const AttentionMask& mask, bool 
   } else {
     const T* added = static_cast<const T*>(mask.data) + at;
     if (mask.column == 1) {
-      each([=](V x, int64_t i, int n) __attribute__((always_inline)) { return x + load(added + i, n); });
+      each([=](V x, int64_t i, int n) __attribute__((always_inline)) {
+        // A block takes a piece of each row, so the next one is not where a stream would go on: 14.7 ms for
+        // 17 forward and backward with 12 x 512 x 512.
+        __builtin_prefetch(added + i + 4 * mask.row);
+        return x + load(added + i, n);
+      });
     } else {
       const V one = splat(to_acc(*added));
       each([=](V x, int64_t, int) __attribute__((always_inline)) { return x + one; });
