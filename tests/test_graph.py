@@ -17,7 +17,7 @@ from conftest import assert_as_good
 import fastnn
 from fastnn import _settings, nn
 from fastnn.freeze import freeze_layers
-from fastnn.graph import fuse, ir, layout, normalise
+from fastnn.graph import fuse, ir, layout, lower, normalise
 from fastnn.graph.capture import CannotCapture, capture, in_evaluation
 from fastnn.graph.frozen import FrozenModel
 
@@ -410,6 +410,20 @@ def test_parametrized_and_pruned_layers():
     check(torch.nn.Sequential(normed, torch.nn.ReLU(), pruned), randn(4, 8))
     spectral = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(3, 4, 3))
     check(torch.nn.Sequential(spectral.eval(), torch.nn.ReLU()), randn(2, 3, 6, 6))
+
+
+def test_layout_of_a_result_is_the_kernels(monkeypatch):
+    """Shapes change behind a convolution that gives another layout than it was captured with."""
+    made = lower._conv2d_function
+    monkeypatch.setattr(
+        lower, "_conv2d_function", lambda *args: made(*args).contiguous(memory_format=torch.channels_last)
+    )
+    # As on a GPU: by the public functions.
+    monkeypatch.setattr(lower, "FLOATS", frozenset())
+    conv, dense = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8 * 36, 5)
+    model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), dense).eval()
+    x = randn(2, 3, 8, 8)
+    torch.testing.assert_close(FrozenModel(model, (x,), {})(x), model(x))
 
 
 def test_layouts_and_shapes_of_images():

@@ -51,6 +51,7 @@ def optimise(captured: Captured, args: tuple) -> GraphModule:
         images = layout.to_nhwc(gm)
         lower.lower(gm, args)
         if images and (seconds := _seconds(gm, args)) < _TRY_BOTH:
+            layout.no_views(plain)
             lower.lower(plain, args)
             if _seconds(plain, args) < seconds:
                 return plain

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from fastnn.graph import ir
 from fastnn.graph.ir import aten, constant, is_call, is_constant, new_constant, replace, shape_of
 
-__all__ = ["keep_results", "to_nhwc"]
+__all__ = ["keep_results", "no_views", "to_nhwc"]
 
 _NHWC = torch.channels_last
 
@@ -34,15 +34,19 @@ def to_nhwc(gm: GraphModule) -> bool:
         if is_call(node, ir.conv2d):
             found = True
             _convolution(gm, node)
-        elif is_call(node, aten.view.default):
-            replace(
-                gm, node, aten.reshape.default, node.args
-            )  # a view of one layout may be none of the other
     if found:
+        no_views(gm)
         for node in list(gm.graph.nodes):
             _tokens(gm, node)
         ir.clean(gm)
     return found
+
+
+def no_views(gm: GraphModule) -> None:
+    """Let shapes change whatever the layout: a view of one layout may be none of another, which a kernel may give."""
+    for node in list(gm.graph.nodes):
+        if is_call(node, aten.view.default, aten._unsafe_view.default):
+            replace(gm, node, aten.reshape.default, node.args)
 
 
 def _convolution(gm: GraphModule, node: Node) -> None:
