@@ -12,11 +12,12 @@ import functools
 import json
 import math
 import os
-import select
+import queue
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-#: Seconds without a word from the process that measures, until it is ended.
-PATIENCE = 60.0
+#: Seconds without a word from the process that measures, until it is ended: what is compiled at a first call included.
+PATIENCE = 40.0
 #: Milliseconds of calls that each measurement repeats, twice in turns.
 REPEAT_MS = 30
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -276,8 +277,10 @@ def _moved(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
-def measure(row: Row, say: Callable[[dict], None], once: bool = False) -> None:
-    """Say what each op of a row's call took on each kernel, and what torch's ways took forward and backward."""
+def measure(
+    row: Row, say: Callable[[dict], None], once: bool = False, without: frozenset[str] = frozenset()
+) -> None:
+    """Say what each op of a row's call took on each kernel, and what torch's ways took forward and backward; `without` some kernels."""
     from fastnn import _tune
     from fastnn.ops.core import choices, on_gpus, watch
     from fastnn.ops.core.plan import covers
@@ -340,7 +343,7 @@ def measure(row: Row, say: Callable[[dict], None], once: bool = False) -> None:
         want, reason = (None, None) if once else _caught(lambda op=op, args=args: op.oracle(*args))
         calls, dropped, errors = {choices.TORCH: functools.partial(op.stock, *args)}, {}, {}
         for name in op.candidates:
-            if not covers(op, name, args):
+            if f"{op.name}:{name}" in without or not covers(op, name, args):
                 continue
             say({"row": row.name, "op": op.name, "trying": name})
             run = lambda op=op, name=name, args=args: on_gpus.call_candidate(op, name, args)  # noqa: E731
@@ -424,7 +427,7 @@ def _ceilings(say: Callable[[dict], None]) -> None:
     )
 
 
-def _work(chosen: list[Row], first: int, once: bool) -> None:
+def _work(chosen: list[Row], first: int, once: bool, without: frozenset[str]) -> None:
     index = first
 
     def say(what):
@@ -438,7 +441,7 @@ def _work(chosen: list[Row], first: int, once: bool) -> None:
     while index < len(chosen):
         row = chosen[index]
         try:
-            measure(row, say, once)
+            measure(row, say, once, without)
         except Exception as error:
             say({"row": row.name, "failed": f"{type(error).__name__}: {error}"[:600]})
             if _is_lost():
@@ -464,57 +467,80 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="at most (default: %(default)s)")
     parser.add_argument("--out", default="-", help="a file for the lines")
     parser.add_argument("--from", type=int, dest="first", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="OP:KERNEL", help="leave out a kernel of an op"
+    )
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("torch finds no CUDA device", file=sys.stderr)
         return 1
     chosen = [r for r in rows() if not args.filter or any(f in r.name for f in args.filter)]
     if args.first is not None or args.once:
-        _work(chosen, args.first or 0, args.once)
+        _work(chosen, args.first or 0, args.once, frozenset(args.without))
         return 0
-    end, first, ok = time.monotonic() + args.seconds, 0, True
     with contextlib.ExitStack() as stack:
         out = sys.stdout if args.out == "-" else stack.enter_context(open(args.out, "w", encoding="utf-8"))
-        while first < len(chosen) and time.monotonic() < end:
-            command = [sys.executable, "-m", "benchmarks.gpu_rows", "--from", str(first)]
-            for word in args.filter:
-                command += ["--filter", word]
-            done, at, last = _watch(command, first, out, end)
-            ok = ok and done
-            if done:
-                break
-            first = at + 1
-            if last and time.monotonic() < end:
-                print(json.dumps({"row": last.get("row"), "lost": last}), file=out, flush=True)
-    return 0 if ok else 1
+        command = [sys.executable, "-m", "benchmarks.gpu_rows"]
+        for word in args.filter:
+            command += ["--filter", word]
+        return 0 if watch_rows(command, len(chosen), out, time.monotonic() + args.seconds) else 1
+
+
+def watch_rows(command: list[str], count: int, out, end: float) -> bool:
+    """Have a process measure the rows, and another one the rest where it hangs or dies: without the kernel that it died of, or else
+    without the row. Whether all of it was measured by the first."""
+    first, left_out, ok = 0, [], True
+    while first < count and time.monotonic() < end:
+        done, first, last = _watch([*command, "--from", str(first), *left_out], first, out, end)
+        if done:
+            return ok
+        ok = False
+        if time.monotonic() >= end:
+            break
+        print(json.dumps({"row": last.get("row"), "lost": last}), file=out, flush=True)
+        culprit = f"{last.get('op')}:{last.get('trying')}"
+        if "op" in last and "trying" in last and culprit not in left_out:
+            left_out += ["--without", culprit]
+        else:
+            first += 1
+    return False
 
 
 def _watch(command: list[str], at: int, out, end: float) -> tuple[bool, int, dict]:
     """Whether a process measured all of it; else the row it was at, and its last word."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    last, heard = {}, time.monotonic()
+    said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def listen():
+        for line in process.stdout:
+            said.put(line)
+        said.put(None)
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    last: dict = {}
     try:
         while True:
-            ready, _, _ = select.select([process.stdout], [], [], 1.0)
-            now = time.monotonic()
-            if ready:
-                line = process.stdout.readline()
-                if not line:
-                    return False, at, last
-                if not line.startswith("{"):
-                    continue
-                last, heard = json.loads(line), now
-                at = last["index"]
-                if last.get("done"):
-                    return True, at, last
-                if "trying" not in last:
-                    print(line, end="", file=out, flush=True)
-            elif now - heard > PATIENCE or now > end:
+            try:
+                line = said.get(timeout=max(0.0, min(PATIENCE, end - time.monotonic())))
+            except queue.Empty:
                 return False, at, last
+            if line is None:
+                return False, at, last
+            if not line.startswith("{"):
+                continue
+            last = json.loads(line)
+            at = last["index"]
+            if last.get("done"):
+                return True, at, last
+            if "trying" not in last:
+                print(line, end="", file=out, flush=True)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        listener.join()
+        process.stdout.close()
 
 
 if __name__ == "__main__":

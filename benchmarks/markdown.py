@@ -61,9 +61,8 @@ def gpu_rows(rows: list[dict]) -> str:
         *head("call", "torch, us", "fastnn, us", "forward", "torch, us", "fastnn, us", "backward"),
     ]
     measured = {(row["row"], row["op"].endswith("_backward")): row for row in rows if "seconds" in row}
-    for row in rows:
-        if "stock" not in row:
-            continue
+    # A row that was begun anew counts as it was last.
+    for row in {row["row"]: row for row in rows if "stock" in row}.values():
         cells = [row["row"]]
         for backward, of in ((False, row["stock"]), (True, row["stock_backward"])):
             ours = measured.get((row["row"], backward), {"seconds": {}, "dropped": {}})

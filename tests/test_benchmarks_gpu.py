@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import cases, check, clock, gpu, limits, peers, runner
+from benchmarks import cases, check, clock, gpu, gpu_rows, limits, peers, runner
 from benchmarks.cases import Case, Input, Workload
 
 LINEAR = Workload(
@@ -247,6 +247,44 @@ def test_library_that_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "families", families)
     assert gpu.main(["--out", str(tmp_path), "--minutes", "1"]) == 1
     assert "undefined symbol" in (tmp_path / "report.txt").read_text()
+
+
+WORKER = """
+import json, sys, time
+def say(**what): print(json.dumps(what), flush=True)
+without = [b for a, b in zip(sys.argv, sys.argv[1:]) if a == "--without"]
+first = int(sys.argv[sys.argv.index("--from") + 1])
+print("a line of something else")
+for index, row in list(enumerate("abc"))[first:]:
+    say(index=index, row=row, stock={})
+    if "linear:pairs" not in without:
+        say(index=index, row=row, op="linear", trying="pairs")
+        time.sleep(60)
+    if row == "b":
+        raise SystemExit(1)
+    say(index=index, row=row, op="linear", seconds={})
+say(index=index, done=True)
+"""
+
+
+def test_rows_go_on_without_a_kernel_that_hangs(tmp_path, monkeypatch):
+    """And without a row whose process dies of nothing that is known."""
+    monkeypatch.setattr(gpu_rows, "PATIENCE", 2.0)
+    told = tmp_path / "rows.jsonl"
+    start = time.monotonic()
+    with told.open("w") as out:
+        assert not gpu_rows.watch_rows([sys.executable, "-c", WORKER], 3, out, start + 60)
+    assert time.monotonic() - start < 30
+    rows = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [r["row"] for r in rows if "seconds" in r] == ["a", "c"]
+    lost = [r["lost"] for r in rows if "lost" in r]
+    assert [(r["row"], r.get("trying")) for r in lost] == [("a", "pairs"), ("b", None)]
+
+
+def test_rows_end_in_time(tmp_path):
+    start = time.monotonic()
+    assert not gpu_rows.watch_rows([sys.executable, "-c", WORKER], 3, sys.stdout, start + 1)
+    assert time.monotonic() - start < 10
 
 
 def test_families_that_are_measured():
