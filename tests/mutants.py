@@ -186,9 +186,9 @@ MUTANTS = (
     ),
     Mutant(
         "fastnn/graph/layout.py",
-        "elif is_call(node, aten.view.default):",
-        "elif False:",
-        "tests/test_graph.py -k 'layouts or small'",
+        "if is_call(node, aten.view.default, aten._unsafe_view.default):",
+        "if False:",
+        "tests/test_graph.py -k 'layouts or small or layout_of_a_result'",
     ),
     Mutant(
         "fastnn/nn/_layer.py",
