@@ -34,7 +34,8 @@ class _NativeOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastnn" and func._opname in self.declared:
-            cost = self.declared[func._opname].cost(*args)
+            op = self.declared[func._opname]
+            cost = op.cost(*args[: len(op.schema.arguments)])  # without algorithms, which `raw` takes
             self.flops, self.bytes, self.count = (
                 self.flops + cost.flops,
                 self.bytes + cost.bytes,

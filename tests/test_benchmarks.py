@@ -266,6 +266,38 @@ def test_work_tells_native_from_torch(monkeypatch):
     assert work.observe(partial(torch.relu, x[0]), forward).torch_reason == "torch's own function"
 
 
+def test_work_of_calls_by_an_algorithm():
+    """The rules that are shipped name one to most ops; it stands behind the op's arguments."""
+    from fastnn.ops.core.algorithms import covers_by
+    from fastnn.ops.core.op import OPS
+
+    x, w, image, kernel = (
+        torch.randn(4, 8),
+        torch.randn(3, 8),
+        torch.randn(1, 3, 6, 6),
+        torch.randn(4, 3, 3, 3),
+    )
+    options = (1, 1, 0, 0, 1, 1, 1)
+    calls = {
+        "linear": (x, w, None),
+        "linear_backward": (torch.randn(4, 3), x, w, True, True, True),
+        "conv2d": (image, kernel, None, *options),
+        "conv2d_relu_max_pool2d": (image, kernel, None, *options, 2, 2, 2, 2, 0, 0),
+    }
+    for name, args in calls.items():
+        counted = []
+        numbers = [
+            next(n for n in range(1, 20) if covers_by(result.covering(*args), n))
+            for result in OPS[name].algorithms.results
+        ]
+        for given in (args, (*args, *numbers)):
+            with work._NativeOps(OPS) as native:
+                OPS[name].packet.raw(*given)
+            counted.append((native.flops, native.bytes, native.count))
+        assert counted[0] == counted[1]
+        assert counted[0][0] > 0
+
+
 def test_work_counts_what_torch_does():
     sizes = 4 * (4 * 8 + 3 * 8 + 3 + 4 * 3)
     gradients = 4 * (4 * 8 + 3 * 8 + 3)
