@@ -190,7 +190,8 @@ class Report:
                 status = f"exit status {process.returncode}"
             if status != "ok":
                 break
-        output = "\n".join(texts)
+        # Where this machine has the sources and its Python is nobody else's concern.
+        output = "\n".join(texts).replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
         self.steps[name] = {"status": status, "seconds": round(time.monotonic() - start, 1), "output": output}
         self.save()
         return status == "ok"

@@ -1,7 +1,7 @@
 """Rows for a GPU of sizes that fill it: every kernel that covers a call against the best of what torch offers.
 
 ``python3 -m benchmarks.gpu_rows`` writes a line of JSON for each op of each row, as soon as it is measured. A process of its own
-measures them; where a kernel hangs or leaves the GPU useless, another one goes on with the next row.
+measures them; where a kernel hangs or leaves the GPU useless, another one goes on without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class Row:
     """A call of fastnn, what torch offers for it, and the work there is.
 
     `shapes` are those of its tensors, images in channels_last if `last`. `least`: the ratios over the best of torch's that are
-    the goal, forward and backward, or None. `flops` are of the forward pass, `bytes` read and written there at least.
+    the goal, forward and backward, or None. `flops` are of the forward pass.
     """
 
     name: str
@@ -53,7 +53,6 @@ class Row:
     last: bool = True
     backward: bool = True
     least: tuple[float | None, float | None] = (None, None)
-    settings: dict[str, bool] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
         generator = torch.Generator(DEVICE).manual_seed(0)
@@ -89,13 +88,13 @@ def _pool(name, stock, shape, least=(1.6, 2.0)) -> Iterator[Row]:
             )
 
 
-def _conv_flops(x, w, stride, padding, out=None):
+def _conv_flops(x, w, stride, padding):
     height, width = ((x[i] + 2 * padding - w[i]) // stride + 1 for i in (2, 3))
     return 2.0 * x[0] * height * width * math.prod(w)
 
 
 def _conv(
-    name, x, w, *, stride=1, padding=0, groups=1, kind="conv2d", least=None, dtypes=("bf16",), stem=False
+    name, x, w, *, stride=1, padding=0, groups=1, kind="conv2d", least=None, dtypes=("bf16",)
 ) -> Iterator[Row]:
     import fastnn.nn.functional as ours
 
