@@ -150,6 +150,12 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype", action="append", default=[], help="with --device cpu, only these: float32, ..."
     )
     command.add_argument(
+        "--layers",
+        choices=sorted(cpu_choices.LAYERS),
+        default="networks",
+        help="with --device cpu: those of well-known networks, or of random sizes (default: %(default)s)",
+    )
+    command.add_argument(
         "--write",
         action="store_true",
         help=f"put the choices into {SHIPPED_FILE.name}, or the processor's file, which are shipped",
@@ -183,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
                 return cpu_choices.run(
                     console,
                     stored=args.result,
+                    of=args.layers,
                     minutes=args.minutes,
                     threads=tuple(args.threads or (1, 2)),
                     dtypes=tuple(args.dtype),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +19,16 @@ import torch.nn.functional as F
 
 from benchmarks import layers
 from fastnn.ops.conv import shapes
+from fastnn.ops.conv.algorithms import BY_KERNELS
+from fastnn.ops.conv.packed import can_be_packed
 from fastnn.ops.core.activations import NUMBERS
 from fastnn.ops.core.algorithms import AUTOMATIC, Result, covers_by
-from fastnn.ops.core.op import OPS, Op
+from fastnn.ops.core.op import OPS, ROUTES, Op
 from fastnn.ops.core.plan import fastest
 from fastnn.ops.core.rules import TORCH
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-BATCHES = (1, 8, 32)
 ROUNDS = 5
 # Long enough that the clock's own cost does not count.
 BLOCK_SECONDS = 1e-3
@@ -125,10 +126,9 @@ def _convolution(layer, batch, dtype, layout, size, kernel, options) -> Iterator
             {**_forced(op, result, args), TORCH: partial(op.stock, *args)},
         )
     if pool:
-        op, args = OPS["conv2d_relu_max_pool2d"], (x, w, b, *options, *(pool,) * 4, 0, 0)
-        result = op.algorithms.results[0]
-        stock = partial(_stock_pooled, x, w, b, options, pool)
-        yield Trial(op, result, args, layer.network, {**_forced(op, result, args), TORCH: stock})
+        yield from _pooled(layer, x, w, b, options, pool)
+    if layout == "nhwc" and can_be_packed(w, groups):
+        yield from _packed_convolution(layer, x, w, b, options, pool)
     y = op_output(OPS["conv2d"], x, w, b, *options)
     grad = torch.randn(y.shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     for name, extra in (("conv2d_backward", ()), ("conv2d_relu_backward", (y.relu(),))):
@@ -138,12 +138,79 @@ def _convolution(layer, batch, dtype, layout, size, kernel, options) -> Iterator
                 continue  # a first layer, whose input wants no gradient
             args = (grad, x, w, *extra, *options, *wanted)
             result = op.algorithms.results[place]
-            calls = {**_forced(op, result, args, place), TORCH: partial(op.stock, *args)}
+            calls = _forced(op, result, args, place)
+            if not result.describe(*args).kind.endswith(BY_KERNELS):
+                calls[TORCH] = partial(op.stock, *args)
             yield Trial(op, result, args, layer.network, calls)
 
 
-def _stock_pooled(x, w, b, options, pool):
-    return F.max_pool2d(torch.relu(F.conv2d(x, w, b, options[:2], options[2:4], 1, options[6])), pool)
+# What reads a packed weight.
+_READ_PACKED = frozenset(("linear", "rows", "pixels", "blocked", "registers"))
+
+
+def _pack(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    if weight.is_meta:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.ops.fastnn._pack_weight(weight, groups)
+
+
+def _packed(op: Op, args: tuple, network: str, instead: Callable) -> Trial:
+    """By the packed form of a weight, beside the call without it, as it is planned by now."""
+    result = op.algorithms.results[0]
+    calls = {name: call for name, call in _forced(op, result, args).items() if name in _READ_PACKED}
+    return Trial(op, result, args, network, {**calls, TORCH: instead})
+
+
+def _packed_convolution(layer, x, w, b, options, pool) -> Iterator[Trial]:
+    data = _pack(w, options[6])
+    for name, number in (("conv2d", NUMBERS["none"]), ("conv2d_relu", NUMBERS["relu"])):
+        args = (x, w, b, None, data, *options, number)
+        yield _packed(OPS["conv2d_packed"], args, layer.network, partial(ROUTES[name], x, w, b, *options))
+    if pool:
+        op, options = OPS["conv2d_relu_max_pool2d_packed"], (*options, *(pool,) * 4, 0, 0)
+        instead = partial(ROUTES["conv2d_relu_max_pool2d"], x, w, b, *options)
+        yield _packed(op, (x, w, b, data, *options), layer.network, instead)
+
+
+def _pooled(layer, x, w, b, options, pool) -> Iterator[Trial]:
+    """With what is fused behind: torch undoes the pooling for each gradient that is its."""
+    op, window = OPS["conv2d_relu_max_pool2d"], (*(pool,) * 4, 0, 0)
+    args, result = (x, w, b, *options, *window), op.algorithms.results[0]
+    calls = _forced(op, result, args)
+
+    def stock(x, w, b):
+        return F.max_pool2d(torch.relu(F.conv2d(x, w, b, options[:2], options[2:4], 1, options[6])), pool)
+
+    yield Trial(op, result, args, layer.network, {**calls, TORCH: partial(stock, x, w, b)})
+    y, locations = op.packet.raw(*args)
+    grad, wants_input = torch.randn_like(y), layer.channels > 3
+    backward, fastest_of = OPS["conv2d_relu_max_pool2d_backward"], [0, 0]
+    for place, wanted in enumerate(((True, False, False), (False, True, True))):
+        if place == 0 and not wants_input:
+            continue
+        gradient = (grad, x, w, locations, *options, *window, *wanted)
+        part = backward.algorithms.results[place]
+        made = _forced(backward, part, gradient, place)
+        if not x.is_meta:
+            fastest_of[place] = backward.algorithms.names.index(_quickest(made))
+        if part.describe(*gradient).kind.endswith(BY_KERNELS):
+            return
+        both = {**made, TORCH: partial(backward.stock, *gradient)}
+        yield Trial(backward, part, gradient, layer.network, both)
+    # Both passes, the second by the fastest algorithms of it.
+    leaves = [t.clone().requires_grad_(t is not x or wants_input) for t in (x, w, b)]
+
+    def ours(call):
+        _, locations = call()
+        wanted = wants_input, True, True
+        return backward.packet.raw(grad, x, w, locations, *options, *window, *wanted, *fastest_of)
+
+    def theirs():
+        with torch.enable_grad():
+            return torch.autograd.grad(stock(*leaves), leaves if wants_input else leaves[1:], grad)
+
+    both = {name: partial(ours, call) for name, call in calls.items()}
+    yield Trial(op, result, (*leaves, *options, *window), layer.network, {**both, TORCH: theirs})
 
 
 def op_output(op: Op, *args) -> torch.Tensor:
@@ -170,6 +237,9 @@ def _linear(layer: layers.Linear, batch: int, dtype: torch.dtype, layout: str) -
             layer.network,
             {**_forced(op, result, args), TORCH: partial(op.stock, *args)},
         )
+    data = _pack(w, 1)
+    args = (x, w, b, None, data, NUMBERS["none"])
+    yield _packed(OPS["linear_packed"], args, layer.network, partial(ROUTES["linear"], x, w, b))
     grad = torch.randn(rows, layer.features).to(dtype)
     backward = [("linear_backward", ())]
     if layer.activation == "relu":
@@ -209,7 +279,35 @@ def _attention(layer: layers.Attention, batch: int, dtype: torch.dtype, layout: 
     yield Trial(op, result, (*leaves, *args[3:]), layer.network, {**both, TORCH: theirs})
 
 
+def _norm(layer: layers.Norm, batch: int, dtype: torch.dtype, layout: str) -> Iterator[Trial]:
+    if layout != "nchw":
+        return
+    x, other = (torch.randn(batch, layer.rows, layer.width).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(layer.width).to(dtype) for _ in range(2))
+    op, sizes = OPS["add_layer_norm"], (layer.width,)
+    args, result = (x, other, weight, bias, 1e-5, False, False), op.algorithms.results[0]
+    name = op.algorithms.names[1]
+    stock = partial(op.stock, *args)
+    yield Trial(op, result, args, layer.network, {name: partial(op.packet.raw, *args), TORCH: stock})
+    # With gradients: both passes, since only the kernels' backward reads what the kernels keep.
+    leaves, grad = [t.clone().requires_grad_() for t in args[:4]], torch.randn_like(x)
+    backward = OPS["add_layer_norm_backward"].packet.raw
+
+    def ours():
+        _, total, mean, rstd = op.packet.raw(*args[:5], True, True)
+        return backward(grad, total, mean, rstd, None, weight, True, True, True)
+
+    def theirs():
+        with torch.enable_grad():
+            total = leaves[0] + leaves[1]
+            out = F.layer_norm(total, sizes, *leaves[2:])
+            return torch.autograd.grad(out, leaves, grad)
+
+    yield Trial(op, result, (*leaves, 1e-5, True, True), layer.network, {name: ours, TORCH: theirs})
+
+
 _TRIALS = {
+    layers.Norm: _norm,
     layers.Conv: _conv,
     layers.Conv1d: _conv1d,
     layers.Linear: _linear,
@@ -220,6 +318,15 @@ _TRIALS = {
 def trials(layer: layers.Layer, batch: int, dtype: str, layout: str) -> Iterator[Trial]:
     """The results to measure of a layer on so many inputs."""
     return _TRIALS[type(layer)](layer, batch, DTYPES[dtype], layout)
+
+
+def unmeasured(count: int, seed: int, dtypes: Iterable[str]) -> Iterator[Trial]:
+    """Calls of random sizes, on tensors without memory: for what is asked about a call, not for its time."""
+    with torch.device("meta"), torch.no_grad():
+        for layer, batch in layers.sweep(count, seed):
+            for dtype in dtypes:
+                for layout in LAYOUTS:
+                    yield from trials(layer, batch, dtype, layout)
 
 
 def measure(trial: Trial) -> dict[str, list[float]]:
@@ -241,6 +348,15 @@ def measure(trial: Trial) -> dict[str, list[float]]:
             name = names[(i + number) % len(names)]
             found[name].append(_seconds(ready[name], blocks[name]))
     return found
+
+
+def _quickest(calls: dict[str, Callable[[], object]]) -> str:
+    """The call that took least of a few."""
+    least: dict[str, float] = {}
+    for _ in range(4):
+        for name, call in calls.items():
+            least[name] = min(least.get(name, math.inf), _seconds(call, 1))
+    return min(least, key=least.__getitem__)
 
 
 def _seconds(call: Callable[[], object], count: int) -> float:

@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import algorithms, fit, layers
+from benchmarks import stored as stored_results
 from benchmarks.algorithms import Sample
 from fastnn import _library
 from fastnn.ops.core import cpu_choices, processor
@@ -31,12 +33,20 @@ def key() -> str:
     return this.key if level == _library.detected_isa() else f"{this.key}-{level}"
 
 
-def plan() -> Iterator[tuple[layers.Layer, int, str, str]]:
+#: What is measured: the layers of networks, those of random sizes between them, in two lots, or those of the suite.
+LAYERS = {
+    "networks": layers.every,
+    "suite": layers.suite,
+    "sweep": layers.sweep,
+    "sweep-2": partial(layers.sweep, seed=1),
+}
+
+
+def plan(of: str) -> Iterator[tuple[layers.Layer, int, str, str]]:
     """Layers, numbers of inputs, dtypes and layouts, in an order of which any part is a fair selection."""
     every = [
         (layer, batch, dtype, layout)
-        for layer in layers.every()
-        for batch in algorithms.BATCHES
+        for layer, batch in LAYERS[of]()
         for dtype in algorithms.DTYPES
         for layout in algorithms.LAYOUTS
     ]
@@ -45,10 +55,10 @@ def plan() -> Iterator[tuple[layers.Layer, int, str, str]]:
 
 
 def measure(
-    console: Console, minutes: float, threads: tuple[int, ...], dtypes: tuple[str, ...]
+    console: Console, of: str, minutes: float, threads: tuple[int, ...], dtypes: tuple[str, ...]
 ) -> list[Sample]:
     """Measure for so many minutes."""
-    todo = [job for job in plan() if not dtypes or job[2] in dtypes]
+    todo = [job for job in plan(of) if not dtypes or job[2] in dtypes]
     samples: list[Sample] = []
     end = time.monotonic() + 60 * minutes
     before = torch.get_num_threads()
@@ -68,6 +78,20 @@ def measure(
     finally:
         torch.set_num_threads(before)
     return samples
+
+
+# Calls of random sizes for the forest to guess: layers of them.
+_GUESSED, _SEED = 1500, 1000
+
+
+def calls(count: int = _GUESSED) -> list[fit.Call]:
+    """Calls that nobody measured, for :func:`benchmarks.fit.fit`."""
+    found = []
+    for trial in algorithms.unmeasured(count, _SEED, algorithms.DTYPES):
+        with torch.enable_grad():
+            call = trial.result.describe(*trial.args)
+        found.append(fit.Call(trial.op.name, call.kind, dict(call.sizes), tuple(trial.calls)))
+    return found
 
 
 def regrets_before(samples: list[Sample]) -> dict[tuple[str, str], list[float]]:
@@ -124,7 +148,9 @@ def as_text(machine: dict, samples: list[Sample], made: fit.Fit) -> str:
     }
     lines = json.dumps(head, indent=1).removesuffix("\n}")
     ops = [
-        f'  "{op}": {{\n'
+        f'  "{op}": {json.dumps(kinds)}'
+        if isinstance(kinds, str)
+        else f'  "{op}": {{\n'
         + ",\n".join(f'   "{kind}": {json.dumps(rule)}' for kind, rule in sorted(kinds.items()))
         + "\n  }"
         for op, kinds in sorted(made.rules.items())
@@ -134,16 +160,40 @@ def as_text(machine: dict, samples: list[Sample], made: fit.Fit) -> str:
     return text
 
 
-def _file(dtypes: tuple[str, ...], threads: tuple[int, ...]) -> Path:
-    """Where a measurement is kept: each by its dtypes and threads, so that one does not take another's place."""
-    what = "-".join((*(dtypes or algorithms.DTYPES), *map(str, threads)))
+def _file(of: str, dtypes: tuple[str, ...], threads: tuple[int, ...]) -> Path:
+    """Where a measurement is kept: each by its layers, dtypes and threads, so that one does not take another's place."""
+    what = "-".join((of, *(dtypes or algorithms.DTYPES), *map(str, threads)))
     return RESULTS / key() / f"algorithms-{what}.jsonl"
+
+
+# Beside a lower level of fastnn's, torch is to run at the same.
+_TORCHS = {
+    "portable": ("DEFAULT", "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41"),
+    "avx2": ("AVX2", "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2"),
+}
+
+
+def check_levels() -> None:
+    """Refuse to measure a level beside a torch that runs at a higher one.
+
+    Raises
+    ------
+    UnreadableResult
+    """
+    level = _library.current_isa()
+    wanted, settings = _TORCHS.get(level, (None, ""))
+    found = torch.backends.cpu.get_cpu_capability()
+    if level != _library.detected_isa() and wanted not in (None, found):
+        raise stored_results.UnreadableResult(
+            f"fastnn runs at {level} and torch at {found}, which is no fair rival: set {settings} as well"
+        )
 
 
 def run(
     console: Console,
     *,
     stored: list[Path],
+    of: str,
     minutes: float,
     threads: tuple[int, ...],
     dtypes: tuple[str, ...],
@@ -153,21 +203,26 @@ def run(
     if not stored:
         from benchmarks.record import environment
 
+        check_levels()
         found = environment()
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         machine = {name: found[name] for name in ("cpu", "cores", "isa", "torch", "fastnn", "commit")}
         machine |= {"created": now, "processor": key()}
-        samples = measure(console, minutes, threads, dtypes)
-        to = _file(dtypes, threads)
+        samples = measure(console, of, minutes, threads, dtypes)
+        to = _file(of, dtypes, threads)
         to.parent.mkdir(parents=True, exist_ok=True)
         algorithms.write(to, machine, samples)
         console.print(f"{len(samples)} samples are in {to}", highlight=False, soft_wrap=True)
         stored = sorted(to.parent.glob("algorithms-*.jsonl"))
     machine, samples = algorithms.read_all(stored)
-    made = fit.fit(samples)
+    made = fit.fit(samples, calls())
     console.print(table(samples, made))
     chosen = Counter(
-        name for kinds in made.rules.values() for rule in kinds.values() for name in _names(rule)
+        name
+        for kinds in made.rules.values()
+        if isinstance(kinds, dict)
+        for rule in kinds.values()
+        for name in _names(rule)
     )
     console.print(f"{dict(chosen)}; {summary(samples, made)}", highlight=False, soft_wrap=True)
     if write:

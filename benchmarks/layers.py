@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import random
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 
@@ -53,7 +55,18 @@ class Attention(NamedTuple):
     is_causal: bool = False
 
 
-Layer = Conv | Conv1d | Linear | Attention
+class Norm(NamedTuple):
+    """A residual connection and the layer normalization behind it, of so many rows of one input."""
+
+    network: str
+    rows: int
+    width: int
+
+
+Layer = Conv | Conv1d | Linear | Attention | Norm
+
+#: Numbers of inputs that layers of networks are measured with; the tutorials' networks are trained with batches of the last, too.
+BATCHES, SMALL_BATCHES = (1, 8, 32), (1, 8, 32, 64)
 
 
 def _resnet50() -> Iterator[Layer]:
@@ -134,6 +147,7 @@ def _encoder(name, rows, width, heads, inside, activation="gelu", is_causal=Fals
     yield Linear(name, rows, 3 * width, width)
     yield Linear(name, rows, width, width)
     yield Attention(name, heads, rows, rows, width // heads, is_causal)
+    yield Norm(name, rows, width)
     yield Linear(name, rows, inside, width, activation)
     yield Linear(name, rows, width, inside)
 
@@ -170,8 +184,8 @@ def _sequences() -> Iterator[Layer]:
         yield Conv1d("WaveNet-like", 64, 1000, outputs, kernel, 1, kernel // 2)
 
 
-def every() -> list[Layer]:
-    """The layers, each once: of equal ones the first network's."""
+def every() -> list[tuple[Layer, int]]:
+    """The layers of networks, each once for each number of inputs: of equal ones the first network's."""
     found: dict[tuple, Layer] = {}
     networks = (
         *(_small(), _resnet50(), _vgg16(), _mobilenetv2(), _efficientnet_b0(), _convnext_tiny()),
@@ -187,4 +201,130 @@ def every() -> list[Layer]:
     for layers in networks:
         for layer in layers:
             found.setdefault((type(layer), *layer[1:]), layer)
-    return list(found.values())
+    small = {layer.network for layer in _small()}
+    return [
+        (layer, batch)
+        for layer in found.values()
+        for batch in (SMALL_BATCHES if layer.network in small else BATCHES)
+    ]
+
+
+def suite() -> list[tuple[Layer, int]]:
+    """The layers behind the workloads of the suite, for whose calls the regret of the rules is told."""
+    from benchmarks.cases import WORKLOADS
+
+    found: list[tuple[Layer, int]] = []
+    for load in WORKLOADS:
+        shapes, name = [i.shape for i in load.inputs], load.origin.split(",")[0]
+        options = {k: v for k, v in load.options.items() if k in ("stride", "padding", "groups")}
+        if load.family == "conv":
+            (batch, channels, *size), (outputs, _, *kernel) = shapes[:2]
+            kind = Conv if len(size) == 2 else Conv1d
+            pool = (
+                {"pool": 2}
+                if load.op == "conv2d_relu_max_pool2d" and "kernel_size" not in load.options
+                else {}
+            )
+            found.append((kind(name, channels, size[-1], outputs, kernel[-1], **options, **pool), batch))
+        elif load.family == "linear":
+            (*rows, width), (features, _) = shapes[:2]
+            activation = load.op.removeprefix("linear").strip("_") or "none"
+            found.append((Linear(name, math.prod(rows), features, width, activation), 1))
+        elif load.family == "attention" and len(load.inputs) == 3:
+            (batch, heads, queries, width), keys = shapes[0], shapes[1][2]
+            found.append((Attention(name, heads, queries, keys, width, bool(load.options)), batch))
+        elif load.family == "norm":
+            found.append((Norm(name, math.prod(shapes[0][:-1]), shapes[0][-1]), 1))
+    return found
+
+
+# ---- layers of no network ----
+
+#: Of a call of a sweep: products at most, and numbers of its input or its output.
+_PRODUCTS, _NUMBERS = range(10_000, 1_000_000_000), range(1, 20_000_000)
+#: Layers of a sweep stand in so many groups, of which each may be left out of a fit.
+_GROUPS = 10
+
+
+def sweep(count: int = 400, seed: int = 0) -> list[tuple[Layer, int]]:
+    """Layers of random sizes with a number of inputs each: what lies between the networks.
+
+    Parameters
+    ----------
+    count : int
+        Of nine in turn four are convolutions, one a depthwise one, two fully connected, one attention and one a normalization.
+    seed : int
+
+    Returns
+    -------
+    list of (Layer, int)
+    """
+    rng = random.Random(seed)
+    draw = (*(_random_conv,) * 4, _random_depthwise, *(_random_linear,) * 2, _random_attention, _random_norm)
+    return [_drawn(draw[i % len(draw)], rng, f"sweep, {i // len(draw) % _GROUPS}") for i in range(count)]
+
+
+def _drawn(draw: Callable, rng: random.Random, network: str) -> tuple[Layer, int]:
+    while True:
+        layer, batch, products, numbers = draw(rng, network)
+        if products in _PRODUCTS and numbers in _NUMBERS:
+            return layer, batch
+
+
+def _between(rng: random.Random, least: float, most: float) -> int:
+    """A whole number, evenly by its logarithm; of the larger ones half are multiples of 8, as networks have them."""
+    number = round(least * (most / least) ** rng.random())
+    return number // 8 * 8 if number >= 16 and rng.random() < 0.5 else number
+
+
+def _random_conv(rng, network):
+    kernel, stride = rng.choice((1, 1, 3, 3, 3, 5, 7)), rng.choice((1, 1, 1, 2))
+    channels, outputs = _between(rng, 1, 1024), _between(rng, 2, 1024)
+    size, batch = _between(rng, max(4, kernel), 224), _between(rng, 1, 64)
+    padding = rng.choice((0, kernel // 2))
+    made = (size + 2 * padding - kernel) // stride + 1
+    pool = 2 if stride == 1 and made > 1 and rng.random() < 0.3 else 0
+    layer = Conv(network, channels, size, outputs, kernel, stride, padding, 1, pool)
+    pixels = batch * made * made
+    return (
+        layer,
+        batch,
+        pixels * outputs * channels * kernel**2,
+        max(batch * channels * size**2, pixels * outputs),
+    )
+
+
+def _random_depthwise(rng, network):
+    kernel, stride = rng.choice((3, 3, 5, 7)), rng.choice((1, 1, 2))
+    channels, size, batch = _between(rng, 8, 1500), _between(rng, max(4, kernel), 160), _between(rng, 1, 32)
+    layer = Conv(network, channels, size, channels, kernel, stride, kernel // 2, channels)
+    numbers = batch * channels * size**2
+    return layer, batch, numbers * kernel**2, numbers
+
+
+def _random_linear(rng, network):
+    rows, features, width = _between(rng, 1, 4096), _between(rng, 1, 4096), _between(rng, 4, 4096)
+    layer = Linear(network, rows, features, width, rng.choice(("none", "relu", "gelu")))
+    return layer, 1, rows * features * width, rows * max(features, width)
+
+
+def _random_norm(rng, network):
+    rows, width = _between(rng, 1, 4096), _between(rng, 16, 2048)
+    return Norm(network, rows, width), 1, 100 * rows * width, rows * width
+
+
+def _random_attention(rng, network):
+    heads, queries, width = (
+        _between(rng, 1, 32),
+        _between(rng, 1, 1024),
+        rng.choice((16, 32, 48, 64, 64, 80, 128)),
+    )
+    keys = queries if rng.random() < 0.7 else _between(rng, 1, 1024)
+    batch = _between(rng, 1, 16)
+    layer = Attention(network, heads, queries, keys, width, queries == keys and rng.random() < 0.5)
+    return (
+        layer,
+        batch,
+        2 * batch * heads * queries * keys * width,
+        batch * heads * max(queries, keys) * width,
+    )

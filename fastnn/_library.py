@@ -30,11 +30,6 @@ def detected_isa() -> str:
     return ISA_LEVELS[torch.ops.fastnn._detected_isa()]
 
 
-def in_tile_registers(dtype: torch.dtype) -> bool:
-    """Whether products of `dtype` run in the processor's tile registers, as torch's do."""
-    return _level == "amx" and dtype is torch.bfloat16
-
-
 def current_isa() -> str:
     """The instruction-set level that the CPU kernels run at."""
     return _level

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -100,6 +101,36 @@ def no_shipped_rules(tmp_path_factory):
     cpu_choices._tables.cache_clear()
     yield before
     cpu_choices.FOLDER = before
+
+
+@pytest.fixture
+def rules_of(tmp_path, monkeypatch, no_shipped_rules):
+    """Calls go by rules: ``rules_of("portable", "amx")`` by those shipped for levels, whichever this machine has."""
+    folder = tmp_path / "choices"
+    folder.mkdir()
+
+    def forget():
+        cpu_choices._tables.cache_clear()
+        route.forget_plans()
+
+    def use(*levels):
+        rules: dict = {}
+        for level in levels:
+            found = json.loads((no_shipped_rules / f"{level}.json").read_text())["rules"]
+            for op, kinds in found.items():
+                known = rules.get(op)
+                rules[op] = (
+                    {**known, **kinds} if isinstance(known, dict) and isinstance(kinds, dict) else kinds
+                )
+        isa = _library.current_isa()
+        text = json.dumps({"version": cpu_choices.VERSION, "isa": isa, "rules": rules})
+        (folder / f"{isa}.json").write_text(text)
+        monkeypatch.setattr(cpu_choices, "FOLDER", folder)
+        monkeypatch.setattr(watch, "prefer_kernels", False)
+        forget()
+
+    yield use
+    forget()
 
 
 @pytest.fixture

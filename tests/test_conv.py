@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 
 from fastnn import _library
 from fastnn.ops import conv
-from fastnn.ops.conv import routes
-from fastnn.ops.core import watch
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", LAYOUTS, ids=("nchw", "channels_last"))
@@ -277,9 +275,9 @@ def test_winograd_pooled(layout, less_precise):
 
 
 @pytest.mark.parametrize("op", [conv.conv2d, conv.conv2d_relu], ids=lambda op: op.__name__)
-def test_weight_gradient_of_a_first_layer_is_torchs(op, monkeypatch):
+def test_weight_gradient_of_a_first_layer_is_torchs(op, rules_of):
     """Unless a ReLU's mask comes first, which the kernel applies on its way."""
-    monkeypatch.setattr(watch, "prefer_kernels", False)
+    rules_of("portable")
     x, w, b = inputs((2, 3, 9, 9), (32, 3, 3, 3))
     native = f"fastnn::{op.__name__}_backward"
     for with_input in (False, True):
@@ -341,8 +339,8 @@ def test_what_the_fused_op_keeps():
     assert kept[2].dtype is torch.uint8
 
 
-def test_where_torch_is_faster_it_runs(monkeypatch, native):
-    monkeypatch.setattr(watch, "prefer_kernels", False)
+def test_where_torch_is_faster_it_runs(rules_of, native):
+    rules_of("portable")
     x, w, b = inputs((2, 64, 9, 9), (8, 64, 3, 3))
     assert torch.equal(conv.conv2d(x, w, b), TF.conv2d(x, w, b))
     assert torch.equal(conv.conv2d_relu(x, w, b, 2), stock_relu(x, w, b, 2))
@@ -351,138 +349,24 @@ def test_where_torch_is_faster_it_runs(monkeypatch, native):
     conv.conv2d_relu_max_pool2d(*leaves)
     with torch.no_grad():
         conv.conv2d_relu_max_pool2d(*leaves)
-    # A single deep image: small, then large.
-    x, w, _ = inputs((1, 128, 9, 9), (8, 128, 3, 3))
-    conv.conv2d(x, w)
-    conv.conv2d(x.repeat(1, 1, 3, 3), w)
-    faster = "torch is faster"
-    expected = [faster, faster, None, faster, None, None, faster]
-    assert [reason and reason[:15] for _, reason in native] == expected
+    faster = "torch measured faster on this processor"
+    assert [reason for _, reason in native] == [faster, faster, None, faster, None]
 
 
 @pytest.mark.parametrize("stride", [256, 65536, 2**20, 2**31 - 1])
-def test_strides_past_the_image_where_torch_is_faster(stride, monkeypatch, native):
+def test_strides_past_the_image_where_torch_is_faster(stride, rules_of, native):
     """One output, as with a stride of the image's size."""
-    monkeypatch.setattr(watch, "prefer_kernels", False)
+    rules_of("portable")
     leaves = [t.requires_grad_() for t in inputs((2, 64, 9, 9), (32, 64, 3, 3))]
     ours, stock = conv.conv2d(*leaves, stride, 1), TF.conv2d(*leaves, 11, 1)
     torch.testing.assert_close(ours, stock)
     for a, b in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (ours, stock)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert native[0][1].startswith("torch is faster")
+    assert native[0][1].startswith("torch measured faster")
     rows = [leaves[0][:, :, 0], leaves[1][:, :, 0], leaves[2]]
     ours, stock = conv.conv1d(*rows, stride, 1), TF.conv1d(*rows, 11, 1)
     torch.testing.assert_close(ours, stock)
     ours.sum().backward()
-
-
-# Image, outputs, kernel, stride, layout; and whether the convolution is native, that with a ReLU, that with gradients.
-ROUTES = [
-    ((1, 3, 32, 32), 32, 3, 1, "last", (False, True, False)),
-    ((1, 64, 56, 56), 64, 3, 1, "last", (False, True, False)),
-    ((1, 64, 56, 56), 7, 3, 1, "last", (False, False, False)),
-    ((1, 64, 56, 56), 8, 3, 1, "last", (False, True, False)),
-    ((1, 256, 28, 28), 256, 3, 1, "last", (False, False, True)),
-    ((1, 256, 56, 56), 256, 3, 1, "last", (False, True, False)),
-    ((1, 512, 28, 28), 512, 3, 1, "last", (False, False, True)),
-    ((1, 512, 14, 14), 512, 3, 1, "last", (True, True, True)),
-    ((8, 64, 112, 112), 128, 3, 1, "last", (True, True, False)),
-    ((8, 512, 28, 28), 128, 1, 1, "last", (False, True, True)),
-    ((8, 256, 56, 56), 512, 1, 2, "last", (True, True, False)),
-    ((8, 64, 56, 56), 64, 3, 1, "planes", (False, False, False)),
-    ((8, 64, 112, 112), 128, 3, 1, "planes", (True, True, False)),
-    ((8, 256, 112, 112), 128, 3, 1, "planes", (False, False, False)),
-    ((32, 256, 56, 56), 64, 1, 1, "planes", (True, True, False)),
-    ((8, 256, 56, 56), 64, 1, 1, "planes", (False, True, False)),
-    ((8, 128, 28, 28), 512, 1, 1, "planes", (False, True, True)),
-    ((1, 256, 56, 56), 512, 1, 2, "planes", (True, True, False)),
-    ((1, 512, 28, 28), 128, 1, 1, "planes", (False, False, False)),
-    ((1, 64, 112, 112), 64, 3, 1, "planes", (True, True, False)),
-    ((1, 64, 112, 112), 128, 3, 1, "planes", (False, False, False)),
-]
-
-
-@pytest.mark.parametrize(("image", "outputs", "kernel", "stride", "layout", "wanted"), ROUTES, ids=str)
-def test_routes_of_float32(image, outputs, kernel, stride, layout, wanted):
-    memory_format = torch.channels_last if layout == "last" else torch.contiguous_format
-    x = torch.empty(image).contiguous(memory_format=memory_format)
-    w = torch.empty(outputs, image[1], kernel, kernel)
-    options = (stride, stride, kernel // 2, kernel // 2, 1, 1, 1)
-    found = [routes.slower(x, w, None, *options), routes.slower_relu(x, w, None, *options)]
-    found.append(routes.slower(x, w.requires_grad_(), None, *options))
-    assert tuple(reason is None for reason in found) == wanted
-
-
-def test_pairs_of_bf16_are_not_read_in_place(monkeypatch):
-    monkeypatch.setattr(routes._library, "in_tile_registers", lambda dtype: False)
-    monkeypatch.setattr(routes, "_BF16_IN_HARDWARE", True)
-    for dtype, native in ((torch.float32, True), (torch.bfloat16, False)):
-        x = torch.empty(1, 64, 56, 56, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        w = torch.empty(64, 64, 3, 3, dtype=dtype)
-        options = (1, 1, 1, 1, 1, 1, 1)
-        assert (routes.slower_relu(x, w, None, *options) is None) == native
-        assert routes.takes_packed(x, w, True, False, *options) == native
-
-
-def test_where_torch_is_faster_in_tile_registers(monkeypatch, native):
-    monkeypatch.setattr(watch, "prefer_kernels", False)
-    monkeypatch.setattr(routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
-    last, first = torch.channels_last, torch.contiguous_format
-    cases = [  # image, weight, layout, groups, and what is native: a convolution, one with a pooling, that with gradients
-        ((2, 32, 9, 9), (32, 32, 3, 3), last, 1, (True, True, True)),
-        ((8, 32, 11, 11), (32, 32, 3, 3), last, 1, (False, False, False)),
-        ((8, 256, 11, 11), (32, 256, 3, 3), last, 1, (False, False, True)),
-        ((2, 3, 9, 9), (8, 3, 3, 3), last, 1, (False, True, True)),
-        ((2, 32, 16, 16), (32, 32, 3, 3), first, 1, (False, True, True)),
-        ((2, 32, 9, 9), (32, 32, 3, 3), first, 1, (False, False, False)),
-        ((2, 32, 9, 9), (32, 32, 1, 1), first, 1, (True, True, True)),
-        ((2, 32, 6, 6), (32, 32, 3, 3), first, 1, (True, True, True)),
-        ((2, 6, 9, 9), (32, 6, 3, 3), first, 1, (False, True, False)),
-        ((2, 3, 9, 9), (8, 3, 3, 3), first, 1, (True, True, True)),
-        ((2, 32, 9, 9), (32, 1, 3, 3), first, 32, (True, True, True)),
-        ((2, 32, 9, 9), (32, 8, 3, 3), first, 4, (False, True, False)),
-    ]
-    for image, weight, layout, groups, wanted in cases:
-        tensors = inputs(image, weight, dtype=torch.bfloat16, layout=layout)
-        conv.conv2d(*tensors, groups=groups)
-        conv.conv2d_relu_max_pool2d(*tensors, groups=groups)
-        conv.conv2d_relu_max_pool2d(*(t.requires_grad_() for t in tensors), groups=groups)
-        seen = [reason for name, reason in native if name.startswith("conv")]
-        assert tuple(reason is None for reason in seen) == wanted, (image, weight, layout)
-        native.clear()
-    # Products of many pixels: with a ReLU, which torch makes a pass of its own, but not with gradients.
-    tensors = inputs((8, 32, 11, 11), (32, 32, 1, 1), dtype=torch.bfloat16, layout=last)
-    conv.conv2d(*tensors)
-    conv.conv2d_relu(*tensors)
-    conv.conv2d_relu(*(t.requires_grad_() for t in tensors))
-    assert [reason is None for _, reason in native] == [False, True, False]
-
-
-def test_which_convolutions_read_a_packed_weight(monkeypatch):
-    def takes(image, kernel, dtype=torch.float32, layout=torch.channels_last, relu=False, pooled=False):
-        x = torch.empty(image, dtype=dtype).contiguous(memory_format=layout)
-        w = torch.empty(32, image[1], kernel, kernel, dtype=dtype)
-        padding = kernel // 2
-        return routes.takes_packed(x, w, relu, pooled, 1, 1, padding, padding, 1, 1, 1)
-
-    assert takes((1, 64, 28, 28), 3)
-    assert not takes((1, 64, 28, 28), 3, layout=torch.contiguous_format)
-    assert not takes((1, 16, 28, 28), 3)
-    assert takes((5, 64, 28, 28), 3)
-    assert not takes((6, 64, 28, 28), 3)
-    assert not takes((1, 512, 28, 28), 3)
-    assert takes((6, 256, 28, 28), 3, relu=True)
-    assert takes((8, 64, 56, 56), 3, relu=True, pooled=True)
-    assert not takes((8, 512, 28, 28), 3, relu=True)
-    assert takes((3, 256, 14, 14), 3)
-    assert takes((8, 256, 56, 56), 1)
-    assert not takes((8, 256, 56, 56), 1, pooled=True)
-    monkeypatch.setattr(routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
-    bf16 = torch.bfloat16
-    assert takes((1, 256, 28, 28), 3, bf16)
-    assert takes((1, 256, 56, 56), 1, bf16)
-    assert not takes((8, 256, 56, 56), 1, bf16)
-    assert takes((8, 256, 56, 56), 1, bf16, relu=True)
 
 
 OPTIONS = [((1, 1), (0, 1), (1, 1), 1), ((2, 1), (1, 1), (1, 2), 2)]
@@ -701,3 +585,20 @@ def test_hessian_by_vmap_through_a_fused_pooling():
     )
     assert one_by_one.abs().sum() > 0
     torch.testing.assert_close(by_vmap, one_by_one)
+
+
+def test_gradients_that_torch_writes_past_the_end_of_are_the_kernels(rules_of):
+    """Of channels_last, 1 x 1 with strides over few channels, whatever the rules say."""
+    rules_of("portable", "avx2", "avx512", "avx512_bf16", "amx")
+    for channels, dtype, ours in (
+        (6, torch.bfloat16, True),
+        (4, torch.float32, True),
+        (32, torch.float32, False),
+    ):
+        x, w, _ = inputs((1, channels, 12, 12), (20, channels, 1, 1), dtype=dtype, layout=LAYOUTS[1])
+        args = (x.requires_grad_(), w.requires_grad_(), None, 2, 2, 0, 0, 1, 1, 1)
+        kind = conv.ops.conv2d.op.algorithms.results[0].describe(*args).kind
+        assert kind.endswith("by kernels") is ours
+        if ours:
+            names = ops_of(lambda x=x, w=w: conv.conv2d(x, w, None, 2).sum().backward())
+            assert {"fastnn::conv2d", "fastnn::conv2d_backward"} <= set(names)

@@ -15,11 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastnn
 import fastnn.nn.functional as fast
 from fastnn import _library
-from fastnn.ops.conv import routes as conv_routes
-from fastnn.ops.core import route, watch
+from fastnn.ops.core import cpu_choices, route, watch
 from fastnn.ops.core.op import OPS
 from fastnn.ops.core.options import PackedOptions
-from fastnn.ops.linear import routes as linear_routes
 
 
 def image(*shape, dtype=torch.float32):
@@ -296,14 +294,18 @@ ROUTED = {
 }
 
 
-@pytest.fixture(params=["this processor", "Intel", "AMX"])
-def processor(request, monkeypatch):
+LEVELS = {
+    "portable": ["portable"],
+    "Intel": ["portable", "avx2", "avx512"],
+    "AMX": ["portable", "avx2", "avx512", "avx512_bf16", "amx"],
+    "Zen 5": ["amd-26-2"],
+}
+
+
+@pytest.fixture(params=LEVELS)
+def processor(request, rules_of):
     """The rules of several processors, whatever this one is."""
-    monkeypatch.setattr(watch, "prefer_kernels", False)
-    monkeypatch.setattr(linear_routes, "_MKL_AT_ITS_BEST", request.param != "this processor")
-    if request.param == "AMX":
-        for routes in (linear_routes, conv_routes):
-            monkeypatch.setattr(routes._library, "in_tile_registers", lambda dtype: dtype is torch.bfloat16)
+    rules_of(*LEVELS[request.param])
 
 
 def native_ops(function, *args):
@@ -541,21 +543,21 @@ def test_public_functions_are_typed(name):
 def test_plans_are_remembered_until_the_rules_change(monkeypatch):
     """A call of a known kind asks no rule; another level, or other gradients, is another kind."""
     monkeypatch.setattr(watch, "prefer_kernels", False)
-    asked, op = [], OPS["linear"]
-    before = op.slower
+    asked = []
 
-    def slower(*args):
-        asked.append(args[0].shape)
-        return "torch is faster" if args[0].shape[0] == 3 else None
+    def chosen(op, kind, sizes):
+        asked.append(dict(sizes)["rows"])
+        return ("torch",) if asked[-1] == 3 else ("blocked", "torch")
 
-    object.__setattr__(op, "slower", slower)
+    monkeypatch.setattr(cpu_choices, "chosen", chosen)
+    route.forget_plans()
     try:
         w = torch.randn(5, 4)
         for _ in range(3):
             for rows in (2, 3):
                 x = torch.randn(rows, 4)
                 torch.testing.assert_close(fast.linear(x, w), torch.nn.functional.linear(x, w))
-        assert asked == [(2, 4), (3, 4)]
+        assert asked == [2, 3]
         fast.linear(torch.randn(2, 4), w.requires_grad_())
         fast.linear(torch.randn(2, 4).double(), w.detach().double())
         assert len(asked) == 4
@@ -566,5 +568,4 @@ def test_plans_are_remembered_until_the_rules_change(monkeypatch):
             fast.linear(torch.empty(rows, 4), w)
         assert sum(map(len, route._remembered)) <= route._MOST_PLANS
     finally:
-        object.__setattr__(op, "slower", before)
         route.forget_plans()

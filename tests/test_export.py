@@ -12,8 +12,6 @@ from torch.export import Dim
 import fastnn
 import fastnn.nn.functional as fast
 from fastnn import nn
-from fastnn.ops.core import watch
-from fastnn.ops.linear import routes as linear_routes
 
 
 def numbers(*shape):
@@ -219,10 +217,9 @@ def fresh():
 
 
 @pytest.fixture
-def rules(monkeypatch):
+def rules(rules_of):
     """With the rules by which torch's ops are faster, as on an Intel processor."""
-    monkeypatch.setattr(watch, "prefer_kernels", False)
-    monkeypatch.setattr(linear_routes, "_MKL_AT_ITS_BEST", True)
+    rules_of("portable", "avx2", "avx512")
 
 
 def agree(made, want):

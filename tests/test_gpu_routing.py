@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastnn.ops import attention, conv, linear, pool
 from fastnn.ops.core import activations, choices, gpu, on_gpus, route, watch
 from fastnn.ops.core.op import OPS, ROUTES
-from fastnn.ops.linear import routes as linear_routes
 
 
 @pytest.fixture
@@ -211,9 +210,9 @@ def test_chosen_kernel_takes_only_what_it_covers(fake_gpu, monkeypatch):
     assert on_gpus.candidate_of(op, (halves[1], halves[1], None)) == "kernel"
 
 
-def test_what_is_slower_on_the_cpu_is_not_asked_about_a_gpu(fake_gpu, monkeypatch):
+def test_what_is_slower_on_the_cpu_is_not_asked_about_a_gpu(fake_gpu, monkeypatch, rules_of):
+    rules_of("portable", "avx2", "avx512")
     look_ups(monkeypatch, {"linear": "kernel", "conv2d": "kernel"})
-    monkeypatch.setattr(linear_routes, "_MKL_AT_ITS_BEST", True)
     with InPlaceOfKernels() as kernels_run:
         linear.linear(fake_gpu(300, 70), fake_gpu(50, 70))
         conv.conv2d(fake_gpu(8, 256, 56, 56), fake_gpu(256, 256, 3, 3))

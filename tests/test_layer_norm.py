@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from conftest import DTYPES, assert_as_good
 
 import fastnn.nn.functional as fast
-from fastnn.ops.core import watch
 
 
 def tensors(shape, dtype=torch.float32, parameters=True):
@@ -165,8 +164,8 @@ def test_what_is_torchs(native):
     assert all(reason for _, reason in native)
 
 
-def test_where_torch_is_faster(monkeypatch, native):
-    monkeypatch.setattr(watch, "prefer_kernels", False)
+def test_where_torch_is_faster(rules_of, native):
+    rules_of("portable")
     for count, dtype, gradients in (
         (10, torch.float32, False),
         (200, torch.float32, False),

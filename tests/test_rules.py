@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -316,8 +317,10 @@ SIZES = {
         "taps",
         "depth",
         "stride",
+        "result",
         "work",
     ),
+    "norm": ("elements", "rows", "width"),
     "linear": ("rows", "features", "width", "work"),
     "attention": ("heads", "queries", "keys", "width", "work"),
 }
@@ -452,8 +455,10 @@ def test_what_is_measured(tmp_path):
 
 
 def test_layers_are_those_of_networks():
-    every = layers.every()
-    assert len(every) == len({(type(layer), *layer[1:]) for layer in every})
+    found = layers.every()
+    assert len(found) == len({(type(layer), *layer[1:], batch) for layer, batch in found})
+    every = list(dict.fromkeys(layer for layer, _ in found))
+    assert {batch for layer, batch in found if layer.network == "small CNN"} == {1, 8, 32, 64}
     assert {layer.network for layer in every} >= {
         "ResNet-50",
         "VGG-16",
@@ -466,6 +471,15 @@ def test_layers_are_those_of_networks():
     assert layers.Conv("ResNet-50", 3, 224, 64, 7, 2, 3) in resnet
     assert layers.Conv("ResNet-50", 512, 7, 2048, 1) in resnet
     assert 18 <= len(resnet) <= 25
+
+
+def test_layers_of_random_sizes():
+    found = layers.sweep(90, seed=3)
+    assert found == layers.sweep(90, seed=3) != layers.sweep(90, seed=4)
+    kinds = Counter(type(layer) for layer, _ in found)
+    assert kinds == {layers.Conv: 50, layers.Linear: 20, layers.Attention: 10, layers.Norm: 10}
+    assert sum(layer.groups > 1 for layer, _ in found if isinstance(layer, layers.Conv)) == 10
+    assert len({layer.network for layer, _ in found}) == 10
 
 
 def test_layouts_as_the_library_sees_them():

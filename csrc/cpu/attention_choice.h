@@ -1,4 +1,6 @@
-// Which algorithm does a call of attention that asks for none. Nothing else chooses one for its speed.
+// Which algorithm does a call of attention that comes without a plan, as from an exported program in a
+// process without Python. Nothing else here chooses one for its speed: who is fastest on a processor is data,
+// which plans go by.
 #pragma once
 
 #include "cpu/attention_algorithms.h"

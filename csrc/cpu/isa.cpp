@@ -45,15 +45,6 @@ std::atomic<int>& level() {
 
 }  // namespace
 
-bool is_intel() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
 const char* isa_name(Isa level) {
   constexpr const char* names[kIsaLevels] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
   return names[static_cast<int>(level)];

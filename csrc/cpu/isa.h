@@ -17,9 +17,6 @@ Isa detected_isa();
 // The level that kernels run at: the detected one, unless set lower.
 Isa current_isa();
 
-// Whether the processor is Intel's, on which other libraries take their best path.
-bool is_intel();
-
 // Chooses the level; one above the detected level is refused (false, nothing changes).
 bool set_isa(Isa level);
 

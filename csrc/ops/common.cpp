@@ -349,7 +349,6 @@ std::string cuda_architectures() {
   return "";
 #endif
 }
-bool intel() { return is_intel(); }
 bool set(int64_t level) { return level >= 0 && level < kIsaLevels && set_isa(static_cast<Isa>(level)); }
 
 }  // namespace
@@ -357,7 +356,6 @@ bool set(int64_t level) { return level >= 0 && level < kIsaLevels && set_isa(sta
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY, m) {
   m.def("_detected_isa() -> int");
   m.def("_current_isa() -> int");
-  m.def("_is_intel() -> bool");
   m.def("_cuda_architectures() -> str");
   m.def("_set_isa(int level) -> bool");
 }
@@ -365,7 +363,6 @@ FASTNN_LIBRARY(STABLE_TORCH_LIBRARY, m) {
 FASTNN_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, CompositeExplicitAutograd, m) {
   m.impl("_detected_isa", TORCH_BOX(&detected));
   m.impl("_current_isa", TORCH_BOX(&current));
-  m.impl("_is_intel", TORCH_BOX(&intel));
   m.impl("_cuda_architectures", TORCH_BOX(&cuda_architectures));
   m.impl("_set_isa", TORCH_BOX(&set));
 }

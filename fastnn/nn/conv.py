@@ -9,7 +9,7 @@ from fastnn.nn import functional as F
 from fastnn.nn._layer import Fusion, Layer, declare_layer, is_traced, traced, with_activations
 from fastnn.nn.pool import MaxPool2d
 from fastnn.ops.conv import functional as ops
-from fastnn.ops.conv import routes
+from fastnn.ops.conv.packed import can_be_packed
 from fastnn.ops.core.packed_weight import PackedWeight
 
 __all__ = ["Conv1d", "Conv2d", "ConvReLU2d", "ConvReLUMaxPool2d"]
@@ -70,7 +70,7 @@ def _is_plain_pool(relu: torch.nn.ReLU, pool: torch.nn.Module) -> bool:
 # What is read packed of a convolution.
 _PACKS = {
     "_packed": lambda layer: (
-        (layer.weight, layer.groups) if routes.can_be_packed(layer.weight, layer.groups) else None
+        (layer.weight, layer.groups) if can_be_packed(layer.weight, layer.groups) else None
     )
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastnn.ops.conv import shapes
+from fastnn.ops.core.activations import NONE
 from fastnn.ops.core.algorithms import NAMES, NUMBERS, Algorithms, Result, ask
 from fastnn.ops.core.rules import Call
 
@@ -33,12 +34,26 @@ def _told(input, weight, options, pool):
     return NUMBERS[input.dtype], nhwc, _is_nhwc(weight), sizes, window
 
 
+#: Behind the kind of a call of which torch's op is never to make the weight's gradient: no rule holds for it.
+BY_KERNELS = " by kernels"
+
+
+def _breaks_torch(layout: str, channels: int, taps: int, options) -> bool:
+    """Whether torch's gradient of the weight writes past its end.
+
+    oneDNN in torch 2.13: NHWC, 1 x 1, stride 2, 6 channels of 200 x 200 in bfloat16, with AVX2 4 channels of 20 x 20 in float32.
+    """
+    return layout == "nhwc" and taps == 1 and channels < 16 and max(options[:2]) > 1
+
+
 def _call(input, weight, options, what) -> Call:
     n, outputs, height, width = shapes.output_shape(input, weight, *options)
     _, channels, kernel_h, kernel_w = weight.shape
     groups = options[6]
     layout = "nhwc" if _is_nhwc(input) or _is_nhwc(weight) else "nchw"
     kind = f"{NAMES[input.dtype]} {layout} {what}"
+    if what in ("training", "weight") and _breaks_torch(layout, channels, kernel_h * kernel_w, options):
+        kind += BY_KERNELS
     if groups > 1:
         kind += " depthwise" if channels == 1 else " grouped"
     return Call(
@@ -54,6 +69,7 @@ def _call(input, weight, options, what) -> Call:
             "taps": kernel_h * kernel_w,
             "depth": channels * kernel_h * kernel_w,
             "stride": max(options[:2]),
+            "result": n * outputs * height * width,
             "work": n * outputs * height * width * channels * kernel_h * kernel_w,
         },
     )
@@ -94,6 +110,34 @@ ACTIVATION = Algorithms(
     _BY_NUMBER,
     (Result(_without_residual(_covering), _without_residual(_automatic), _describe_activation),),
 )
+
+
+def _describe_packed(input, weight, bias, residual, packed, *rest):
+    call = _call(input, weight, rest[:7], "inference")
+    # What torch would pass over the result for once more.
+    return call if rest[7] == NONE else call._replace(kind=call.kind + " activation")
+
+
+def _pooled(function):
+    def asked(input, weight, bias, packed, *rest):
+        return function(input, weight, bias, *rest)
+
+    return asked
+
+
+# Torch's op stands for the call without the packed form, planned by itself.
+PACKED = Algorithms(
+    _BY_NUMBER,
+    (
+        Result(
+            lambda input, weight, bias, residual, packed, *rest: _covering(input, weight, bias, *rest[:7]),
+            lambda input, weight, bias, residual, packed, *rest: _automatic(input, weight, bias, *rest[:7]),
+            _describe_packed,
+        ),
+    ),
+)
+
+POOLED_PACKED = Algorithms(_BY_NUMBER, (Result(_pooled(_covering), _pooled(_automatic), _pooled(_describe)),))
 
 
 def of_gradients(split) -> Algorithms:

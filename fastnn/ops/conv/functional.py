@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnn.ops.conv import ops, routes, winograd
+from fastnn.ops.conv import ops, winograd
 from fastnn.ops.conv import packed as by_packed
 from fastnn.ops.core import activations
 from fastnn.ops.core.numbers import Numbers, is_number, pair, single
@@ -72,7 +72,7 @@ def _call(
             if step[0] > _FAR or step[1] > _FAR:
                 step = _within(step, pad, images.shape[2:])
             # With gradients, a pooling apart from its convolution would keep what stands between.
-            if not (pool and routes.wants_gradients(images, weight)) and winograd.takes(
+            if not (pool and _wants_gradients(images, weight)) and winograd.takes(
                 images, weight, step, pad, reach, groups
             ):
                 relu = behind is None and op is not ops.conv2d
@@ -87,7 +87,7 @@ def _call(
                 if packed is not None and (behind is None or behind[0] is None):
                     number = activations.RELU if op is ops.conv2d_relu else activations.NONE
                     number = number if behind is None else behind[1]
-                    out = _with_packed(packed, images, weight, bias, number, pool, options)
+                    out = by_packed.conv2d_with(packed, images, weight, bias, number, pool, options)
                 if out is None and behind is not None:
                     residual, number = behind
                     if residual is not None and dims == 3 and isinstance(residual, torch.Tensor):
@@ -104,17 +104,8 @@ def _call(
     return stock(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
 
 
-def _with_packed(packed, images, weight, bias, activation, pool, options):
-    """The call by the packed weight; None where another way is faster."""
-    follows = bool(pool) or activation != activations.NONE
-    if not routes.takes_packed(images, weight, follows, bool(pool), *options):
-        return None
-    data = packed.data_for(images, weight)
-    if data is None:
-        return None
-    if pool:
-        return by_packed.conv2d_relu_max_pool2d_packed(images, weight, bias, data, *options, *pool)
-    return by_packed.conv2d_packed(images, weight, bias, None, data, *options, activation)
+def _wants_gradients(input, weight):
+    return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
 
 
 def _unchanged(output):

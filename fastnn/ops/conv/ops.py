@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fastnn.ops.conv import algorithms, on_gpus, routes, shapes
+from fastnn.ops.conv import algorithms, on_gpus, shapes
 from fastnn.ops.core import activations
 from fastnn.ops.core.activations import NONE, through
 from fastnn.ops.core.bilinear import masked, second_derivative, tied_to, with_zeros
@@ -169,9 +169,7 @@ def _second_derivative(ctx, by_input, by_weight, by_bias):
     return (*grads, *(None,) * ctx.others)
 
 
-conv2d_backward = _declare_backward(
-    "conv2d_backward", _split, unsupported=_unsupported_backward, slower=routes.slower_backward
-)
+conv2d_backward = _declare_backward("conv2d_backward", _split, unsupported=_unsupported_backward)
 
 conv2d_relu_backward = _declare_backward(
     "conv2d_relu_backward", _split_relu, unsupported=_unsupported_relu_backward
@@ -302,7 +300,6 @@ conv2d = declare(
     on_gpus="cuda",
     candidates=on_gpus.candidates(relu=False),
     covers=on_gpus.COVERS,
-    slower=routes.slower,
     by_layout=True,
     algorithms=algorithms.FORWARD,
     fake=shapes.fake,
@@ -320,7 +317,6 @@ conv2d_relu = declare(
     on_gpus="cuda",
     candidates=on_gpus.candidates(relu=True),
     covers=on_gpus.COVERS,
-    slower=routes.slower_relu,
     by_layout=True,
     algorithms=algorithms.FORWARD,
     fake=shapes.fake_relu,
@@ -338,7 +334,6 @@ conv2d_relu_max_pool2d = declare(
     on_gpus="cuda",
     candidates=on_gpus.candidates(relu=True, pooled=True),
     covers=on_gpus.COVERS,
-    slower=routes.slower_pooled,
     by_layout=True,
     algorithms=algorithms.FORWARD,
     fake=shapes.fake_pooled,
@@ -383,7 +378,6 @@ conv2d_activation = declare(
     on_gpus="cuda",
     candidates=on_gpus.activation_candidates(),
     covers=on_gpus.ACTIVATION_COVERS,
-    slower=routes.slower_activation,
     by_layout=True,
     algorithms=algorithms.ACTIVATION,
     fake=shapes.fake_activation,

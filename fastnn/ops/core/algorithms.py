@@ -49,10 +49,13 @@ class Algorithms(NamedTuple):
     results : tuple of Result
         One for the output of a forward op. Two for an op of gradients, that of the input and those of weight and bias, of which
         the op's last three arguments say whether they are wanted.
+    takes_number : bool
+        Whether the op takes the algorithm's number: not where there is but one.
     """
 
     names: tuple[str, ...]
     results: tuple[Result, ...]
+    takes_number: bool = True
 
 
 # Plans are remembered where calls repeat; of sizes that vary none is kept for good.

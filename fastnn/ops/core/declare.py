@@ -35,7 +35,7 @@ def declare(
     own_dtype: tuple[str, ...] = (),
     constant: tuple[str, ...] = (),
     algorithms: Algorithms | None = None,
-    slower: Callable | None = None,
+    otherwise: Callable | None = None,
     by_layout: bool = False,
     on_cpu: bool = True,
     on_gpus: str | None = None,
@@ -74,13 +74,12 @@ def declare(
     constant
         Names of tensor arguments for which backward gives no gradient; a call that wants one is torch's.
     algorithms
-        The algorithms of its kernel on the CPU, where there are several. Without it, or where no rule is known, the
-        library chooses.
-    slower
-        None if the kernels are to take a call that they support, else the reason why torch's op does better.
-        It may raise where `unsupported` has a reason.
+        The algorithms of its kernel on the CPU, where there are several, or torch's op is faster for some calls. Without
+        it, or where no rule is known, the kernels take what they cover, and the library chooses among them.
+    otherwise
+        Does the calls that the kernels do not, where that is not `stock`.
     by_layout
-        Whether that depends on the strides too, of an op of two tensors and a bias.
+        Whether who is fastest depends on the strides too, of an op of two tensors and a bias.
     on_cpu
         Whether there are kernels for the CPU.
     on_gpus
@@ -114,7 +113,7 @@ def declare(
         backward=backward or autograd.no_gradient(name),
         autocast=autocast,
         algorithms=algorithms,
-        slower=slower,
+        otherwise=otherwise or stock,
         by_layout=by_layout,
         on_cpu=on_cpu,
         on_gpus=on_gpus,

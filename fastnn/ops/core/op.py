@@ -39,7 +39,7 @@ class Op:
     backward: Callable
     autocast: bool
     algorithms: Algorithms | None
-    slower: Callable | None
+    otherwise: Callable  # does the calls that the kernels do not
     by_layout: bool
     on_cpu: bool
     on_gpus: str | None  # "cuda" or "triton", whatever its kernels for GPUs are written in

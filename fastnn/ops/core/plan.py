@@ -120,27 +120,25 @@ def fastest(op: Op, args: tuple) -> Plan:
     """The plan of a call on the CPU that may be taken to be covered: who was measured to be fastest."""
     preferred = watch.prefers_kernels()
     if op.algorithms is None:
-        reason = None if preferred or op.slower is None else op.slower(*args)
-        return Plan(AUTOMATIC, None) if reason is None else torchs(reason)
+        return Plan(AUTOMATIC, None)
     results = op.algorithms.results
     # Of an op of gradients, that of the input, and those of weight and bias.
     wanted = (True,) if len(results) == 1 else (args[-3], args[-2] or args[-1])
     names, numbers = [], []
     for result, want in zip(results, wanted, strict=True):
         number = _fastest_for(op, result, args, preferred) if want else 0
-        if isinstance(number, str):
-            return torchs(number)
         numbers.append(number)
         if want:
             named = number or result.automatic(*args)
             names.append(rules.TORCH if number == BY_TORCH else op.algorithms.names[named])
     if names and all([name == rules.TORCH for name in names]):
         return torchs("torch measured faster on this processor")
-    return Plan(", ".join(names) or AUTOMATIC, None, tuple(numbers) if any(numbers) else ())
+    told = op.algorithms.takes_number and any(numbers)
+    return Plan(", ".join(names) or AUTOMATIC, None, tuple(numbers) if told else ())
 
 
-def _fastest_for(op: Op, result: Result, args: tuple, preferred: bool) -> int | str:
-    """The number of the algorithm for one result, or BY_TORCH; or why the whole call is torch's."""
+def _fastest_for(op: Op, result: Result, args: tuple, preferred: bool) -> int:
+    """The number of the algorithm for one result, or BY_TORCH."""
     call = result.describe(*args)
     named = None
     if cpu_choices.has_tuned(op.name) and not isinstance(args[0], Described):
@@ -148,11 +146,8 @@ def _fastest_for(op: Op, result: Result, args: tuple, preferred: bool) -> int | 
         named = None if mine is None else (mine,)
     if named is None:
         named = cpu_choices.chosen(op.name, call.kind, tuple(call.sizes.items()))
-    if named is None:
-        reason = None if preferred or op.slower is None else op.slower(*args)
-        return 0 if reason is None else reason
     mask = None
-    for name in named:
+    for name in named or ():
         if name == rules.TORCH:
             if preferred:
                 continue

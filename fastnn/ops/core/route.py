@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from fastnn import _library, _settings
 from fastnn.ops.core import autocast, autograd, watch
 from fastnn.ops.core.autocast import any_autocast
+from fastnn.ops.core.described import described
 from fastnn.ops.core.op import Op
 from fastnn.ops.core.options import PackedOptions, with_algorithms
 from fastnn.ops.core.plan import BY_TORCH, REAL, Plan, fastest, in_transform, plan, torchs, why_constant
@@ -124,9 +125,9 @@ def _kind_of(op: Op) -> Callable:
 
 def route_of(op: Op) -> Callable:
     """The function that has a call of an op done by whom its plan names."""
-    count, stock, kernel = op.tensors, op.stock, _kernel_of(op)
+    count, otherwise, kernel = op.tensors, op.otherwise, _kernel_of(op)
     casts, constants, kind = op.autocast, op.constant, _kind_of(op)
-    chooses = op.slower is not None or op.algorithms is not None
+    chooses = op.algorithms is not None
     on_gpus = op.on_gpus is not None
     run_on_gpu = _kernel_on_gpus(op, kernel)
     function_on_gpu = autograd.as_function(op, run_on_gpu)
@@ -149,7 +150,7 @@ def route_of(op: Op) -> Callable:
             or in_transform() is not None
             or forward_ad._current_level >= 0
         ):
-            return otherwise(args)
+            return without_memory(args)
         if casts and any_autocast():
             return under_autocast(args)
         wants, enabled = False, _is_grad_enabled()
@@ -172,7 +173,7 @@ def route_of(op: Op) -> Callable:
                 known = None  # the rules make no sense of the arguments: the op will refuse them
             if known is not None:
                 if known.algorithm is None:
-                    return stock(*args)
+                    return otherwise(*args)
                 numbers = known.numbers
         try:
             if not wants:
@@ -183,7 +184,7 @@ def route_of(op: Op) -> Callable:
             # The op refuses what it does not cover: that is torch's, to do or to refuse in its own words.
             if plan(op, args).algorithm is not None:
                 raise
-        return stock(*args)
+        return otherwise(*args)
 
     def under_autocast(args):
         if any([t is not None and type(t) not in REAL for t in args[:count]]) or args[0] is None:
@@ -205,7 +206,7 @@ def route_of(op: Op) -> Callable:
         if known is None:
             known = remember(key, plan(op, args if dtype is None else autocast.as_called(op, args)))
         if known.algorithm is None:
-            return stock(*args)
+            return otherwise(*args)
         if dtype is not None:
             args = autocast.as_called(op, args)
         if args[0].is_cpu:
@@ -218,14 +219,23 @@ def route_of(op: Op) -> Callable:
         plans[key] = known
         return known
 
-    def otherwise(args):
+    def without_memory(args):
         if _tracing_state() is not None:
             # torch.jit.trace takes no autograd.Function, and has to find the same ops without gradients.
-            return stock(*args)
+            return otherwise(*args)
         if _is_dynamo_compiling() or _compiler._is_compiling_flag:
             # The tracer sees one op; gradients are the dispatcher's. The cast is here, for the plan is about what it gives.
             cast = autocast.as_called(op, args)
-            return stock(*args) if plan(op, cast).algorithm is None else op.packet.default(*cast)
+            made = plan(op, cast)
+            if made.algorithm is None:
+                return otherwise(*args)
+            wants = _is_grad_enabled() and any([t is not None and t.requires_grad for t in cast[:count]])
+            if not made.numbers or wants or not cast[0].is_cpu or described(cast) is not cast:
+                # The op with gradients takes no algorithm; and one for sizes that are symbols may not cover all of them.
+                return op.packet.default(*cast)
+            if BY_TORCH in made.numbers:
+                return _parts(op, lambda args, numbers: op.packet.raw(*args, *numbers), cast, made.numbers)
+            return op.packet.raw(*cast, *made.numbers)
         return carefully(args)
 
     def carefully(args):
@@ -233,9 +243,10 @@ def route_of(op: Op) -> Callable:
         if in_transform() is None and forward_ad._current_level < 0:
             args = autocast.as_called(op, args)
         made = plan(op, args)
-        watch.record(op, args, made)
+        if made.algorithm is not None or otherwise is op.stock:
+            watch.record(op, args, made)
         if made.algorithm is None:
-            return stock(*original)
+            return otherwise(*original)
         if _is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:count]):
             return function.apply(*args, made.numbers)
         return run(args, made.numbers)

@@ -56,6 +56,19 @@ ACTIVATION = Algorithms(
 )
 
 
+# Torch's op stands for the call without the packed form, planned by itself.
+PACKED = Algorithms(
+    _BY_NUMBER,
+    (
+        Result(
+            lambda input, weight, *rest: _covering(input, weight),
+            lambda input, weight, *rest: ask("_linear_automatic", *_told(input, weight), True),
+            lambda input, weight, *rest: _call(input, weight, "inference"),
+        ),
+    ),
+)
+
+
 def of_gradients(split) -> Algorithms:
     """Those of an op of gradients, whose arguments `split` takes apart as in :mod:`fastnn.ops.linear.ops`."""
 

@@ -17,7 +17,7 @@ from fastnn.ops.core.bilinear import masked, second_derivative, tied_to, with_ze
 from fastnn.ops.core.declare import declare
 from fastnn.ops.core.op import OPS, Cost, tensor_bytes
 from fastnn.ops.core.second_derivative import differentiate
-from fastnn.ops.linear import algorithms, routes
+from fastnn.ops.linear import algorithms
 
 _ops = torch.ops.fastnn
 
@@ -381,13 +381,12 @@ def _keep_relu(ctx, inputs, output):
     ctx.bias = inputs[2]  # not saved: its values are not read, and may change before backward
 
 
-def _declare_forward(name, activation, stock, slower, **gradients):
+def _declare_forward(name, activation, stock, **gradients):
     return declare(
         name,
         stock=stock,
         unsupported=unsupported,
         algorithms=algorithms.FORWARD,
-        slower=slower,
         fake=fake,
         cost=cost,
         autocast=True,
@@ -399,15 +398,12 @@ def _declare_forward(name, activation, stock, slower, **gradients):
     )
 
 
-linear = _declare_forward(
-    "linear", "none", F.linear, routes.slower, keep=_keep, backward=_grad_by(linear_backward)
-)
+linear = _declare_forward("linear", "none", F.linear, keep=_keep, backward=_grad_by(linear_backward))
 
 linear_relu = _declare_forward(
     "linear_relu",
     "relu",
     stock_relu,
-    routes.slower_relu,
     keep=_keep_relu,
     backward=_grad_by(linear_relu_backward),
 )
@@ -462,7 +458,6 @@ linear_activation = declare(
     stock=stock_activation,
     unsupported=unsupported_activation,
     algorithms=algorithms.ACTIVATION,
-    slower=lambda input, weight, bias, residual, activation: routes.slower_activation(input, weight, bias),
     fake=lambda input, weight, bias, residual, activation: fake(input, weight, bias),
     cost=cost_of_activation,
     autocast=True,

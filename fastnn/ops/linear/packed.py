@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from fastnn.ops.core import activations
 from fastnn.ops.core.declare import declare
-from fastnn.ops.core.packed_weight import unfit
-from fastnn.ops.linear import functional, ops
-
-# Rows up to which a weight is read where it lies.
-_ROWS_IN_PLACE = 4
-
+from fastnn.ops.core.packed_weight import PackedWeight, instead, unfit
+from fastnn.ops.linear import algorithms, functional, ops
 
 linear_packed = declare(
     "linear_packed",
@@ -24,12 +20,17 @@ linear_packed = declare(
         input, weight, bias, residual, activation
     ),
     own_dtype=("packed",),
+    algorithms=algorithms.PACKED,
+    otherwise=instead,
 )
 
 
-def linear_with(packed, input, weight, bias, activation="none"):
-    """A linear layer with an activation after it, by its name, whose weight has a :class:`~fastnn.ops.core.packed_weight.PackedWeight`."""
-    data = packed.data_for(input, weight, worthwhile=input.numel() > _ROWS_IN_PLACE * weight.shape[1])
-    if data is None:
-        return functional.linear_activation(input, weight, bias, activation)
-    return linear_packed(input, weight, bias, None, data, activations.NUMBERS[activation])
+def linear_with(packed: PackedWeight, input, weight, bias, activation: str = "none"):
+    """A linear layer with an activation after it, by its name, whose weight has a packed form, which is read where that is faster."""
+    data = packed.data_for(input, weight)
+    if data is not None:
+        out = linear_packed(input, weight, bias, None, data, activations.NUMBERS[activation])
+        if out is not None:
+            packed.used = True
+            return out
+    return functional.linear_activation(input, weight, bias, activation)

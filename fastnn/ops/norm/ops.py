@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastnn.ops.core.algorithms import AUTOMATIC, NAMES, Algorithms, Result
 from fastnn.ops.core.declare import declare
 from fastnn.ops.core.op import Cost, tensor_bytes
+from fastnn.ops.core.rules import Call
 from fastnn.ops.core.second_derivative import differentiate
 
 
@@ -22,18 +24,6 @@ def _unsupported(input, other, weight, bias=None):
 
 def _statistics_type(input):
     return torch.float64 if input.dtype is torch.float64 else torch.float32
-
-
-# Elements below which torch's two ops were faster: in inference (128 elements 0.5, 8320 0.8 to 1.2), with gradients of 16-bit
-# numbers (8320 elements 0.8 to 0.95, 262144 1.2 to 1.9), and of others (262144 elements 0.8 to 1.15, 3 million 1.0 to 1.1).
-_FEW, _FEW_WITH_GRADIENTS, _FEW_WITH_LONG_GRADIENTS = 8192, 32768, 1 << 20
-
-
-def _slower(input, residual, weight, bias, eps, with_sum, with_statistics):
-    few = _FEW
-    if with_statistics:
-        few = _FEW_WITH_GRADIENTS if input.element_size() == 2 else _FEW_WITH_LONG_GRADIENTS
-    return "torch is faster on so few elements" if input.numel() < few else None
 
 
 def _fake(input, residual, weight, bias, eps, with_sum, with_statistics):
@@ -156,10 +146,22 @@ add_layer_norm_backward = declare(
     own_dtype=("mean", "rstd"),
 )
 
+
+def _describe(input, residual, weight, bias, eps, with_sum, with_statistics):
+    kind = f"{NAMES[input.dtype]} {'training' if with_statistics else 'inference'}"
+    width = input.shape[-1]
+    return Call(kind, {"elements": input.numel(), "rows": input.numel() // max(width, 1), "width": width})
+
+
+# Of small calls torch's two ops are faster.
+_BY_ROWS = Algorithms(
+    (AUTOMATIC, "rows"), (Result(lambda *args: 0b11, lambda *args: 1, _describe),), takes_number=False
+)
+
 add_layer_norm = declare(
     "add_layer_norm",
     stock=_stock,
-    slower=_slower,
+    algorithms=_BY_ROWS,
     unsupported=lambda input, residual, weight, bias, *rest: _unsupported(input, residual, weight, bias),
     fake=_fake,
     cost=_cost,
