@@ -8,18 +8,20 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.nn import Module
+from torch.nn.modules import module
 from torch.utils import _pytree as pytree
 
-from fastnn import _library
+from fastnn import _library, _settings
 from fastnn.convert import convert
-from fastnn.graph import fuse, ir, layout, lower, normalise
+from fastnn.graph import fuse, ir, layout, lower, normalise, segments
 from fastnn.graph.capture import CannotCapture, Captured, capture, in_evaluation
+from fastnn.graph.program import Program, run_one
 from fastnn.ops.core import watch
 from fastnn.ops.core.op import Op
 from fastnn.ops.core.plan import Plan, runner
@@ -85,12 +87,32 @@ def _seconds(gm: GraphModule, args: tuple) -> float:
     return least
 
 
+# Whether somebody sees ops rather than results: they are shown the graph's.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+
+
 class _Kind(NamedTuple):
     """What calls of one kind run."""
 
     graph: GraphModule
+    run: Callable[..., Sequence]  # does what the graph does
     places: tuple[int, ...]  # of the graph's inputs among the leaves of a call
     out_spec: pytree.TreeSpec
+
+    @property
+    def single(self) -> Program | None:
+        """The program that takes a call's only argument and gives its result."""
+        whole = isinstance(self.run, Program) and self.run.is_single and self.out_spec.is_leaf()
+        return self.run if whole else None
+
+
+def _made(kind: _Kind, run: Callable[..., Sequence], given: list) -> Sequence:
+    """What a kind of call gives; an error of a program in the words of torch's ops."""
+    try:
+        return run(*given)
+    except RuntimeError:
+        return kind.graph.forward(*given)
 
 
 # Graphs are for one instruction-set level.
@@ -100,6 +122,7 @@ _alive: weakref.WeakSet[FrozenModel] = weakref.WeakSet()
 def _forget_graphs() -> None:
     for model in list(_alive):
         model._kinds.clear()
+        model.__dict__["_last"] = None
 
 
 _library.on_set_isa.append(_forget_graphs)
@@ -132,6 +155,7 @@ class FrozenModel(Module):
         state = self.__dict__
         state["_source"] = convert(in_evaluation(model))
         state["_kinds"], state["_lock"] = OrderedDict(), threading.RLock()
+        state["_last"] = None  # the program of the last call of one tensor, where it was all there is
         self._of(args, kwargs)
         _alive.add(self)
 
@@ -163,7 +187,9 @@ class FrozenModel(Module):
                     graph.__dict__[name] = (
                         value  # read at each call: a module's buffers take half a microsecond
                     )
-                found = _Kind(graph, captured.places, captured.out_spec)
+                with torch.no_grad(), _without_autocast():
+                    run = None if _settings.disabled else segments.serve(graph, given)
+                found = _Kind(graph, run or graph.forward, captured.places, captured.out_spec)
                 self._kinds[key] = found
                 while len(self._kinds) > _MOST_KINDS:
                     self._kinds.popitem(last=False)
@@ -174,6 +200,28 @@ class FrozenModel(Module):
         kind, leaves = self._of(args, kwargs)
         return kind.graph, [leaves[i] for i in kind.places]
 
+    def __call__(self, *args, **kwargs):
+        """As any module's call; short where a program takes the only tensor and nobody looks on."""
+        last = self._last
+        if last is not None and len(args) == 1 and not kwargs:
+            x = args[0]
+            watched = (
+                self._forward_hooks
+                or self._forward_pre_hooks
+                or module._global_forward_hooks
+                or module._global_forward_pre_hooks
+                or _dispatch_modes()
+                or _tracing()
+            )
+            if type(x) is torch.Tensor and not watched and not x.requires_grad:
+                try:
+                    made = run_one(last.number, x)
+                except RuntimeError:
+                    made = None  # the long way tells of it
+                if made is not None:
+                    return made
+        return super().__call__(*args, **kwargs)
+
     def forward(self, *args, **kwargs):
         try:
             kind, leaves = self._of(args, kwargs)
@@ -182,11 +230,15 @@ class FrozenModel(Module):
             with torch.no_grad(), _without_autocast():
                 return self._source(*args, **kwargs)
         given = [leaves[i] for i in kind.places]
+        traced = torch.compiler.is_compiling() or _tracing() or _dispatch_modes()
+        run = kind.graph.forward if traced else kind.run
         if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
             with torch.no_grad(), _without_autocast():
-                made = kind.graph.forward(*given)
+                made = _made(kind, run, given)
         else:
-            made = kind.graph.forward(*given)
+            made = _made(kind, run, given)
+        if len(leaves) == 1 and not kwargs:
+            self.__dict__["_last"] = kind.single
         return made[0] if kind.out_spec.is_leaf() else pytree.tree_unflatten(made, kind.out_spec)
 
     def train(self, mode: bool = True):
@@ -213,7 +265,12 @@ class FrozenModel(Module):
         Module.__init__(other)
         other.training = False
         # What graphs hold never changes.
-        state = {"_source": self._source, "_kinds": OrderedDict(self._kinds), "_lock": threading.RLock()}
+        state = {
+            "_source": self._source,
+            "_kinds": OrderedDict(self._kinds),
+            "_lock": threading.RLock(),
+            "_last": None,
+        }
         other.__dict__.update(state)
         _alive.add(other)
         return other
