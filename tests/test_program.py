@@ -519,6 +519,30 @@ def test_what_looks_on_is_called():
         assert frozen(randn(rows, 40)).shape == (rows, 10)
 
 
+def test_weights_that_nobody_reads_take_no_memory(monkeypatch):
+    from fastnn.graph import lower, unread
+
+    model = prepared(
+        torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.Flatten(1, 2), torch.nn.Linear(6, 7))
+    )
+    x = randn(2, 16, 8, 8)
+
+    def by(names):
+        choose = lambda calls: next(n for n in (*names, *calls) if n in calls)  # noqa: E731
+        monkeypatch.setattr(lower, "_fastest", choose)
+        frozen = fastnn.freeze(model, x)
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+        graph = frozen.graph_of(x)[0]
+        products = [n for n in graph.graph.nodes if "packed" in str(n.target)]
+        assert bool(products) is (names[0] != "planes")
+        return [getattr(graph, n.args[1].target).abs().sum().item() == 0 for n in products]
+
+    assert by(("pixels", "blocked")) == [True, True]
+    assert not any(by(("planes", "dot")))
+    monkeypatch.setattr(unread, "_FEW_ROWS", 1000)
+    assert not any(by(("pixels", "blocked")))
+
+
 # ---- descriptions that do not fit ----
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fastnn import _library, _settings
 from fastnn.convert import convert
-from fastnn.graph import fuse, ir, layout, lower, normalise, segments
+from fastnn.graph import fuse, ir, layout, lower, normalise, segments, unread
 from fastnn.graph.capture import CannotCapture, Captured, capture, in_evaluation
 from fastnn.graph.program import Program, run_one
 from fastnn.ops.core import watch
@@ -41,6 +41,12 @@ _TRY_BOTH = 0.02
 
 def optimise(captured: Captured, args: tuple) -> GraphModule:
     """All passes over a captured graph; `args` are what it is called with."""
+    gm = _lowered(captured, args)
+    unread.drop_unread_weights(gm)
+    return gm
+
+
+def _lowered(captured: Captured, args: tuple) -> GraphModule:
     gm = captured.module
     normalise.fold_constants(gm)
     normalise.normalise(gm)

@@ -95,7 +95,8 @@ def new_constant(gm: GraphModule, before: Node, value: torch.Tensor) -> Node:
     gm.register_buffer(name, value.detach())
     with gm.graph.inserting_before(before):
         node = gm.graph.get_attr(name)
-    node.meta["val"] = value.detach().to("meta") if value.is_meta else value.detach()
+    # Without its elements: nodes may outlive what they stand for.
+    node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return node
 
 
