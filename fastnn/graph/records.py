@@ -7,7 +7,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as TF
@@ -15,88 +15,15 @@ from torch.fx import Node
 
 import fastnn.nn.functional as F
 from fastnn.graph import lower
+from fastnn.graph.emission import COPIES, Emission, Given, Told, is_view, views
 from fastnn.graph.ir import aten, single
 from fastnn.graph.program import Builder, CannotHold, Place, bits_of, dense_strides, lies
 from fastnn.ops.core import activations
 from fastnn.ops.core.numbers import pair
-from fastnn.ops.core.op import FLOATS
-from fastnn.ops.core.plan import Plan
 
-__all__ = ["Given", "Told", "emit", "is_view"]
+__all__ = ["emit"]
 
 _ops = torch.ops.fastnn
-
-
-class Told(NamedTuple):
-    """A tensor without its elements; the offset is that in its storage."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    nhwc: bool  # whether torch takes its strides for channels_last
-
-
-class Given:
-    """What the nodes of a graph gave in one call.
-
-    Attributes
-    ----------
-    values : dict
-        Of each node a Told, or a tuple of them; of what is no tensor itself.
-    views : set
-        The nodes whose tensors all lie in the memory of their first argument.
-    plans : dict
-        Of the nodes that planned their call: the plan.
-    """
-
-    def __init__(self) -> None:
-        self.values: dict[Node, Any] = {}
-        self.views: set[Node] = set()
-        self.plans: dict[Node, Plan] = {}
-
-
-#: Ops that give their argument's memory, always or where its strides allow it.
-_VIEWS = frozenset(
-    (
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.unsqueeze.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.expand.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
-        aten.unbind.int,
-        aten.contiguous.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.narrow.default,
-    )
-)
-#: Those that copy where no view will do, and what always copies; with memory of the strides that torch gave it.
-_COPIES = frozenset(
-    (
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.contiguous.default,
-        aten.clone.default,
-    )
-)
-
-
-def is_view(node: Node, given: Given) -> bool:
-    """Whether a node needs no record: it tells of its argument's memory in other strides."""
-    return node.target is operator.getitem or (node.target in _VIEWS and node in given.views)
 
 
 def emit(node: Node, builder: Builder, places: dict[Node, Any], given: Given) -> None:
@@ -119,7 +46,7 @@ def emit(node: Node, builder: Builder, places: dict[Node, Any], given: Given) ->
         places[node] = places[node.args[0]][node.args[1]]
         return
     if is_view(node, given):
-        places[node] = _views(node, places, given)
+        places[node] = views(node, places, given)
         return
     rule = _RULES.get(node.target)
     if rule is None:
@@ -128,73 +55,20 @@ def emit(node: Node, builder: Builder, places: dict[Node, Any], given: Given) ->
         inspect.signature(rule).bind(None, *node.args, **node.kwargs)
     except TypeError as error:
         raise CannotHold(f"a form of {node.target}: {error}") from None
-    places[node] = rule(_Emission(node, builder, places, given), *node.args, **node.kwargs)
-
-
-def _views(node: Node, places: dict[Node, Any], given: Given) -> Any:
-    base, first = places[node.args[0]], given.values[node.args[0]]
-
-    def of(value: Told) -> Place:
-        offset = base.offset + value.offset - first.offset
-        return Place(base.memory, offset, value.dtype, value.shape, value.strides)
-
-    made = given.values[node]
-    return of(made) if isinstance(made, Told) else tuple(of(value) for value in made)
-
-
-class _Emission:
-    """One node's part of a program."""
-
-    def __init__(self, node: Node, builder: Builder, places: dict[Node, Any], given: Given) -> None:
-        self.node, self.builder, self.places, self.given = node, builder, places, given
-        self.value = given.values[node]
-        self.record = builder.record
-
-    def __getitem__(self, node: Any) -> Place | None:
-        if node is None:
-            return None
-        place = self.places.get(node) if isinstance(node, Node) else None
-        if not isinstance(place, Place):
-            raise CannotHold("an argument that is no tensor")
-        return place
-
-    def dense(self, node: Any) -> Place | None:
-        place = self[node]
-        return None if place is None else self.builder.dense(place)
-
-    def images(self, node: Any, channels_last: bool) -> Place | None:
-        place = self[node]
-        return None if place is None else self.builder.images(place, channels_last)
-
-    def new(self, value: Told | None = None) -> Place:
-        """The node's result, in the strides that torch gave it."""
-        value = self.value if value is None else value
-        return self.builder.new(value.dtype, value.shape, value.strides)
-
-    def new_in(self, strides: tuple[int, ...]) -> Place:
-        """The node's result, which a kernel gives in these strides; refused where torch gave others."""
-        made = self.new()
-        if not lies(made, strides):
-            raise CannotHold("a result in another layout")
-        return made
-
-    def check_floats(self, *places: Place | None) -> None:
-        dtypes = {place.dtype for place in places if place is not None}
-        if len(dtypes) != 1 or not dtypes <= FLOATS:
-            raise CannotHold(f"tensors of {', '.join(map(str, dtypes))}")
+    places[node] = rule(Emission(node, builder, places, given), *node.args, **node.kwargs)
 
 
 # ---- products ----
 
 
-def _linear(e: _Emission, x, weight, bias, residual, packed, activation, algorithm=0) -> Place:
+def _linear(e: Emission, x, weight, bias, residual, packed, activation, algorithm=0) -> Place:
     given = e.dense(x), e.dense(weight), e.dense(bias), e.dense(residual), e[packed]
     made = e.new_in(dense_strides(e.value.shape))
     e.record("linear", (*given, made), (activation, algorithm))
     return made
 
 
-def _linear_activation(e: _Emission, x, weight, bias, residual, *options) -> Place:
+def _linear_activation(e: Emission, x, weight, bias, residual, *options) -> Place:
     return _linear(e, x, weight, bias, residual, None, *options)
 
 
@@ -203,7 +77,7 @@ def _is_nhwc(place: Place) -> bool:
     return lies(place, dense_strides(place.sizes, True)) and not lies(place, dense_strides(place.sizes))
 
 
-def _conv(e: _Emission, x, weight, bias, residual, packed, options, activation, algorithm, pool=()) -> Place:
+def _conv(e: Emission, x, weight, bias, residual, packed, options, activation, algorithm, pool=()) -> Place:
     last = any(e.given.values[n].nhwc for n in (x, weight))
     weight_last = _is_nhwc(e[weight])
     given = e.images(x, last), e.images(weight, weight_last), e.dense(bias), e.images(residual, last)
@@ -213,15 +87,15 @@ def _conv(e: _Emission, x, weight, bias, residual, packed, options, activation, 
     return made
 
 
-def _conv2d_packed(e: _Emission, x, weight, bias, residual, packed, *options) -> Place:
+def _conv2d_packed(e: Emission, x, weight, bias, residual, packed, *options) -> Place:
     return _conv(e, x, weight, bias, residual, packed, options[:7], *options[7:])
 
 
-def _conv2d_activation(e: _Emission, x, weight, bias, residual, *options) -> Place:
+def _conv2d_activation(e: Emission, x, weight, bias, residual, *options) -> Place:
     return _conv(e, x, weight, bias, residual, None, options[:7], *options[7:])
 
 
-def _conv2d_pooled(e: _Emission, x, weight, bias, packed, *options) -> Place:
+def _conv2d_pooled(e: Emission, x, weight, bias, packed, *options) -> Place:
     relu = activations.RELU
     return _conv(e, x, weight, bias, None, packed, options[:7], relu, options[13], options[7:13])
 
@@ -229,7 +103,7 @@ def _conv2d_pooled(e: _Emission, x, weight, bias, packed, *options) -> Place:
 # ---- poolings ----
 
 
-def _pool(e: _Emission, name: str, x, options: tuple[int, ...]) -> Place:
+def _pool(e: Emission, name: str, x, options: tuple[int, ...]) -> Place:
     given = e[x]
     if len(given.sizes) != 4 or 0 in given.sizes:
         raise CannotHold("a pooling of other than images")
@@ -249,12 +123,12 @@ def _window(kernel, stride, padding, dilation=1) -> tuple[int, ...]:
     return tuple(itertools.chain(*pairs))
 
 
-def _max_pool2d(e: _Emission, x, kernel, stride=None, padding=0, dilation=1, ceil_mode=False) -> Place:
+def _max_pool2d(e: Emission, x, kernel, stride=None, padding=0, dilation=1, ceil_mode=False) -> Place:
     return _pool(e, "max_pool2d", x, (*_window(kernel, stride, padding, dilation), ceil_mode))
 
 
 def _avg_pool2d(
-    e: _Emission, x, kernel, stride=None, padding=0, ceil_mode=False, include_pad=True, divisor=None
+    e: Emission, x, kernel, stride=None, padding=0, ceil_mode=False, include_pad=True, divisor=None
 ) -> Place:
     if divisor is not None and divisor == 0:
         raise CannotHold("a divisor of 0")
@@ -262,19 +136,19 @@ def _avg_pool2d(
     return _pool(e, "avg_pool2d", x, (*window, ceil_mode, include_pad, divisor or 0))
 
 
-def _adaptive_avg_pool2d(e: _Emission, x, *_) -> Place:
+def _adaptive_avg_pool2d(e: Emission, x, *_) -> Place:
     return _pool(e, "adaptive_avg_pool2d", x, ())
 
 
-def _max_pool2d_op(e: _Emission, x, *options) -> Place:
+def _max_pool2d_op(e: Emission, x, *options) -> Place:
     return _pool(e, "max_pool2d", x, options)
 
 
-def _avg_pool2d_op(e: _Emission, x, *options) -> Place:
+def _avg_pool2d_op(e: Emission, x, *options) -> Place:
     return _pool(e, "avg_pool2d", x, (*options[:-1], options[-1] or 0))
 
 
-def _mean(e: _Emission, x, dims=None, keepdim=False, *, dtype=None) -> Place:
+def _mean(e: Emission, x, dims=None, keepdim=False, *, dtype=None) -> Place:
     """Of images over their pixels: a pooling to one."""
     given = e[x]
     if dtype is not None or dims is None or len(given.sizes) != 4 or 0 in given.sizes:
@@ -293,7 +167,7 @@ def _mean(e: _Emission, x, dims=None, keepdim=False, *, dtype=None) -> Place:
 # ---- attention, rows ----
 
 
-def _attention(e: _Emission, query, key, value, mask, dropout, causal, scale, shared) -> Place:
+def _attention(e: Emission, query, key, value, mask, dropout, causal, scale, shared) -> Place:
     q, k, v = (e[n] for n in (query, key, value))
     planned = e.given.plans.get(e.node)
     if planned is None or planned.algorithm is None:
@@ -306,12 +180,12 @@ def _attention(e: _Emission, query, key, value, mask, dropout, causal, scale, sh
     return _attention_by(e, (q, k, v, e[mask]), causal, scale, number, e.value)
 
 
-def _attention_op(e: _Emission, query, key, value, mask, causal, scale, algorithm=0) -> tuple:
+def _attention_op(e: Emission, query, key, value, mask, causal, scale, algorithm=0) -> tuple:
     given = tuple(e[n] for n in (query, key, value, mask))
     return _attention_by(e, given, causal, scale, algorithm, e.value[0]), None
 
 
-def _attention_by(e: _Emission, given: tuple, causal, scale, algorithm, result: Told) -> Place:
+def _attention_by(e: Emission, given: tuple, causal, scale, algorithm, result: Told) -> Place:
     q, k, v, m = given
     e.check_floats(q, k, v)
     if 0 in q.sizes or 0 in k.sizes or 0 in v.sizes:
@@ -327,7 +201,7 @@ def _attention_by(e: _Emission, given: tuple, causal, scale, algorithm, result: 
     return made
 
 
-def _layer_norm(e: _Emission, x, sizes, weight=None, bias=None, eps=1e-5, *_) -> Place:
+def _layer_norm(e: Emission, x, sizes, weight=None, bias=None, eps=1e-5, *_) -> Place:
     if len(sizes) != 1 or not e[x].sizes or not e[x].sizes[-1]:
         raise CannotHold("a layer norm over several dimensions")
     e.check_floats(e[x], e[weight], e[bias])
@@ -337,11 +211,11 @@ def _layer_norm(e: _Emission, x, sizes, weight=None, bias=None, eps=1e-5, *_) ->
     return made
 
 
-def _add_layer_norm(e: _Emission, x, residual, weight, bias, eps) -> tuple[Place, Place]:
+def _add_layer_norm(e: Emission, x, residual, weight, bias, eps) -> tuple[Place, Place]:
     return _add_layer_norm_op(e, x, residual, weight, bias, eps, True, False)[:2]
 
 
-def _add_layer_norm_op(e: _Emission, x, residual, weight, bias, eps, with_sum, with_statistics) -> tuple:
+def _add_layer_norm_op(e: Emission, x, residual, weight, bias, eps, with_sum, with_statistics) -> tuple:
     if not e[x].sizes or not e[x].sizes[-1] or e[x].sizes != e[residual].sizes:
         raise CannotHold("a sum that broadcasts")
     if with_statistics:
@@ -355,7 +229,7 @@ def _add_layer_norm_op(e: _Emission, x, residual, weight, bias, eps, with_sum, w
     return y, total, None, None
 
 
-def _softmax(e: _Emission, x, dim, dtype=None) -> Place:
+def _softmax(e: Emission, x, dim, dtype=None) -> Place:
     given = e[x]
     # `half_to_float`, of _softmax, or a dtype.
     if dtype not in (None, False) or not given.sizes or dim % len(given.sizes) != len(given.sizes) - 1:
@@ -368,7 +242,7 @@ def _softmax(e: _Emission, x, dim, dtype=None) -> Place:
     return made
 
 
-def _embedding(e: _Emission, table, indices, *_) -> Place:
+def _embedding(e: Emission, table, indices, *_) -> Place:
     if e[indices].dtype not in (torch.int64, torch.int32) or len(e[table].sizes) != 2:
         raise CannotHold("indices of another dtype")
     made = e.new_in(dense_strides(e.value.shape))
@@ -382,7 +256,7 @@ def _embedding(e: _Emission, table, indices, *_) -> Place:
 def _activation(name: str) -> Callable[..., Place]:
     number = activations.NUMBERS[name]
 
-    def rule(e: _Emission, x) -> Place:
+    def rule(e: Emission, x) -> Place:
         e.check_floats(e[x])
         made = e.new()
         e.record("activation", (e[x], made), (number,), in_place=True)
@@ -404,7 +278,7 @@ def _expanded(place: Place, sizes: tuple[int, ...]) -> Place:
 
 
 def _arithmetic(op: int) -> Callable[..., Place]:
-    def rule(e: _Emission, a, b, *, alpha=1) -> Place:
+    def rule(e: Emission, a, b, *, alpha=1) -> Place:
         if not isinstance(a, Node):
             if op not in (_ADD, _MULTIPLY) or alpha != 1:
                 raise CannotHold("a number less a tensor")
@@ -430,13 +304,13 @@ def _arithmetic(op: int) -> Callable[..., Place]:
     return rule
 
 
-def _subtracted_from(e: _Emission, a, b, alpha=1) -> Place:
+def _subtracted_from(e: Emission, a, b, alpha=1) -> Place:
     if alpha != 1:
         raise CannotHold("a factor of the tensor")
     return _arithmetic(_SUBTRACTED_FROM)(e, a, b)
 
 
-def _copy(e: _Emission, x, *_, **options) -> Place:
+def _copy(e: Emission, x, *_, **options) -> Place:
     if not set(options) <= {"memory_format"}:
         raise CannotHold("a copy with options")
     given, made = e[x], e.new()
@@ -456,7 +330,7 @@ def _part(whole: Place, dim: int, start: int, size: int) -> Place:
     return Place(whole.memory, offset, whole.dtype, sizes, whole.strides)
 
 
-def _cat(e: _Emission, tensors, dim=0) -> Place:
+def _cat(e: Emission, tensors, dim=0) -> Place:
     parts = [e[n] for n in tensors]
     made = e.new()
     # An empty tensor of one dimension fits any other, and adds nothing.
@@ -470,7 +344,7 @@ def _cat(e: _Emission, tensors, dim=0) -> Place:
     return made
 
 
-def _pad(e: _Emission, x, pad, mode="constant", value=0.0) -> Place:
+def _pad(e: Emission, x, pad, mode="constant", value=0.0) -> Place:
     if mode != "constant" or any(n < 0 for n in pad):
         raise CannotHold("padding with other than a constant")
     e.check_floats(e[x])
@@ -485,7 +359,7 @@ def _pad(e: _Emission, x, pad, mode="constant", value=0.0) -> Place:
     return made
 
 
-def _constant_pad(e: _Emission, x, pad, value=0.0) -> Place:
+def _constant_pad(e: Emission, x, pad, value=0.0) -> Place:
     return _pad(e, x, pad, "constant", value)
 
 
@@ -519,7 +393,7 @@ _RULES: dict[Any, Callable] = {
     aten.cat.default: _cat,
     aten.pad.default: _pad,
     aten.constant_pad_nd.default: _constant_pad,
-    **{op: _copy for op in _COPIES},
+    **{op: _copy for op in COPIES},
     **{function: _activation(name) for name, function in activations.BY_TORCH.items() if name != "none"},
     TF.softmax: _softmax,
 }

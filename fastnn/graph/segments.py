@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from fastnn.graph.emission import Given, Told
 from fastnn.graph.ir import aten, constant
 from fastnn.graph.program import Builder, CannotHold, Place, Program
-from fastnn.graph.records import Given, Told, emit
+from fastnn.graph.records import emit
 from fastnn.ops.core import watch
 
 __all__ = ["serve"]
