@@ -17,7 +17,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(TORCH)
 	$(PY) -m pip install -q -c constraints.txt cmake ninja pybind11 scikit-build-core numpy rich matplotlib jinja2 \
-	  jsonschema scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes triton ruff clang-format
+	  jsonschema scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes triton safetensors ruff clang-format
 	touch $@
 
 env: $(VENV)/.installed

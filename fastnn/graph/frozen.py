@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
+import shutil
 import threading
 import time
 import weakref
@@ -19,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fastnn import _library, _settings
 from fastnn.convert import convert
-from fastnn.graph import fuse, ir, layout, lower, normalise, segments, unread
+from fastnn.graph import fuse, ir, layout, lower, normalise, saved, segments, unread
 from fastnn.graph.capture import CannotCapture, Captured, capture, in_evaluation
 from fastnn.graph.program import Program, run_one
 from fastnn.ops.core import watch
@@ -41,12 +43,6 @@ _TRY_BOTH = 0.02
 
 def optimise(captured: Captured, args: tuple) -> GraphModule:
     """All passes over a captured graph; `args` are what it is called with."""
-    gm = _lowered(captured, args)
-    unread.drop_unread_weights(gm)
-    return gm
-
-
-def _lowered(captured: Captured, args: tuple) -> GraphModule:
     gm = captured.module
     normalise.fold_constants(gm)
     normalise.normalise(gm)
@@ -113,6 +109,27 @@ class _Kind(NamedTuple):
         return self.run if whole else None
 
 
+def _key(leaves: Sequence, spec: Any) -> tuple:
+    """What tells one kind of call from another."""
+    return (
+        *[
+            (t.shape, t.stride(), t.dtype, t.device) if isinstance(t, torch.Tensor) else (type(t), t)
+            for t in leaves
+        ],
+        spec,
+    )
+
+
+def _served(graph: GraphModule, given: tuple, places: tuple[int, ...], out_spec: pytree.TreeSpec) -> _Kind:
+    """A lowered graph with what runs it."""
+    unread.drop_unread_weights(graph)
+    for name, value in graph.named_buffers():
+        graph.__dict__[name] = value  # read at each call: a module's buffers take half a microsecond
+    with torch.no_grad(), _without_autocast():
+        run = None if _settings.disabled else segments.serve(graph, given)
+    return _Kind(graph, run or graph.forward, places, out_spec)
+
+
 def _made(kind: _Kind, run: Callable[..., Sequence], given: list) -> Sequence:
     """What a kind of call gives; an error of a program in the words of torch's ops."""
     try:
@@ -162,8 +179,62 @@ class FrozenModel(Module):
         state["_source"] = convert(in_evaluation(model))
         state["_kinds"], state["_lock"] = OrderedDict(), threading.RLock()
         state["_last"] = None  # the program of the last call of one tensor, where it was all there is
+        state["_file"] = None  # that it was loaded from
         self._of(args, kwargs)
         _alive.add(self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> FrozenModel:
+        """As :func:`fastnn.load`."""
+        model = cls.__new__(cls)
+        Module.__init__(model)
+        model.training = False
+        state = model.__dict__
+        state["_source"], state["_file"] = None, os.path.abspath(path)
+        state["_kinds"], state["_lock"], state["_last"] = OrderedDict(), threading.RLock(), None
+        model._read()
+        _alive.add(model)
+        return model
+
+    def _read(self) -> None:
+        """The kinds of calls of the file."""
+        with torch.inference_mode(False), torch.no_grad(), _without_autocast():
+            for kind in saved.read(self._file):
+                given = tuple(kind.leaves[i] for i in kind.places)
+                try:
+                    made = _served(kind.graph, given, kind.places, kind.out_spec)
+                except Exception as error:
+                    raise ValueError(f"{self._file} cannot be read as a frozen model: {error}") from error
+                self._kinds[_key(kind.leaves, kind.spec)] = made
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the model to a file, which :func:`fastnn.load` reads without the model's code.
+
+        The file holds the weights and the graphs of the kinds of calls that were captured so far, in the safetensors format. On a
+        processor such as this each product is done as it was measured here; on others the library chooses.
+
+        Parameters
+        ----------
+        path : str or path
+
+        Raises
+        ------
+        ValueError
+            If the model is on a GPU, or a call takes or does what JSON cannot tell.
+        """
+        if self._source is None:
+            if os.path.abspath(path) != self._file:
+                shutil.copyfile(self._file, path)
+            return
+
+        def lowered(args: tuple, kwargs: dict[str, Any]):
+            captured = capture(self._source, args, kwargs)
+            leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda leaf: leaf is None)
+            graph = optimise(captured, tuple(leaves[i] for i in captured.places))
+            return graph, captured.places, captured.out_spec
+
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _without_autocast():
+            saved.write(self, path, lowered)
 
     def _of(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Kind, Sequence]:
         """What a call runs, and its leaves."""
@@ -171,13 +242,7 @@ class FrozenModel(Module):
             leaves, spec = args, len(args)  # as most calls are: the tree of them is known
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = (
-            *[
-                (t.shape, t.stride(), t.dtype, t.device) if isinstance(t, torch.Tensor) else (type(t), t)
-                for t in leaves
-            ],
-            spec,
-        )
+        key = _key(leaves, spec)
         try:
             found = self._kinds.get(key)
         except TypeError as error:
@@ -186,16 +251,18 @@ class FrozenModel(Module):
             with self._lock:
                 if (found := self._kinds.get(key)) is not None:  # another thread's work
                     return found, leaves
+                if self._source is None:
+                    if not self._kinds:
+                        self._read()
+                    if key not in self._kinds:
+                        raise CannotCapture(
+                            "a model from a file takes the kinds of calls that it was saved with"
+                        )
+                    return self._kinds[key], leaves
                 captured = capture(self._source, args, kwargs)
                 given = tuple(leaves[i] for i in captured.places)
                 graph = optimise(captured, given)
-                for name, value in graph.named_buffers():
-                    graph.__dict__[name] = (
-                        value  # read at each call: a module's buffers take half a microsecond
-                    )
-                with torch.no_grad(), _without_autocast():
-                    run = None if _settings.disabled else segments.serve(graph, given)
-                found = _Kind(graph, run or graph.forward, captured.places, captured.out_spec)
+                found = _served(graph, given, captured.places, captured.out_spec)
                 self._kinds[key] = found
                 while len(self._kinds) > _MOST_KINDS:
                     self._kinds.popitem(last=False)
@@ -231,7 +298,9 @@ class FrozenModel(Module):
     def forward(self, *args, **kwargs):
         try:
             kind, leaves = self._of(args, kwargs)
-        except CannotCapture:
+        except CannotCapture as error:
+            if self._source is None:
+                raise ValueError(str(error)) from None
             # The model's own answer, or its own error.
             with torch.no_grad(), _without_autocast():
                 return self._source(*args, **kwargs)
@@ -276,6 +345,7 @@ class FrozenModel(Module):
             "_kinds": OrderedDict(self._kinds),
             "_lock": threading.RLock(),
             "_last": None,
+            "_file": self._file,
         }
         other.__dict__.update(state)
         _alive.add(other)
@@ -287,7 +357,7 @@ class FrozenModel(Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{type(self._source).__name__}, {len(self._kinds)} kinds of calls"
+        return f"{self._file or type(self._source).__name__}, {len(self._kinds)} kinds of calls"
 
 
 @contextlib.contextmanager
