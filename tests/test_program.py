@@ -7,6 +7,7 @@ import random
 import re
 import threading
 
+import guarded
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -599,8 +600,12 @@ def test_descriptions_that_do_not_fit_are_refused():
 
 
 def test_hostile_descriptions_crash_nothing():
-    """One and two numbers at a time become others: it is refused, or it is a program that runs within its memory."""
+    """One and two numbers at a time become others: it is refused, or it is a program that runs within its memory.
+
+    What it is handed ends where memory does: a read past the end would end the process.
+    """
     numbers, constants, x = small()
+    *constants, x = (torch.from_numpy(guarded.array(t.numpy(), at_end=True)) for t in (*constants, x))
     choose = random.Random(0)
     extremes = (
         -1,

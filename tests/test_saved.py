@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import random
+import subprocess
 
 import pytest
 import torch
+from conftest import BUILD, missing
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_graph import MODELS, Of, leaves, prepared, randn
@@ -101,6 +103,29 @@ def test_at_every_level(path, level):
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
     _library.set_isa("portable")
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ResNet", "post-norm layer", "small CNN"])
+def test_without_python(name, path):
+    """The example in C++ gives what the loaded model does, where it was built."""
+    if not (BUILD / "run_saved").exists():
+        missing(f"no run_saved in {BUILD}: run `ninja -C build run_saved`")
+    make, inputs = MODELS[name]
+    x = inputs(2)
+    frozen = fastnn.freeze(prepared(make()), *x)
+    frozen.save(path)
+    expected = frozen(*x)
+    names = [path.with_name(f"input_{i}") for i in range(len(x))]
+    for file, t in zip(names, x, strict=True):
+        file.write_bytes(t.contiguous().numpy().tobytes())
+    out = path.with_name("output")
+    subprocess.run([BUILD / "run_saved", path, out, *names], check=True, capture_output=True)
+    made = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.float32).view(expected.shape)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+    path.write_bytes(path.read_bytes()[:-1])
+    done = subprocess.run([BUILD / "run_saved", path, out, *names], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "past the end" in done.stderr
 
 
 def test_what_is_not_saved(path):

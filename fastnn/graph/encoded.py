@@ -13,6 +13,7 @@ from torch.nn import Module
 
 import fastnn.nn.functional as F
 from fastnn.graph import lower
+from fastnn.graph.ir import PACKED, has_algorithm
 from fastnn.graph.program import reach
 from fastnn.ops.core import activations
 from fastnn.ops.core.op import OPS
@@ -38,12 +39,8 @@ _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _NAMESPACES = frozenset(("aten", "fastnn"))
 #: Ops that make tensors of numbers alone. No other is named without a tensor among its arguments: one reads files.
 _FACTORIES = frozenset(("arange", "full", "ones", "zeros", "scalar_tensor", "eye"))
-#: Where a packed weight stands, and where the groups do.
-_PACKED = {
-    _ops.linear_packed.raw: (4, None),
-    _ops.conv2d_packed.raw: (4, 11),
-    _ops.conv2d_relu_max_pool2d_packed.raw: (3, 10),
-}
+#: Where the groups of a convolution stand, behind its packed weight and six other options.
+_GROUPS = 7
 _DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 _FORMATS = {str(f): f for f in (torch.contiguous_format, torch.channels_last, torch.preserve_format)}
 
@@ -106,19 +103,17 @@ def encode(gm: GraphModule, keep: Callable[[torch.Tensor], str]) -> list[dict[st
 def _packed_weights(gm: GraphModule) -> dict[Node, tuple[Node, int]]:
     found = {}
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in _PACKED:
-            place, groups = _PACKED[node.target]
+        if node.op == "call_function" and node.target in PACKED:
+            place = PACKED[node.target]
+            groups = 1 if node.target is _ops.linear_packed.raw else node.args[place + _GROUPS]
             if node.args[place] is not None:
-                found[node.args[place]] = node.args[1], 1 if groups is None else node.args[groups]
+                found[node.args[place]] = node.args[1], groups
     return found
 
 
 def _algorithms(target: Any) -> tuple[str, ...] | None:
     """The names of the algorithms of which a call's last argument is the number."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "fastnn":
-        return None
-    arguments = target._schema.arguments
-    if not arguments or arguments[-1].name != "algorithm":
+    if not has_algorithm(target):
         return None
     name = target._opname
     forms = name, name.removesuffix("_packed"), name.removesuffix("packed") + "activation"

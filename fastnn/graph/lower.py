@@ -82,6 +82,13 @@ def _stock_linear(x, weight, bias, residual, activation):
     return activations.with_residual(aten.linear.default(x, weight, bias), residual, activation)
 
 
+#: The ops of fastnn that take what these take, and the number of an algorithm.
+BY_TORCH: dict[Callable, Callable] = {
+    _stock_conv2d: _ops.conv2d_activation.raw,
+    _stock_linear: _ops.linear_activation.raw,
+}
+
+
 class _Lowering:
     """What one graph's products share: what was measured, and their packed weights."""
 

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fastnn import _library
-from fastnn.graph import encoded
+from fastnn.graph import encoded, segments
 from fastnn.graph.program import reach
 from fastnn.ops.core import processor
 
@@ -99,11 +99,22 @@ def write(model: FrozenModel, path: str | os.PathLike, lowered: Callable) -> Non
                 "graph": encoded.encode(graph, keep),
                 "places": list(places),
                 "out_spec": pytree.treespec_dumps(out_spec),
+                "program": _program(graph, [leaves[i] for i in places], keep),
             }
         )
     text = json.dumps({"version": _VERSION, **_machine(), "kinds": kinds}, allow_nan=False)
     metadata = {"format": "pt", "fastnn": text, "sha256": _digest(text, tensors)}
     save_file(tensors, os.fspath(path), metadata)
+
+
+def _program(graph: GraphModule, given: list[torch.Tensor], keep: Callable) -> dict[str, Any] | None:
+    """What runs without Python (``examples/run_saved.cpp``), where a program is all there is. Nothing here reads it."""
+    builder = segments.portable(graph, given)
+    if builder is None:
+        return None
+    description = builder.description()
+    spans = [t.as_strided((reach(t.shape, t.stride()),), (1,)) for t in builder.constants]
+    return {"description": description, "constants": [keep(span) for span in spans]}
 
 
 def _zeros(shape, stride, dtype) -> torch.Tensor:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from fastnn.graph import lower
 from fastnn.graph.emission import Given, Told
-from fastnn.graph.ir import aten, constant
+from fastnn.graph.ir import PACKED, aten, constant, has_algorithm
 from fastnn.graph.program import Builder, CannotHold, Place, Program
 from fastnn.graph.records import emit
 from fastnn.ops.core import watch
 
-__all__ = ["serve"]
+__all__ = ["portable", "serve"]
 
 #: What checks a call that a graph is not for anyway.
 _CHECKS = frozenset((aten._assert_tensor_metadata.default,))
@@ -38,17 +39,58 @@ def serve(gm: GraphModule, args: Sequence[torch.Tensor]) -> Callable[..., Sequen
     """
     if not all(t.is_cpu for t in args) or not all(_is_plain(node) for node in gm.graph.nodes):
         return None
+    parts, programs = _divided(gm, _told(gm, args))
+    if not programs:
+        return None
+    made = {part: program.make() for part, program in programs.items()}
+    if _is_whole(gm, parts, programs):
+        return made[parts[0]]
+    return _served(gm, parts, programs, made).forward
+
+
+def portable(gm: GraphModule, args: Sequence[torch.Tensor]) -> Builder | None:
+    """The program that is all of a graph, for any processor: without packed weights, each product by the library's own choice of algorithm.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        Its calls are changed.
+    args : sequence of Tensor
+
+    Returns
+    -------
+    Builder or None
+        None where there is no such program.
+    """
+    if not all(_is_plain(node) for node in gm.graph.nodes):
+        return None
     given = _told(gm, args)
+    for node in gm.graph.nodes:
+        if node in given.plans:
+            given.plans[node] = given.plans[node]._replace(numbers=())
+        if node.op == "call_function" and node.target in lower.BY_TORCH:
+            # That torch is faster on this processor says nothing of another.
+            node.target, node.args = lower.BY_TORCH[node.target], (*node.args, 0)
+        if has_algorithm(node.target):
+            node.args = (*node.args[:-1], 0)
+        if node.op == "call_function" and node.target in PACKED:
+            place = PACKED[node.target]
+            node.args = (*node.args[:place], None, *node.args[place + 1 :])
+    parts, programs = _divided(gm, given)
+    if not programs or not _is_whole(gm, parts, programs):
+        return None
+    return programs[parts[0]].builder
+
+
+def _divided(gm: GraphModule, given: Given) -> tuple[list[_Part], dict[_Part, _Planned]]:
+    """The parts of a graph, and the programs of those that are native."""
     held = {node for node in gm.graph.nodes if _can_hold(gm, node, given)}
     while True:
         parts = _parts(gm, held)
         programs, refused = _programs(gm, parts, given)
         if not refused:
-            break
+            return parts, programs
         held -= refused
-    if not programs:
-        return None
-    return _whole(gm, parts, programs) or _served(gm, parts, programs).forward
 
 
 def _is_plain(node: Node) -> bool:
@@ -168,14 +210,17 @@ def _parts(gm: GraphModule, held: set[Node]) -> list[_Part]:
     return min((_ordered(gm, held, native) for native in (False, True)), key=len)
 
 
-class _Made:
-    """A part's program, what it reads, and which nodes' values it gives."""
+class _Planned:
+    """A part's program to be, what it reads, and which nodes' values it gives."""
 
-    def __init__(self, program: Program, reads: list[Node], gives: list[Node]) -> None:
-        self.program, self.reads, self.gives = program, reads, gives
+    def __init__(self, builder: Builder, reads: list[Node], gives: list[Node]) -> None:
+        self.builder, self.reads, self.gives = builder, reads, gives
+
+    def make(self) -> Program:
+        return self.builder.make()
 
 
-def _programs(gm: GraphModule, parts: list[_Part], given: Given) -> tuple[dict[_Part, _Made], set[Node]]:
+def _programs(gm: GraphModule, parts: list[_Part], given: Given) -> tuple[dict[_Part, _Planned], set[Node]]:
     """The programs of native parts; else the nodes that had better be torch's."""
     made, refused = {}, set()
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
@@ -206,26 +251,24 @@ def _programs(gm: GraphModule, parts: list[_Part], given: Given) -> tuple[dict[_
         if not builder.records:
             refused |= inside
         if not refused:
-            made[part] = _Made(builder.make(), reads, gives)
+            made[part] = _Planned(builder, reads, gives)
     return made, refused
 
 
 # ---- what runs ----
 
 
-def _whole(gm: GraphModule, parts: list[_Part], programs: dict) -> Callable[..., Sequence] | None:
-    """The call of a program that is all of a graph, with its inputs and results in order."""
+def _is_whole(gm: GraphModule, parts: list[_Part], programs: dict[_Part, _Planned]) -> bool:
+    """Whether one program is all of a graph, with its inputs and results in order."""
     if len(parts) != 1:
-        return None
-    ((_, made),) = programs.items()
+        return False
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    if made.reads != placeholders or made.gives != list(output.args[0]):
-        return None
-    return made.program
+    planned = programs[parts[0]]
+    return planned.reads == placeholders and planned.gives == list(output.args[0])
 
 
-def _served(gm: GraphModule, parts: list[_Part], programs: dict) -> GraphModule:
+def _served(gm: GraphModule, parts: list[_Part], programs: dict, made: dict[_Part, Program]) -> GraphModule:
     """A graph of the programs and of torch's ops."""
     graph, copies = torch.fx.Graph(), {}
 
@@ -245,9 +288,9 @@ def _served(gm: GraphModule, parts: list[_Part], programs: dict) -> GraphModule:
                         copied(read)
                 copies[node] = graph.node_copy(node, copies.__getitem__)
             continue
-        made = programs[part]
-        call = graph.call_function(made.program.__call__, tuple(copies[node] for node in made.reads))
-        for number, node in enumerate(made.gives):
+        planned = programs[part]
+        call = graph.call_function(made[part].__call__, tuple(copies[node] for node in planned.reads))
+        for number, node in enumerate(planned.gives):
             copies[node] = graph.call_function(operator.getitem, (call, number))
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     for node in output.all_input_nodes:
