@@ -103,11 +103,11 @@ sdist: env
 
 lint: env
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp examples/*.cpp
 
 format: env
 	$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp
+	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp examples/*.cpp
 
 clean:
 	rm -rf build build-gpu build-sanitize dist $(VENV)

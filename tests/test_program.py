@@ -327,11 +327,12 @@ def test_results_take_the_place_of_what_dies():
     assert chain(10).description()[3] == 4032
     torch.testing.assert_close(chain(10).make()(x)[0], before + 10)
     assert torch.equal(x, before)
-    # Not of what is read on, nor where another operand is a part of it.
+    # Not of what is read on, nor where another operand is a part of it; what took a place holds it.
     check(lambda m, x: (y := m.a(x)) * (y + 1) - y / 3, randn(3, 6))
-    check(lambda m, x: (y := m.a(x)) * y[:, :1], randn(3, 6))
-    check(lambda m, x: (y := m.a(x)) * y.t(), randn(6, 6))
-    check(lambda m, x: (y := m.a(x)) - y, randn(3, 6))
+    check(lambda m, x: (y := m.a(x)) * y[:, :1] + 1, randn(3, 6))
+    check(lambda m, x: (y := m.a(x)) * y.t() + 1, randn(6, 6))
+    check(lambda m, x: (y := m.a(x)) - y + 1, randn(3, 6))
+    check(lambda m, x: m.a(x) * 2 + torch.softmax(x, -1) * 3, randn(3, 6))
 
 
 def test_results_are_new_memory():
