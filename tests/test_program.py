@@ -516,7 +516,10 @@ def test_what_looks_on_is_called():
     traced = torch.jit.trace(frozen, (x,))
     assert "_program" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x), out)
-    # Other sizes and levels in turns.
+    compiled = torch.compile(frozen, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), out)
+    # Other sizes in turns.
     for rows in (2, 3, 2, 3):
         assert frozen(randn(rows, 40)).shape == (rows, 10)
 

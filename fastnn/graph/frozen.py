@@ -90,6 +90,7 @@ def _seconds(gm: GraphModule, args: tuple) -> float:
 
 
 # Whether somebody sees ops rather than results: they are shown the graph's.
+_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 
@@ -276,7 +277,7 @@ class FrozenModel(Module):
     def __call__(self, *args, **kwargs):
         """As any module's call; short where a program takes the only tensor and nobody looks on."""
         last = self._last
-        if last is not None and len(args) == 1 and not kwargs:
+        if last is not None and len(args) == 1 and not kwargs and not _compiling():
             x = args[0]
             watched = (
                 self._forward_hooks
@@ -312,7 +313,7 @@ class FrozenModel(Module):
                 made = _made(kind, run, given)
         else:
             made = _made(kind, run, given)
-        if len(leaves) == 1 and not kwargs:
+        if not traced and len(leaves) == 1 and not kwargs:
             self.__dict__["_last"] = kind.single
         return made[0] if kind.out_spec.is_leaf() else pytree.tree_unflatten(made, kind.out_spec)
 
