@@ -680,6 +680,9 @@ def test_what_a_program_cannot_hold():
     for refused in (
         lambda: builder.input(torch.complex64, (3,), (1,)),
         lambda: builder.new(torch.float32, (1,) * 9, (1,) * 9),
+        lambda: builder.constant(randn(3, 3).to_sparse()),
+        lambda: builder.constant(torch.empty(3, device="meta")),
+        lambda: builder.constant(torch.randn(3, dtype=torch.complex64).conj().imag),
         lambda: builder.output(x),
         lambda: builder.output(builder.constant(randn(3))),
         lambda: builder.output(

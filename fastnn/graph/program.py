@@ -132,6 +132,8 @@ class Builder:
     def constant(self, value: torch.Tensor) -> Place:
         """A tensor that the program keeps."""
         if id(value) not in self._places:
+            if not value.is_cpu or value.layout is not torch.strided or value.is_neg():
+                raise CannotHold("a constant that does not lie in the CPU's memory as it is")
             _check(value.dtype, value.shape, value.stride())
             size = reach(value.shape, value.stride()) * value.itemsize
             self._places[id(value)] = Memory(_CONSTANT, len(self.constants), size)
