@@ -17,7 +17,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(TORCH)
 	$(PY) -m pip install -q -c constraints.txt cmake ninja pybind11 scikit-build-core numpy rich matplotlib jinja2 \
-	  jsonschema scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes triton ruff clang-format
+	  jsonschema scikit-learn pytest pytest-benchmark pytest-xdist hypothesis ml-dtypes triton safetensors ruff clang-format
 	touch $@
 
 env: $(VENV)/.installed
@@ -103,11 +103,11 @@ sdist: env
 
 lint: env
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp examples/*.cpp
 
 format: env
 	$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp
+	$(VENV)/bin/clang-format -i csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cpp csrc/cuda/*.cu benchmarks/native/*.cpp examples/*.cpp
 
 clean:
 	rm -rf build build-gpu build-sanitize dist $(VENV)

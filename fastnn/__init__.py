@@ -12,8 +12,8 @@ from fastnn import (
 from fastnn._explain import explain
 from fastnn._tune import tune
 from fastnn.convert import convert, revert
-from fastnn.freeze import freeze
+from fastnn.freeze import freeze, load
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "convert", "explain", "freeze", "nn", "ops", "revert", "tune"]
+__all__ = ["__version__", "convert", "explain", "freeze", "load", "nn", "ops", "revert", "tune"]

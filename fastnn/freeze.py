@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from typing import TypeVar, overload
 
@@ -12,7 +13,7 @@ from torch.nn import Module
 from fastnn.convert import convert
 from fastnn.nn._layer import drop_packs, make_packs
 
-__all__ = ["freeze"]
+__all__ = ["freeze", "load"]
 
 M = TypeVar("M", bound=Module)
 
@@ -71,6 +72,32 @@ def freeze(model: Module, /, *example_inputs, **example_keywords) -> Module:
         except CannotCapture as error:
             warnings.warn(f"fastnn.freeze: the model is frozen layer by layer, since {error}", stacklevel=2)
     return freeze_layers(model, *example_inputs, **example_keywords)
+
+
+def load(path: str | os.PathLike) -> Module:
+    """Load a model that :func:`freeze` captured and its ``save`` wrote, without the code that it was made of.
+
+    Parameters
+    ----------
+    path : str or path
+        Of a file in the safetensors format, which holds weights and graphs of named ops: nothing of it is run as code.
+
+    Returns
+    -------
+    torch.nn.Module
+        A :class:`fastnn.graph.frozen.FrozenModel`, which takes the kinds of calls that were captured when it was saved.
+
+    Raises
+    ------
+    ValueError
+        If the file is cut off, was altered, is of another version, or names what is none of torch's and fastnn's ops. A
+        call of another kind raises it too.
+    OSError
+        If there is no such file.
+    """
+    from fastnn.graph.frozen import FrozenModel
+
+    return FrozenModel.load(path)
 
 
 def freeze_layers(model: M, /, *example_inputs, **example_keywords) -> M:

@@ -166,6 +166,43 @@ MUTANTS = (
         "tests/test_activations.py -k sequentials",
     ),
     # Whole models.
+    # Programs and files.
+    Mutant(
+        "fastnn/graph/memory.py",
+        "if other.first <= span.last and span.first <= other.last",
+        "if other.first < span.last and span.first < other.last",
+        "tests/test_program.py -k 'live_together'",
+    ),
+    Mutant(
+        "fastnn/graph/program.py",
+        "            if any((v.dtype, v.sizes, v.strides) != alike or v.offset for v in others):\n                continue\n",
+        "",
+        "tests/test_program.py -k take_the_place",
+    ),
+    Mutant(
+        "fastnn/graph/program.py",
+        "            old.last = new.last\n",
+        "",
+        "tests/test_program.py -k take_the_place",
+    ),
+    Mutant(
+        "fastnn/graph/unread.py",
+        "> _FEW_ROWS",
+        "> 0",
+        "tests/test_program.py -k nobody_reads",
+    ),
+    Mutant(
+        "fastnn/graph/encoded.py",
+        " or found._schema.is_mutable",
+        "",
+        "tests/test_saved.py -k may_name",
+    ),
+    Mutant(
+        "csrc/program/program.cpp",
+        "FASTNN_CHECK(t.bytes <= bytes[at] - offset,",
+        "FASTNN_CHECK(t.bytes <= bytes[at],",
+        "tests/test_program.py -k hostile",
+    ),
     Mutant(
         "fastnn/graph/fuse.py",
         "if not alike or other is node or is_constant(other):",
@@ -283,13 +320,13 @@ MUTANTS = (
     ),
     # What stands between torch and the kernels.
     Mutant(
-        "csrc/ops/common.cpp",
+        "csrc/checks/checks.cpp",
         "  stride = stride < padded ? stride : padded;\n",
         "",
         "tests/test_hostile_arguments.py tests/test_arguments.py -k 'stride or huge'",
     ),
     Mutant(
-        "csrc/ops/common.cpp",
+        "csrc/checks/checks.cpp",
         "  FASTNN_CHECK(values.h <= kMostOption && values.w <= kMostOption, name,",
         "  FASTNN_CHECK(values.h <= kMostOption || values.w <= kMostOption, name,",
         "tests/test_hostile_arguments.py -k option",

@@ -1,7 +1,7 @@
-// Layer normalization of sums. A few rows at a time are added up and stay in the first-level cache while they
-// are normalized: three passes there, one over memory. Each row has a chain of additions of its own, and
-// several rows hide how long those and the roots take: 1024 rows of 256 numbers of bf16, one at a time,
-// took 1.6 times as long.
+// Layer normalization of rows or of sums of two. A few rows at a time are added up and stay in the
+// first-level cache while they are normalized: three passes there, one over memory. Each row has a chain of
+// additions of its own, and several rows hide how long those and the roots take: 1024 rows of 256 numbers of
+// bf16, one at a time, took 1.6 times as long.
 #include "cpu/layer_norm.h"
 
 #include "cpu/gemm.h"
@@ -46,13 +46,14 @@ FASTNN_INLINE void for_rows(int64_t first, int64_t end, const F& f) {
   for (; first < end; ++first) f(Rows<1>{}, first);
 }
 
-template <class T, int R>
+// kAdds: whether there is a residual.
+template <class T, int R, bool kAdds>
 FASTNN_INLINE void normalize(const AddLayerNormArgs& args, int64_t i, acc_t<T>* scratch, int64_t padded) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const int64_t width = args.width, at = i * width;
   const auto* x = static_cast<const T*>(args.x) + at;
-  const auto* residual = static_cast<const T*>(args.residual) + at;
+  const auto* residual = kAdds ? static_cast<const T*>(args.residual) + at : nullptr;
   T* kept = args.sum != nullptr ? static_cast<T*>(args.sum) + at : nullptr;
   V chain[R];
 #pragma GCC unroll 4
@@ -60,8 +61,9 @@ FASTNN_INLINE void normalize(const AddLayerNormArgs& args, int64_t i, acc_t<T>* 
   for_vectors<A>(width, [&](int64_t j, auto get, auto put) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      V s = get(x + r * width + j) + get(residual + r * width + j);
-      if constexpr (sizeof(T) < sizeof(A)) {
+      V s = get(x + r * width + j);
+      if constexpr (kAdds) s = s + get(residual + r * width + j);
+      if constexpr (kAdds && sizeof(T) < sizeof(A)) {
         // As it is stored, so that the result does not depend on who asks for the sum.
         T rounded[V::size];
         store(rounded, s);
@@ -114,7 +116,7 @@ FASTNN_INLINE void normalize(const AddLayerNormArgs& args, int64_t i, acc_t<T>* 
   });
 }
 
-template <class T>
+template <class T, bool kAdds>
 void forward(const AddLayerNormArgs& args, const Context& context) {
   using A = acc_t<T>;
   // An odd number of vectors: rows do not share cache sets.
@@ -126,7 +128,7 @@ void forward(const AddLayerNormArgs& args, const Context& context) {
   context.for_each(workers, workers, [&](int64_t task, int worker) {
     for_rows(part_start(task, args.rows, workers), part_start(task + 1, args.rows, workers),
              [&]<int R>(Rows<R>, int64_t i) __attribute__((always_inline)) {
-               normalize<T, R>(args, i, scratch + worker * kRowsTogether * padded, padded);
+               normalize<T, R, kAdds>(args, i, scratch + worker * kRowsTogether * padded, padded);
              });
   });
 }
@@ -216,7 +218,9 @@ void backward(const AddLayerNormBackwardArgs& args, const Context& context) {
 }  // namespace
 
 void add_layer_norm(const AddLayerNormArgs& args, const Context& context) {
-  dispatch(args.dtype, [&]<class T>() { forward<T>(args, context); });
+  dispatch(args.dtype, [&]<class T>() {
+    args.residual != nullptr ? forward<T, true>(args, context) : forward<T, false>(args, context);
+  });
 }
 
 void add_layer_norm_backward(const AddLayerNormBackwardArgs& args, const Context& context) {

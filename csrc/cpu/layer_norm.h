@@ -1,5 +1,5 @@
-// Layer normalization of a sum: y = (s - mean) / sqrt(variance + eps) * weight + bias with s = x + residual,
-// over the last dimension.
+// Layer normalization, of a sum or of x alone: y = (s - mean) / sqrt(variance + eps) * weight + bias with s =
+// x + residual, over the last dimension.
 #pragma once
 
 #include "cpu/context.h"
@@ -12,7 +12,7 @@ struct AddLayerNormArgs {
   DType dtype;
   int64_t rows, width;   // width at least 1
   const void* x;         // [rows, width]
-  const void* residual;  // [rows, width]
+  const void* residual;  // [rows, width] or null: s is x
   const void* weight;    // [width] or null: 1
   const void* bias;      // [width] or null: 0
   double eps;

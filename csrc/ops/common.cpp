@@ -28,55 +28,15 @@ void throw_torchs_error(const char* doing) {
   refuse(doing);
 }
 
-void check_option(Pair values, const char* name, int64_t least) {
-  FASTNN_CHECK(values.h >= least && values.w >= least, name, " must be at least ", least, ", got (", values.h,
-               ", ", values.w, ")");
-  FASTNN_CHECK(values.h <= kMostOption && values.w <= kMostOption, name, " must be at most ", kMostOption,
-               ", got (", values.h, ", ", values.w, ")");
-}
-
 void check_input_size(Pair size) {
   FASTNN_CHECK(size.h >= 1 && size.w >= 1 && size.h <= kMostElements && size.w <= kMostElements,
                "input_size must be at least 1 and have at most ", kMostElements, " elements, got (", size.h,
                ", ", size.w, ")");
 }
 
-int64_t count_of(const Sizes& sizes) {
-  int64_t count = 1;
-  bool fits = true, empty = false;
-  for (const int64_t size : sizes) {
-    empty |= size == 0;
-    fits &= !__builtin_mul_overflow(count, size, &count);
-  }
-  if (empty) return 0;
-  if (!fits || count > kMostElements) {
-    std::ostringstream out;
-    for (const int64_t size : sizes) out << (out.tellp() > 0 ? ", " : "") << size;
-    refuse("a tensor of shape [", out.str(), "] has more than ", kMostElements, " elements");
-  }
-  return count;
-}
-
-int64_t outputs_of(WindowAxis& axis, const char* op, int dimension) {
-  auto& [inputs, kernel, stride, padding, dilation, ceil_mode] = axis;
-  FASTNN_CHECK(inputs <= kMostElements, op, " expects sizes of at most ", kMostElements, ", got ", inputs);
-  const int64_t padded = inputs + 2 * padding, reach = dilation * (kernel - 1) + 1;
-  FASTNN_CHECK(reach <= padded, op, "'s window (", reach, ") is larger than the padded input (", padded,
-               ") in dimension ", dimension);
-  stride = stride < padded ? stride : padded;
-  if (kernel == 1) dilation = 1;
-  int64_t outputs = (padded - reach + (ceil_mode ? stride - 1 : 0)) / stride + 1;
-  // The last window starts inside the input or its left padding.
-  if (ceil_mode && (outputs - 1) * stride >= inputs + padding) --outputs;
-  return outputs;
-}
-
 std::string shape(const Tensor& t) {
-  std::ostringstream out;
-  out << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << "]";
-  return out.str();
+  const Sizes sizes = sizes_of(t);
+  return shape_text(sizes.data(), t.dim());
 }
 
 Sizes sizes_of(const Tensor& t) {
@@ -137,12 +97,6 @@ void check_like(const Tensor& first, const Tensor& other, const char* name) {
 
 void check_like(const Tensor& first, const std::optional<Tensor>& other, const char* name) {
   if (other.has_value()) check_like(first, *other, name);
-}
-
-Activation activation_of(int64_t number) {
-  FASTNN_CHECK(number >= 0 && number < kActivationCount, "expected an activation from 0 to ",
-               kActivationCount - 1, ", got ", number);
-  return static_cast<Activation>(number);
 }
 
 Activation differentiable(int64_t number) {
@@ -283,12 +237,6 @@ std::string raw_schema(const std::string& name, const std::string& signature,
   std::string out = name + ".raw" + signature.substr(0, end);
   for (const char* algorithm : algorithms) out += std::string(", int ") + algorithm + "=0";
   return out + signature.substr(end);
-}
-
-DType dtype_of(int64_t number) {
-  FASTNN_CHECK(number >= 0 && number <= static_cast<int64_t>(DType::f64),
-               "dtypes are 0 (float32), 1 (bfloat16), 2 (float16) and 3 (float64), got ", number);
-  return static_cast<DType>(number);
 }
 
 void check_sizes(const Sizes& sizes, int64_t least, const char* what) {

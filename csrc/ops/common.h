@@ -4,7 +4,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <sstream>
 #include <stdexcept>
 
 namespace fastnn::ops {
@@ -35,6 +34,7 @@ namespace fastnn::ops {
 #include <utility>
 #include <vector>
 
+#include "checks/checks.h"
 #include "cpu/context.h"
 #include "cpu/isa.h"
 #include "cpu/packed.h"
@@ -46,50 +46,9 @@ namespace fastnn::ops {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
-
-template <class... Parts>
-[[noreturn]] __attribute__((noinline, cold)) void refuse(const Parts&... parts) {
-  std::ostringstream out;
-  ((out << "fastnn: ") << ... << parts);
-  throw std::runtime_error(out.str());
-}
-
-// Throws std::runtime_error, which torch turns into RuntimeError, with the message parts joined.
-#define FASTNN_CHECK(condition, ...) \
-  do {                               \
-    if (!(condition)) [[unlikely]] { \
-      refuse(__VA_ARGS__);           \
-    }                                \
-  } while (0)
-
-// What the kernels' int64 arithmetic holds, whatever a caller says. Options are numbers of 32 bits, as those
-// of torch's poolings, and tensors have fewer elements than any memory: then a padded size, a window's reach
-// and a number of bytes are far from 2^63.
-inline constexpr int64_t kMostOption = (int64_t{1} << 31) - 1, kMostElements = int64_t{1} << 56;
-
-// Two numbers: height, width. Ops take each as a number of its own: a list costs a call some microseconds.
-struct Pair {
-  int64_t h, w;
-};
-
-// Refuses options below the least or above kMostOption.
-void check_option(Pair values, const char* name, int64_t least);
 
 // Refuses a size of an image of which a backward pass is only told.
 void check_input_size(Pair size);
-
-// The product of sizes; refuses more than kMostElements.
-int64_t count_of(const Sizes& sizes);
-
-// A window along one axis of images, of options that were checked.
-struct WindowAxis {
-  int64_t inputs, kernel, stride, padding, dilation;
-  bool ceil_mode = false;
-};
-// How many outputs it has; refuses a window larger than the padded input. Strides past its end are cut to
-// it, which changes nothing, and so is the dilation of a single tap: no loop runs further than sizes.
-int64_t outputs_of(WindowAxis& axis, const char* op, int dimension);
 
 // "[2, 3, 4]"
 std::string shape(const Tensor& t);
@@ -98,6 +57,7 @@ Sizes sizes_of(const Tensor& t);
 
 // The kernels' name of a floating dtype; refuses any other, naming the argument.
 DType dtype_of(const Tensor& t, const char* name);
+using fastnn::dtype_of;
 
 // Refuses a tensor that is neither on the CPU nor, in a build with CUDA kernels, on a GPU.
 void check_device(const Tensor& t, const char* name);
@@ -173,8 +133,7 @@ inline bool is_for_cpu(const Tensor&) { return true; }
 #define FASTNN_RUN(kernel, t, ...) run_on_cpu(kernel, __VA_ARGS__)
 #endif
 
-// The activation that a number stands for, and one whose derivative its result tells; refuse any other.
-Activation activation_of(int64_t number);
+// The activation that a number stands for, whose derivative its result tells; refuses any other.
 Activation differentiable(int64_t number);
 
 // Refuses a residual that is not of the output's sizes.
@@ -182,20 +141,6 @@ void check_residual(const Tensor& input, const std::optional<Tensor>& residual, 
 
 // A packed weight beside the weight itself, which it need not fit: the kernel looks.
 PackedWeight packed_of(const Tensor& packed, const Tensor& input);
-
-// The algorithm that a number stands for: refuses one that stands for none, and one that does not cover the
-// call: `uncovered` says why not, or null.
-template <class Algorithm, size_t kCount, class Uncovered>
-Algorithm algorithm_of(int64_t number, const char* const (&names)[kCount], const char* what,
-                       const Uncovered& uncovered) {
-  FASTNN_CHECK(number >= 0 && number < static_cast<int64_t>(kCount), what, " has algorithms from 0 to ",
-               kCount - 1, ", got ", number);
-  const auto algorithm = static_cast<Algorithm>(number);
-  const char* reason = uncovered(algorithm);
-  FASTNN_CHECK(reason == nullptr, "the algorithm ", names[number], " does not cover this call of ", what,
-               ": ", reason);
-  return algorithm;
-}
 
 // The algorithms that cover a call, one bit each; bit 0 is `automatic`.
 template <class Algorithm, size_t kCount, class Uncovered>
@@ -214,8 +159,6 @@ std::string joined(const char* const (&names)[kCount]) {
   return out;
 }
 
-// Of a call that is told in numbers.
-DType dtype_of(int64_t number);
 // Refuses sizes below the least or beyond what a tensor can have.
 void check_sizes(const Sizes& sizes, int64_t least, const char* what);
 

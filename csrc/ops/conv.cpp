@@ -3,17 +3,8 @@
 #include "cpu/conv_choice.h"
 
 namespace fastnn::ops {
-namespace {
-
-struct PoolOptions {
-  Pair kernel, stride, padding;
-};
-
-}  // namespace
-
 ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                      const ConvOptions& options) {
-  const auto& [stride, padding, dilation, groups] = options;
   dtype_of(input, "input");
   check_like(input, weight, "weight");
   check_like(input, bias, "bias");
@@ -21,45 +12,12 @@ ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optio
                shape(input));
   FASTNN_CHECK(weight.dim() == 4, "conv2d expects a weight of 4 dimensions (K, C / groups, R, S), got shape ",
                shape(weight));
-  FASTNN_CHECK(input.numel() > 0 && weight.numel() > 0,
-               "conv2d expects an input and a weight with elements, got shapes ", shape(input), " and ",
-               shape(weight));
-  check_option(stride, "stride", 1);
-  check_option(padding, "padding", 0);
-  check_option(dilation, "dilation", 1);
-  FASTNN_CHECK(groups >= 1 && groups <= kMostOption, "groups must be at least 1 and at most ", kMostOption,
-               ", got ", groups);
-  const int64_t c = input.size(1), k = weight.size(0);
-  FASTNN_CHECK(c % groups == 0 && c / groups == weight.size(1), "conv2d expects an input of ", weight.size(1),
-               " channels in each of ", groups, " groups (the weight's shape is ", shape(weight),
-               "), got shape ", shape(input));
-  FASTNN_CHECK(k % groups == 0, "conv2d expects a number of output channels that groups divides, got ", k,
-               " and groups ", groups);
-  FASTNN_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == k),
-               "conv2d expects a bias of shape [", k, "], got ",
+  const ConvShape s = conv_shape({input.size(0), input.size(1), input.size(2), input.size(3)},
+                                 {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, options);
+  FASTNN_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == s.k),
+               "conv2d expects a bias of shape [", s.k, "], got ",
                bias.has_value() ? shape(*bias) : std::string("none"));
-  FASTNN_CHECK(weight.size(2) <= kMostOption && weight.size(3) <= kMostOption,
-               "conv2d expects a kernel of at most ", kMostOption, " rows and columns, got shape ",
-               shape(weight));
-  WindowAxis rows{input.size(2), weight.size(2), stride.h, padding.h, dilation.h},
-      columns{input.size(3), weight.size(3), stride.w, padding.w, dilation.w};
-  const int64_t oh = outputs_of(rows, "conv2d", 2), ow = outputs_of(columns, "conv2d", 3);
-  return {input.size(0),
-          c,
-          rows.inputs,
-          columns.inputs,
-          k,
-          rows.kernel,
-          columns.kernel,
-          rows.stride,
-          columns.stride,
-          rows.padding,
-          columns.padding,
-          rows.dilation,
-          columns.dilation,
-          groups,
-          oh,
-          ow};
+  return s;
 }
 
 MemoryFormat conv_format(const Tensor& input, const Tensor& weight) {
@@ -78,21 +36,6 @@ MemoryFormat weight_format(const Tensor& weight) {
 }
 
 namespace {
-
-ConvPool check_pool(const ConvShape& s, const PoolOptions& options) {
-  const auto& [kernel, stride, padding] = options;
-  check_option(kernel, "kernel_size", 1);
-  check_option(stride, "pool_stride", 1);
-  check_option(padding, "pool_padding", 0);
-  FASTNN_CHECK(kernel.h * kernel.w < kNoLocation, "conv2d_relu_max_pool2d takes windows of at most ",
-               kNoLocation - 1, " elements, got ", kernel.h, " x ", kernel.w);
-  FASTNN_CHECK(padding.h <= kernel.h / 2 && padding.w <= kernel.w / 2,
-               "pool_padding must be at most half the window (", kernel.h, " x ", kernel.w, "), got (",
-               padding.h, ", ", padding.w, ")");
-  WindowAxis rows{s.oh, kernel.h, stride.h, padding.h, 1}, columns{s.ow, kernel.w, stride.w, padding.w, 1};
-  const int64_t oh = outputs_of(rows, "the pooling", 2), ow = outputs_of(columns, "the pooling", 3);
-  return {kernel.h, kernel.w, rows.stride, columns.stride, padding.h, padding.w, oh, ow};
-}
 
 bool last(MemoryFormat format) { return format == MemoryFormat::ChannelsLast; }
 
@@ -172,7 +115,7 @@ Tensor conv2d_activation(Tensor input, Tensor weight, std::optional<Tensor> bias
 std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(Tensor input, Tensor weight, std::optional<Tensor> bias,
                                                   FASTNN_CONV_ARGS, FASTNN_POOL_ARGS, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
-  const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
+  const ConvPool pool = conv_pool(s, FASTNN_POOL_OPTIONS);
   return forward(input, weight, bias, std::nullopt, s, Activation::relu, &pool, algorithm);
 }
 
@@ -186,7 +129,7 @@ Tensor conv2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, st
 Tensor conv2d_relu_max_pool2d_packed(Tensor input, Tensor weight, std::optional<Tensor> bias, Tensor packed,
                                      FASTNN_CONV_ARGS, FASTNN_POOL_ARGS, int64_t algorithm) {
   const ConvShape s = check_conv(input, weight, bias, FASTNN_CONV_OPTIONS);
-  const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
+  const ConvPool pool = conv_pool(s, FASTNN_POOL_OPTIONS);
   return std::get<0>(forward(input, weight, bias, std::nullopt, s, Activation::relu, &pool, algorithm,
                              packed_of(packed, input)));
 }
@@ -279,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_relu_max_pool2d_backward(
     Tensor grad, Tensor input, Tensor weight, Tensor locations, FASTNN_CONV_ARGS, FASTNN_POOL_ARGS,
     bool input_grad, bool weight_grad, bool bias_grad, int64_t input_algorithm, int64_t weight_algorithm) {
   const ConvShape s = check_conv(input, weight, std::nullopt, FASTNN_CONV_OPTIONS);
-  const ConvPool pool = check_pool(s, FASTNN_POOL_OPTIONS);
+  const ConvPool pool = conv_pool(s, FASTNN_POOL_OPTIONS);
   return without_residual(backward(grad, input, weight, nullptr, &locations, s, &pool, Activation::relu,
                                    false, input_grad, weight_grad, bias_grad, input_algorithm,
                                    weight_algorithm));

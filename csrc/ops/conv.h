@@ -1,15 +1,12 @@
 // What the convolution ops for CPUs and for GPUs share.
 #pragma once
 
+#include "checks/shapes.h"
 #include "cpu/conv.h"
 #include "ops/common.h"
 
 namespace fastnn::ops {
 
-struct ConvOptions {
-  Pair stride, padding, dilation;
-  int64_t groups;
-};
 // The sizes of a convolution; refuses what does not fit together.
 ConvShape check_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                      const ConvOptions& options);

@@ -1,5 +1,6 @@
 #include "cpu/pool.h"
 
+#include "checks/shapes.h"
 #include "cuda/pool.h"
 #include "ops/common.h"
 
@@ -11,55 +12,6 @@ void check_images(const Tensor& t, const char* name, const char* op) {
   check_device(t, name);
   FASTNN_CHECK(t.dim() == 4, op, " expects a ", name, " of 4 dimensions (N, C, H, W), got shape ", shape(t));
   FASTNN_CHECK(t.numel() > 0, op, " expects a ", name, " with elements, got shape ", shape(t));
-}
-
-// Whether kernels are to go across the channels: of a single one, the layouts are the same.
-bool across(bool channels_last, int64_t channels) { return channels_last && channels > 1; }
-
-struct Window {
-  Pair kernel, stride, padding, dilation;
-  bool ceil_mode;
-};
-
-PoolAxis axis(const Window& w, int d, int64_t inputs) {
-  const auto of = [d](Pair p) { return d == 0 ? p.h : p.w; };
-  WindowAxis a{inputs, of(w.kernel), of(w.stride), of(w.padding), of(w.dilation), w.ceil_mode};
-  const int64_t outputs = outputs_of(a, "the pooling", d + 2);
-  return {inputs, outputs, a.kernel, a.stride, a.padding, a.dilation, false};
-}
-
-PoolShape windows(const Window& w, int64_t n, int64_t c, int64_t height, int64_t width, bool channels_last) {
-  check_option(w.kernel, "kernel_size", 1);
-  check_option(w.stride, "stride", 1);
-  check_option(w.padding, "padding", 0);
-  check_option(w.dilation, "dilation", 1);
-  FASTNN_CHECK(w.padding.h <= w.kernel.h / 2 && w.padding.w <= w.kernel.w / 2,
-               "padding must be at most half the window (", w.kernel.h, " x ", w.kernel.w, "), got (",
-               w.padding.h, ", ", w.padding.w, ")");
-  return {n, c, axis(w, 0, height), axis(w, 1, width), across(channels_last, c)};
-}
-
-// Windows that all have the same size are windows of that size and stride.
-PoolAxis adaptive_axis(int64_t inputs, int64_t outputs) {
-  if (outputs > 0 && inputs > 0 && inputs % outputs == 0) {
-    return {inputs, outputs, inputs / outputs, inputs / outputs, 0, 1, false};
-  }
-  return {inputs, outputs, 0, 1, 0, 1, true};
-}
-
-PoolShape adaptive(Pair output_size, int64_t n, int64_t c, int64_t height, int64_t width,
-                   bool channels_last) {
-  check_option(output_size, "output_size", 1);
-  FASTNN_CHECK(height <= kMostElements / output_size.h && width <= kMostElements / output_size.w,
-               "adaptive pooling expects sizes whose products with the output's are at most ", kMostElements,
-               ", got ", height, " x ", width, " to ", output_size.h, " x ", output_size.w);
-  PoolShape s{n, c, adaptive_axis(height, output_size.h), adaptive_axis(width, output_size.w),
-              across(channels_last, c)};
-  if (s.rows.adaptive || s.columns.adaptive) {
-    s.rows = {height, output_size.h, 0, 1, 0, 1, true};
-    s.columns = {width, output_size.w, 0, 1, 0, 1, true};
-  }
-  return s;
 }
 
 bool last(MemoryFormat format) { return format == MemoryFormat::ChannelsLast; }
@@ -105,7 +57,7 @@ MaxOutputs max_forward(const Tensor& input, const PoolShape& s, MemoryFormat lay
 
 PoolShape max_windows(const Tensor& input, const Window& w, MemoryFormat layout) {
   check_images(input, "input", "max_pool2d");
-  return windows(w, input.size(0), input.size(1), input.size(2), input.size(3), last(layout));
+  return pool_shape(w, input.size(0), input.size(1), input.size(2), input.size(3), last(layout));
 }
 
 #define FASTNN_AVERAGE_ARGS                                                                  \
@@ -142,8 +94,8 @@ std::tuple<Tensor, Tensor> max_pool2d_with_indices(Tensor input, FASTNN_WINDOW_A
 std::tuple<Tensor, Tensor> adaptive_max_pool2d(Tensor input, int64_t output_h, int64_t output_w) {
   check_images(input, "input", "adaptive_max_pool2d");
   const MemoryFormat layout = suggested_format(input);
-  const PoolShape s = adaptive({output_h, output_w}, input.size(0), input.size(1), input.size(2),
-                               input.size(3), last(layout));
+  const PoolShape s = adaptive_pool_shape({output_h, output_w}, input.size(0), input.size(1), input.size(2),
+                                          input.size(3), last(layout));
   const MaxOutputs out = max_forward(input, s, layout, false, true);
   return {out.values, out.indices};
 }
@@ -159,7 +111,7 @@ Tensor max_pool2d_backward(Tensor grad, Tensor locations, int64_t input_h, int64
   check_input_size({input_h, input_w});
   const MemoryFormat layout = suggested_format(locations);
   const PoolShape s =
-      windows(FASTNN_WINDOW_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, last(layout));
+      pool_shape(FASTNN_WINDOW_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, last(layout));
   check_locations(s);
   check_grad(grad, s, "max_pool2d_backward");
   FASTNN_CHECK(locations.scalar_type() == ScalarType::Byte && same_device(locations, grad) &&
@@ -192,9 +144,9 @@ Tensor max_pool2d_indices_backward(Tensor grad, Tensor indices, int64_t input_h,
   const MemoryFormat layout = suggested_format(indices);
   const PoolAxis rows{input_h, grad.size(2), 0, 1, 0, 1, true},
       columns{input_w, grad.size(3), 0, 1, 0, 1, true};
-  PoolShape s{grad.size(0), grad.size(1), rows, columns, across(last(layout), grad.size(1))};
+  PoolShape s{grad.size(0), grad.size(1), rows, columns, last(layout) && grad.size(1) > 1};
   if (!is_for_cpu(grad) && kernel_h != 0) {
-    s = windows(FASTNN_WINDOW_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, last(layout));
+    s = pool_shape(FASTNN_WINDOW_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, last(layout));
     check_grad(grad, s, "max_pool2d_indices_backward");
   }
   const Tensor dy = dense(grad, layout), i = dense(indices, layout);
@@ -241,8 +193,8 @@ Tensor avg_pool2d(Tensor input, FASTNN_AVERAGE_ARGS, bool count_include_pad,
                   std::optional<int64_t> divisor_override) {
   check_images(input, "input", "avg_pool2d");
   const MemoryFormat layout = suggested_format(input);
-  const PoolShape s = windows(FASTNN_AVERAGE_OPTIONS, input.size(0), input.size(1), input.size(2),
-                              input.size(3), last(layout));
+  const PoolShape s = pool_shape(FASTNN_AVERAGE_OPTIONS, input.size(0), input.size(1), input.size(2),
+                                 input.size(3), last(layout));
   return avg_forward(input, s, layout, count_include_pad, divisor_of(divisor_override));
 }
 
@@ -252,7 +204,7 @@ Tensor avg_pool2d_backward(Tensor grad, int64_t input_h, int64_t input_w, FASTNN
   check_images(grad, "grad", "avg_pool2d_backward");
   check_input_size({input_h, input_w});
   const PoolShape s =
-      windows(FASTNN_AVERAGE_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, channels_last);
+      pool_shape(FASTNN_AVERAGE_OPTIONS, grad.size(0), grad.size(1), input_h, input_w, channels_last);
   check_grad(grad, s, "avg_pool2d_backward");
   return avg_backward(grad, s, format(channels_last), count_include_pad, divisor_of(divisor_override));
 }
@@ -260,16 +212,16 @@ Tensor avg_pool2d_backward(Tensor grad, int64_t input_h, int64_t input_w, FASTNN
 Tensor adaptive_avg_pool2d(Tensor input, int64_t output_h, int64_t output_w) {
   check_images(input, "input", "adaptive_avg_pool2d");
   const MemoryFormat layout = suggested_format(input);
-  const PoolShape s = adaptive({output_h, output_w}, input.size(0), input.size(1), input.size(2),
-                               input.size(3), last(layout));
+  const PoolShape s = adaptive_pool_shape({output_h, output_w}, input.size(0), input.size(1), input.size(2),
+                                          input.size(3), last(layout));
   return avg_forward(input, s, layout, false, 0);
 }
 
 Tensor adaptive_avg_pool2d_backward(Tensor grad, int64_t input_h, int64_t input_w, bool channels_last) {
   check_images(grad, "grad", "adaptive_avg_pool2d_backward");
   check_input_size({input_h, input_w});
-  const PoolShape s =
-      adaptive({grad.size(2), grad.size(3)}, grad.size(0), grad.size(1), input_h, input_w, channels_last);
+  const PoolShape s = adaptive_pool_shape({grad.size(2), grad.size(3)}, grad.size(0), grad.size(1), input_h,
+                                          input_w, channels_last);
   return avg_backward(grad, s, format(channels_last), false, 0);
 }
 

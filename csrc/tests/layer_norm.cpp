@@ -5,13 +5,13 @@
 namespace fastnn::tests {
 namespace {
 
-void forward(const std::string& level, int threads, const py::array& x, const py::array& residual,
+void forward(const std::string& level, int threads, const py::array& x, const py::object& residual,
              const py::object& weight, const py::object& bias, double eps, py::array y, const py::object& sum,
              const py::object& mean, const py::object& rstd) {
   constexpr void (*kernels[])(const AddLayerNormArgs&, const Context&) = {FASTNN_LEVELS(add_layer_norm)};
   TestContext context(level, threads);
-  kernels[level_of(level)]({dtype_of(x), x.shape(0), x.shape(1), x.data(), residual.data(), in(weight),
-                            in(bias), eps, y.mutable_data(), out(sum), out(mean), out(rstd)},
+  kernels[level_of(level)]({dtype_of(x), x.shape(0), x.shape(1), x.data(), in(residual), in(weight), in(bias),
+                            eps, y.mutable_data(), out(sum), out(mean), out(rstd)},
                            context);
 }
 

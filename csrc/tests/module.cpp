@@ -31,4 +31,5 @@ PYBIND11_MODULE(fastnn_kernels, m) {
   fastnn::tests::bind_layer_norm(m);
   fastnn::tests::bind_linear(m);
   fastnn::tests::bind_pool(m);
+  fastnn::tests::bind_program(m);
 }

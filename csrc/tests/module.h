@@ -62,6 +62,7 @@ void bind_cuda_linear(py::module_& m);
 void bind_layer_norm(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_pool(py::module_& m);
+void bind_program(py::module_& m);
 
 inline DType dtype_named(const std::string& name) {
   if (name == "float32") return DType::f32;

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
+import shutil
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.nn import Module
+from torch.nn.modules import module
 from torch.utils import _pytree as pytree
 
-from fastnn import _library
+from fastnn import _library, _settings
 from fastnn.convert import convert
-from fastnn.graph import fuse, ir, layout, lower, normalise
+from fastnn.graph import fuse, ir, layout, lower, normalise, saved, segments, unread
 from fastnn.graph.capture import CannotCapture, Captured, capture, in_evaluation
+from fastnn.graph.program import Program, run_one
 from fastnn.ops.core import watch
 from fastnn.ops.core.op import Op
 from fastnn.ops.core.plan import Plan, runner
@@ -85,12 +89,54 @@ def _seconds(gm: GraphModule, args: tuple) -> float:
     return least
 
 
+# Whether somebody sees ops rather than results: they are shown the graph's.
+_compiling = torch.compiler.is_dynamo_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+
+
 class _Kind(NamedTuple):
     """What calls of one kind run."""
 
     graph: GraphModule
+    run: Callable[..., Sequence]  # does what the graph does
     places: tuple[int, ...]  # of the graph's inputs among the leaves of a call
     out_spec: pytree.TreeSpec
+
+    @property
+    def single(self) -> Program | None:
+        """The program that takes a call's only argument and gives its result."""
+        whole = isinstance(self.run, Program) and self.run.is_single and self.out_spec.is_leaf()
+        return self.run if whole else None
+
+
+def _key(leaves: Sequence, spec: Any) -> tuple:
+    """What tells one kind of call from another."""
+    return (
+        *[
+            (t.shape, t.stride(), t.dtype, t.device) if isinstance(t, torch.Tensor) else (type(t), t)
+            for t in leaves
+        ],
+        spec,
+    )
+
+
+def _served(graph: GraphModule, given: tuple, places: tuple[int, ...], out_spec: pytree.TreeSpec) -> _Kind:
+    """A lowered graph with what runs it."""
+    unread.drop_unread_weights(graph)
+    for name, value in graph.named_buffers():
+        graph.__dict__[name] = value  # read at each call: a module's buffers take half a microsecond
+    with torch.no_grad(), _without_autocast():
+        run = None if _settings.disabled else segments.serve(graph, given)
+    return _Kind(graph, run or graph.forward, places, out_spec)
+
+
+def _made(kind: _Kind, run: Callable[..., Sequence], given: list) -> Sequence:
+    """What a kind of call gives; an error of a program in the words of torch's ops."""
+    try:
+        return run(*given)
+    except RuntimeError:
+        return kind.graph.forward(*given)
 
 
 # Graphs are for one instruction-set level.
@@ -100,6 +146,7 @@ _alive: weakref.WeakSet[FrozenModel] = weakref.WeakSet()
 def _forget_graphs() -> None:
     for model in list(_alive):
         model._kinds.clear()
+        model.__dict__["_last"] = None
 
 
 _library.on_set_isa.append(_forget_graphs)
@@ -132,8 +179,63 @@ class FrozenModel(Module):
         state = self.__dict__
         state["_source"] = convert(in_evaluation(model))
         state["_kinds"], state["_lock"] = OrderedDict(), threading.RLock()
+        state["_last"] = None  # the program of the last call of one tensor, where it was all there is
+        state["_file"] = None  # that it was loaded from
         self._of(args, kwargs)
         _alive.add(self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> FrozenModel:
+        """As :func:`fastnn.load`."""
+        model = cls.__new__(cls)
+        Module.__init__(model)
+        model.training = False
+        state = model.__dict__
+        state["_source"], state["_file"] = None, os.path.abspath(path)
+        state["_kinds"], state["_lock"], state["_last"] = OrderedDict(), threading.RLock(), None
+        model._read()
+        _alive.add(model)
+        return model
+
+    def _read(self) -> None:
+        """The kinds of calls of the file."""
+        with torch.inference_mode(False), torch.no_grad(), _without_autocast():
+            for kind in saved.read(self._file):
+                given = tuple(kind.leaves[i] for i in kind.places)
+                try:
+                    made = _served(kind.graph, given, kind.places, kind.out_spec)
+                except Exception as error:
+                    raise ValueError(f"{self._file} cannot be read as a frozen model: {error}") from error
+                self._kinds[_key(kind.leaves, kind.spec)] = made
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the model to a file, which :func:`fastnn.load` reads without the model's code.
+
+        The file holds the weights and the graphs of the kinds of calls that were captured so far, in the safetensors format. On a
+        processor such as this each product is done as it was measured here; on others the library chooses.
+
+        Parameters
+        ----------
+        path : str or path
+
+        Raises
+        ------
+        ValueError
+            If the model is on a GPU, or a call takes or does what JSON cannot tell.
+        """
+        if self._source is None:
+            if os.path.abspath(path) != self._file:
+                shutil.copyfile(self._file, path)
+            return
+
+        def lowered(args: tuple, kwargs: dict[str, Any]):
+            captured = capture(self._source, args, kwargs)
+            leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda leaf: leaf is None)
+            graph = optimise(captured, tuple(leaves[i] for i in captured.places))
+            return graph, captured.places, captured.out_spec
+
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _without_autocast():
+            saved.write(self, path, lowered)
 
     def _of(self, args: tuple, kwargs: dict[str, Any]) -> tuple[_Kind, Sequence]:
         """What a call runs, and its leaves."""
@@ -141,13 +243,7 @@ class FrozenModel(Module):
             leaves, spec = args, len(args)  # as most calls are: the tree of them is known
         else:
             leaves, spec = pytree.tree_flatten((args, kwargs))
-        key = (
-            *[
-                (t.shape, t.stride(), t.dtype, t.device) if isinstance(t, torch.Tensor) else (type(t), t)
-                for t in leaves
-            ],
-            spec,
-        )
+        key = _key(leaves, spec)
         try:
             found = self._kinds.get(key)
         except TypeError as error:
@@ -156,14 +252,18 @@ class FrozenModel(Module):
             with self._lock:
                 if (found := self._kinds.get(key)) is not None:  # another thread's work
                     return found, leaves
+                if self._source is None:
+                    if not self._kinds:
+                        self._read()
+                    if key not in self._kinds:
+                        raise CannotCapture(
+                            "a model from a file takes the kinds of calls that it was saved with"
+                        )
+                    return self._kinds[key], leaves
                 captured = capture(self._source, args, kwargs)
                 given = tuple(leaves[i] for i in captured.places)
                 graph = optimise(captured, given)
-                for name, value in graph.named_buffers():
-                    graph.__dict__[name] = (
-                        value  # read at each call: a module's buffers take half a microsecond
-                    )
-                found = _Kind(graph, captured.places, captured.out_spec)
+                found = _served(graph, given, captured.places, captured.out_spec)
                 self._kinds[key] = found
                 while len(self._kinds) > _MOST_KINDS:
                     self._kinds.popitem(last=False)
@@ -174,19 +274,47 @@ class FrozenModel(Module):
         kind, leaves = self._of(args, kwargs)
         return kind.graph, [leaves[i] for i in kind.places]
 
+    def __call__(self, *args, **kwargs):
+        """As any module's call; short where a program takes the only tensor and nobody looks on."""
+        last = self._last
+        if last is not None and len(args) == 1 and not kwargs and not _compiling():
+            x = args[0]
+            watched = (
+                self._forward_hooks
+                or self._forward_pre_hooks
+                or module._global_forward_hooks
+                or module._global_forward_pre_hooks
+                or _dispatch_modes()
+                or _tracing()
+            )
+            if type(x) is torch.Tensor and not watched and not x.requires_grad:
+                try:
+                    made = run_one(last.number, x)
+                except RuntimeError:
+                    made = None  # the long way tells of it
+                if made is not None:
+                    return made
+        return super().__call__(*args, **kwargs)
+
     def forward(self, *args, **kwargs):
         try:
             kind, leaves = self._of(args, kwargs)
-        except CannotCapture:
+        except CannotCapture as error:
+            if self._source is None:
+                raise ValueError(str(error)) from None
             # The model's own answer, or its own error.
             with torch.no_grad(), _without_autocast():
                 return self._source(*args, **kwargs)
         given = [leaves[i] for i in kind.places]
+        traced = torch.compiler.is_compiling() or _tracing() or _dispatch_modes()
+        run = kind.graph.forward if traced else kind.run
         if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
             with torch.no_grad(), _without_autocast():
-                made = kind.graph.forward(*given)
+                made = _made(kind, run, given)
         else:
-            made = kind.graph.forward(*given)
+            made = _made(kind, run, given)
+        if not traced and len(leaves) == 1 and not kwargs:
+            self.__dict__["_last"] = kind.single
         return made[0] if kind.out_spec.is_leaf() else pytree.tree_unflatten(made, kind.out_spec)
 
     def train(self, mode: bool = True):
@@ -213,7 +341,13 @@ class FrozenModel(Module):
         Module.__init__(other)
         other.training = False
         # What graphs hold never changes.
-        state = {"_source": self._source, "_kinds": OrderedDict(self._kinds), "_lock": threading.RLock()}
+        state = {
+            "_source": self._source,
+            "_kinds": OrderedDict(self._kinds),
+            "_lock": threading.RLock(),
+            "_last": None,
+            "_file": self._file,
+        }
         other.__dict__.update(state)
         _alive.add(other)
         return other
@@ -224,7 +358,7 @@ class FrozenModel(Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{type(self._source).__name__}, {len(self._kinds)} kinds of calls"
+        return f"{self._file or type(self._source).__name__}, {len(self._kinds)} kinds of calls"
 
 
 @contextlib.contextmanager

@@ -48,6 +48,21 @@ def add_layer_norm(x, residual, weight, bias, eps):
 
 PRODUCTS = (conv2d, linear)
 
+#: The lowered products that read a packed weight, and which of their arguments it is.
+PACKED = {
+    torch.ops.fastnn.linear_packed.raw: 4,
+    torch.ops.fastnn.conv2d_packed.raw: 4,
+    torch.ops.fastnn.conv2d_relu_max_pool2d_packed.raw: 3,
+}
+
+
+def has_algorithm(target: Any) -> bool:
+    """Whether a call's last argument is the number of an algorithm."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "fastnn":
+        return False
+    arguments = target._schema.arguments
+    return bool(arguments) and arguments[-1].name == "algorithm"
+
 
 # ---- what passes ask of nodes ----
 
@@ -95,7 +110,8 @@ def new_constant(gm: GraphModule, before: Node, value: torch.Tensor) -> Node:
     gm.register_buffer(name, value.detach())
     with gm.graph.inserting_before(before):
         node = gm.graph.get_attr(name)
-    node.meta["val"] = value.detach().to("meta") if value.is_meta else value.detach()
+    # Without its elements: nodes may outlive what they stand for.
+    node.meta["val"] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return node
 
 
