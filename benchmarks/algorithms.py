@@ -139,7 +139,7 @@ def _convolution(layer, batch, dtype, layout, size, kernel, options) -> Iterator
             args = (grad, x, w, *extra, *options, *wanted)
             result = op.algorithms.results[place]
             calls = _forced(op, result, args, place)
-            if not result.describe(*args).kind.endswith(BY_KERNELS):
+            if BY_KERNELS not in result.describe(*args).kind:
                 calls[TORCH] = partial(op.stock, *args)
             yield Trial(op, result, args, layer.network, calls)
 
@@ -193,7 +193,7 @@ def _pooled(layer, x, w, b, options, pool) -> Iterator[Trial]:
         made = _forced(backward, part, gradient, place)
         if not x.is_meta:
             fastest_of[place] = backward.algorithms.names.index(_quickest(made))
-        if part.describe(*gradient).kind.endswith(BY_KERNELS):
+        if BY_KERNELS in part.describe(*gradient).kind:
             return
         both = {**made, TORCH: partial(backward.stock, *gradient)}
         yield Trial(backward, part, gradient, layer.network, both)

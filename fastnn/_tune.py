@@ -153,7 +153,7 @@ def measure(
         if plan.algorithm is None:
             return
         if not _is_on_gpu(args[0]):
-            if on_cpu and _is_on_cpu(args[0]) and op.algorithms is not None:
+            if on_cpu and _is_on_cpu(args[0]) and _has_rivals(op):
                 done = {(row.op, row.calls) for row in rows}
                 with watch.watching(None, prefer_kernels=True):
                     made = list(_measure_on_cpu(op, args, done))
@@ -228,6 +228,11 @@ def _measure_on_cpu(op: Op, args: tuple, done: set[tuple[str, str]]) -> Iterator
         if len(results) == 1 and torch.is_grad_enabled() and any(_wants(t) for t in part):
             seconds[choices.TORCH] = max(0.0, seconds[choices.TORCH] + _lost_in_training(op, part, seconds))
         yield Tuned(op.name, of, seconds, choices.fastest(seconds), dropped, -1)
+
+
+def _has_rivals(op: Op) -> bool:
+    """Whether an op has algorithms to measure on the CPU, with torch's op for a rival."""
+    return op.algorithms is not None and op.algorithms.takes_number and op.otherwise is op.stock
 
 
 def _wants(t) -> bool:

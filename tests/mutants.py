@@ -129,8 +129,8 @@ MUTANTS = (
     ),
     Mutant(
         "fastnn/ops/core/cpu_choices.py",
-        "for _, path in sorted(relatives)",
-        "for _, path in sorted(relatives, reverse=True)",
+        "for *_, path in sorted(relatives)",
+        "for *_, path in sorted(relatives, reverse=True)",
         "tests/test_rules.py -k order_of_files",
     ),
     Mutant(

@@ -115,10 +115,8 @@ def _algorithms(target: Any) -> tuple[str, ...] | None:
     """The names of the algorithms of which a call's last argument is the number."""
     if not has_algorithm(target):
         return None
-    name = target._opname
-    forms = name, name.removesuffix("_packed"), name.removesuffix("packed") + "activation"
-    like = next((OPS[form] for form in forms if form in OPS and OPS[form].algorithms), None)
-    return None if like is None else like.algorithms.names
+    algorithms = OPS[target._opname].algorithms if target._opname in OPS else None
+    return None if algorithms is None or not algorithms.takes_number else algorithms.names
 
 
 def _constant(value: torch.Tensor, keep: Callable[[torch.Tensor], str]) -> dict[str, Any]:

@@ -243,11 +243,10 @@ def told(node: Node) -> tuple[str, str, str, str]:
     if isinstance(target, torch._ops.OpOverload):
         if target.namespace != "fastnn":
             return name, "torch", "no kernel of fastnn", ""
-        forms = name, name.removesuffix("_packed"), name.removesuffix("packed") + "activation"
-        like = next((OPS[form] for form in forms if form in OPS and OPS[form].algorithms), None)
-        if like is None:
+        algorithms = OPS[name].algorithms if name in OPS else None
+        if algorithms is None or not algorithms.takes_number:
             return name, native, "", ""
-        return name, native, "", like.algorithms.names[node.args[-1]]
+        return name, native, "", algorithms.names[node.args[-1]]
     if getattr(target, "__module__", "").startswith("fastnn."):
         return name.strip("_"), native, "", ""
     return name, "torch", "no kernel of fastnn", ""

@@ -56,14 +56,19 @@ def _is_static(tensor) -> bool:
     return all([has_static_value(n) for n in tensor.shape])
 
 
+def are_known(args: tuple) -> bool:
+    """Whether the sizes of an op's arguments are numbers, and those of every call of the graph that is traced."""
+    if torch.compiler.is_exporting():
+        return False
+    return all([_is_static(a) for a in args if isinstance(a, torch.Tensor)])
+
+
 def described(args: tuple) -> tuple:
     """An op's arguments as they are where their sizes are known, else with descriptions in place of the tensors.
 
     A decision about a traced call follows from what is static: so it adds no guard, and holds for every size.
     """
-    if not torch.compiler.is_exporting() and all(
-        [_is_static(a) for a in args if isinstance(a, torch.Tensor)]
-    ):
+    if are_known(args):
         return args
     return tuple([Described(a) if isinstance(a, torch.Tensor) else _number(a) for a in args])
 

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from fastnn import _library, _settings
 from fastnn.ops.core import autocast, autograd, watch
 from fastnn.ops.core.autocast import any_autocast
-from fastnn.ops.core.described import described
+from fastnn.ops.core.described import are_known
 from fastnn.ops.core.op import Op
 from fastnn.ops.core.options import PackedOptions, with_algorithms
 from fastnn.ops.core.plan import BY_TORCH, REAL, Plan, fastest, in_transform, plan, torchs, why_constant
@@ -230,7 +230,7 @@ def route_of(op: Op) -> Callable:
             if made.algorithm is None:
                 return otherwise(*args)
             wants = _is_grad_enabled() and any([t is not None and t.requires_grad for t in cast[:count]])
-            if not made.numbers or wants or not cast[0].is_cpu or described(cast) is not cast:
+            if not made.numbers or wants or not cast[0].is_cpu or not are_known(cast):
                 # The op with gradients takes no algorithm; and one for sizes that are symbols may not cover all of them.
                 return op.packet.default(*cast)
             if BY_TORCH in made.numbers:
