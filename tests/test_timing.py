@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
-from fastnn.graph import timing
+from fastnn.graph import lower, timing
 
 
 class Machine:
@@ -95,3 +96,9 @@ def test_there_is_a_limit():
     machine.calls = {name: machine._call(name, 1e-3, lambda _, name=name: away(name), 0) for name in "ab"}
     assert machine.fastest() in ("a", "b")
     assert 0.1 < machine.now < 0.2
+
+
+def test_torchs_ops_cost_their_results_memory(monkeypatch):
+    calls = {"torch": lambda: torch.zeros(250, 1000), "rows": lambda: None}
+    monkeypatch.setattr(timing, "fastest", lambda calls, besides: besides)
+    assert lower._fastest(calls) == {"torch": pytest.approx(lower._OUTSIDE + 1e6 * lower._NEW_BYTE)}
