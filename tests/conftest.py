@@ -13,6 +13,7 @@ import torch
 from pairwise import covering
 
 from fastnn import _library
+from fastnn.graph import timing
 from fastnn.ops.core import choices, cpu_choices, route, watch
 
 #: Whether `make test FULL=1` runs: every combination of parameters, longer trials, another seed each time.
@@ -139,6 +140,13 @@ def native():
     seen = []
     with watch.watching(lambda op, args, plan: seen.append((op.name, plan.reason))):
         yield seen
+
+
+@pytest.fixture
+def quick_choice(monkeypatch):
+    """What freezing measures is told by a call or two: of tests for which any algorithm will do."""
+    for name, value in {"_ROUNDS": 1, "_TURN": 0, "_SECONDS": 0}.items():
+        monkeypatch.setattr(timing, name, value)
 
 
 @pytest.fixture

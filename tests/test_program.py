@@ -22,6 +22,7 @@ from fastnn.ops.core import activations
 from fastnn.ops.core.algorithms import covers_by
 from fastnn.ops.core.op import OPS
 
+pytestmark = pytest.mark.usefixtures("quick_choice")
 _ops = torch.ops.fastnn
 
 
@@ -457,18 +458,27 @@ def test_models_are_one_program(monkeypatch):
 def test_views_and_copies_of_models():
     x = randn(4, 6)
     image = randn(2, 4, 6, 6)
-    check(lambda m, x: m.a(x).t().contiguous() + m.a(x).reshape(6, 4), x)
-    check(lambda m, x: m.a(x)[1:3, ::2] * 2, x)
-    check(lambda m, x: torch.cat([m.a(x), x, x[:0]], 0), x)
-    check(lambda m, x: torch.cat([m.a(x), x[:, 1:3]], 1), x)
-    check(lambda m, x: TF.pad(m.a(x), (1, 2, 0, 3), value=1.5), x)
-    check(lambda m, x: [t + 1 for t in m.a(x).split(2, 1)], x)
-    check(lambda m, x: [t * 2 for t in m.a(x).chunk(4, 0)], x)
-    check(lambda m, x: m.a(x).softmax(-1), x)
-    check(lambda m, x: m.a(x).unsqueeze(1).expand(4, 3, 6) - x[:, None], x)
-    check(lambda m, x: (1 - m.a(x)) / (2.5 - x), x)
-    check(lambda m, x: m.c(x).mean((2, 3)), image, c=torch.nn.Conv2d(4, 8, 3))
-    check(lambda m, x: TF.pad(m.c(x), (1, 1, 2, 0)), image, c=torch.nn.Conv2d(4, 8, 3))
+    check(
+        lambda m, x: (
+            m.a(x).t().contiguous() + m.a(x).reshape(6, 4),
+            m.a(x)[1:3, ::2] * 2,
+            [t + 1 for t in m.a(x).split(2, 1)],
+            [t * 2 for t in m.a(x).chunk(4, 0)],
+            m.a(x).unsqueeze(1).expand(4, 3, 6) - x[:, None],
+        ),
+        x,
+    )
+    check(
+        lambda m, x: (
+            torch.cat([m.a(x), x, x[:0]], 0),
+            torch.cat([m.a(x), x[:, 1:3]], 1),
+            TF.pad(m.a(x), (1, 2, 0, 3), value=1.5),
+            m.a(x).softmax(-1),
+            (1 - m.a(x)) / (2.5 - x),
+        ),
+        x,
+    )
+    check(lambda m, x: (m.c(x).mean((2, 3)), TF.pad(m.c(x), (1, 1, 2, 0))), image, c=torch.nn.Conv2d(4, 8, 3))
     check(lambda m, i: m.a(m.e(i)), torch.arange(5).view(1, 5), e=torch.nn.Embedding(9, 6))
 
 

@@ -18,10 +18,21 @@ import fastnn
 from fastnn import _library
 from fastnn.graph import saved
 
+pytestmark = pytest.mark.usefixtures("quick_choice")
+
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def small_cnn(tmp_path_factory):
+    """A model, what it is called with, and its file's contents."""
+    path = tmp_path_factory.mktemp("small_cnn") / "model.safetensors"
+    model, x = prepared(MODELS["small CNN"][0]()), randn(1, 3, 32, 32)
+    fastnn.freeze(model, x).save(path)
+    return model, x, path.read_bytes()
 
 
 def parts(path):
@@ -40,19 +51,22 @@ def test_what_is_saved_is_loaded(name, path):
     make, inputs = MODELS[name]
     dtype = torch.bfloat16 if name in ("ResNet", "causal layer") else torch.float32
     model = prepared(make()).to(dtype)
-    x, more = ([t.to(dtype) if t.is_floating_point() else t for t in inputs(n)] for n in (2, 3))
-    frozen = fastnn.freeze(model, *x)
-    frozen(*more)
+    # Of some, two kinds of calls.
+    calls = [[t.to(dtype) if t.is_floating_point() else t for t in inputs(n)] for n in (2, 3)]
+    calls = calls if name in ("ConvNeXt", "causal layer", "MLP") else calls[:1]
+    frozen = fastnn.freeze(model, *calls[0])
+    for given in calls[1:]:
+        frozen(*given)
     frozen.save(path)
     loaded = fastnn.load(path)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 6e-2}[dtype]
-    for given in (x, more):
+    for given in calls:
         with torch.no_grad():
             expected = leaves(model(*given))
         for a, b in zip(leaves(loaded(*given)), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
             assert a.stride() == b.stride()
-    assert any(row.where.startswith("fastnn") for row in fastnn.explain(loaded, *x))
+    assert any(row.where.startswith("fastnn") for row in fastnn.explain(loaded, *calls[0]))
 
 
 def test_structures_and_options(path):
@@ -79,9 +93,9 @@ def test_structures_and_options(path):
 
 
 def test_weights_are_saved_once_and_packed_anew(path):
-    model, x = prepared(MODELS["ResNet"][0]()), randn(2, 3, 45, 38)
+    model, x = prepared(MODELS["small CNN"][0]()), randn(2, 3, 32, 32)
     frozen = fastnn.freeze(model, x)
-    frozen(randn(1, 3, 45, 38))
+    frozen(randn(1, 3, 32, 32))
     frozen.save(path)
     tensors, found = parts(path)
     weights = sum(p.nbytes for p in model.parameters())
@@ -135,10 +149,8 @@ def test_what_is_not_saved(path):
     assert not path.exists()
 
 
-def test_files_that_are_none(path):
-    model, x = prepared(MODELS["small CNN"][0]()), randn(1, 3, 32, 32)
-    fastnn.freeze(model, x).save(path)
-    whole = path.read_bytes()
+def test_files_that_are_none(path, small_cnn):
+    whole = small_cnn[2]
     for length in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"model\.safetensors"):
@@ -176,8 +188,8 @@ def calls_of(found):
         7,
     ],
 )
-def test_ops_that_no_file_may_name(op, path):
-    fastnn.freeze(prepared(MODELS["MLP"][0]()), randn(1, 40)).save(path)
+def test_ops_that_no_file_may_name(op, path, small_cnn):
+    path.write_bytes(small_cnn[2])
     tensors, found = parts(path)
     call = calls_of(found)[0]
     call["target"] = op
@@ -189,10 +201,10 @@ def test_ops_that_no_file_may_name(op, path):
         fastnn.load(path)
 
 
-def test_contents_that_do_not_fit(path):
+def test_contents_that_do_not_fit(path, small_cnn):
     """Of a file whose digest fits: other versions, and places at random that hold something else."""
-    model, x = prepared(MODELS["small CNN"][0]()), randn(1, 3, 32, 32)
-    fastnn.freeze(model, x).save(path)
+    model, x, whole = small_cnn
+    path.write_bytes(whole)
     tensors, found = parts(path)
     rewrite(path, tensors, found)
     torch.testing.assert_close(fastnn.load(path)(x), model(x), rtol=1e-4, atol=1e-5)

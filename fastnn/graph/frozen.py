@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fastnn import _library, _settings
 from fastnn.convert import convert
-from fastnn.graph import fuse, ir, layout, lower, normalise, saved, segments, unread
+from fastnn.graph import fuse, ir, layout, lower, normalise, saved, segments, timing, unread
 from fastnn.graph.capture import CannotCapture, Captured, capture, in_evaluation
 from fastnn.graph.program import Program, run_one
 from fastnn.ops.core import watch
@@ -54,10 +55,11 @@ def optimise(captured: Captured, args: tuple) -> GraphModule:
     with torch.no_grad(), _without_autocast():
         images = layout.to_nhwc(gm)
         lower.lower(gm, args)
-        if images and (seconds := _seconds(gm, args)) < _TRY_BOTH:
+        run = partial(_finished, gm, args)
+        if images and min(timing.seconds_of(run) for _ in range(3)) < _TRY_BOTH:
             layout.no_views(plain)
             lower.lower(plain, args)
-            if _seconds(plain, args) < seconds:
+            if timing.fastest({"channels_last": run, "plain": partial(_finished, plain, args)}) == "plain":
                 return plain
     return gm
 
@@ -71,22 +73,17 @@ def _copied(gm: GraphModule) -> GraphModule:
     return GraphModule(gm, graph, "Frozen")
 
 
+def _finished(gm: GraphModule, args: tuple) -> None:
+    """A call with all of its work done."""
+    _wait(args)
+    gm(*args)
+    _wait(args)
+
+
 def _wait(args: Sequence) -> None:
     """A GPU's work goes on behind the call that starts it."""
     if any(isinstance(t, torch.Tensor) and t.is_cuda for t in args):
         torch.cuda.synchronize()
-
-
-def _seconds(gm: GraphModule, args: tuple) -> float:
-    """The least that a call took."""
-    least = float("inf")
-    for _ in range(5):
-        _wait(args)
-        start = time.perf_counter()
-        gm(*args)
-        _wait(args)
-        least = min(least, time.perf_counter() - start)
-    return least
 
 
 # Whether somebody sees ops rather than results: they are shown the graph's.

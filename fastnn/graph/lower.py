@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from torch.fx.node import map_arg
 
 import fastnn.nn.functional as F
 from fastnn import _library, _settings
-from fastnn.graph import ir
+from fastnn.graph import ir, timing
 from fastnn.graph.ir import aten, constant, is_call, is_constant, new_constant, replace
 from fastnn.ops.core import activations
 from fastnn.ops.core.algorithms import covers_by
@@ -23,10 +22,9 @@ __all__ = ["lower"]
 
 _ops = torch.ops.fastnn
 
-# Seconds that each candidate of a product may take, all its rounds together, and how many rounds there are.
-_SECONDS, _ROUNDS = 0.02, 5
-# What it costs a call that a program is left for torch's op and another begun, beside what the op takes.
-_OUTSIDE = 5e-6
+# What it costs a call, in seconds, that a program is left for torch's op and another begun, beside what the op takes; and that a
+# byte of the result is new memory, whose pages are found at their first use, not a program's own.
+_OUTSIDE, _NEW_BYTE = 5e-6, 1e-10
 
 
 def lower(gm: GraphModule, args: tuple) -> None:
@@ -190,23 +188,11 @@ _READ_PACKED = frozenset(("linear", "rows", "pixels", "blocked", "registers"))
 
 
 def _fastest(calls: dict[str, Callable]) -> str:
-    """The call that takes the least time, by the least of a few rounds in turns."""
-    best: dict[str, float] = {}
-    for name, call in calls.items():
-        start = time.perf_counter()
-        call()
-        best[name] = time.perf_counter() - start
-    for number in range(_ROUNDS):
-        least = min(best.values())
-        for name, call in calls.items():
-            if best[name] > 3 * least and number > 0:
-                continue
-            count = max(1, min(50, int(_SECONDS / _ROUNDS / max(best[name], 1e-6))))
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            best[name] = min(best[name], (time.perf_counter() - start) / count)
-    return min(best, key=lambda name: best[name] + (_OUTSIDE if name == "torch" else 0.0))
+    """The call that takes the least time in a program, or between two."""
+    besides = {}
+    if "torch" in calls and len(calls) > 1:
+        besides["torch"] = _OUTSIDE + _NEW_BYTE * calls["torch"]().nbytes
+    return timing.fastest(calls, besides)
 
 
 def _by_function(gm: GraphModule, node: Node) -> Node:
