@@ -19,7 +19,6 @@ import torch.nn.functional as F
 
 from benchmarks import layers
 from fastnn.ops.conv import shapes
-from fastnn.ops.conv.algorithms import BY_KERNELS
 from fastnn.ops.conv.packed import can_be_packed
 from fastnn.ops.core.activations import NUMBERS
 from fastnn.ops.core.algorithms import AUTOMATIC, Result, covers_by
@@ -139,7 +138,7 @@ def _convolution(layer, batch, dtype, layout, size, kernel, options) -> Iterator
             args = (grad, x, w, *extra, *options, *wanted)
             result = op.algorithms.results[place]
             calls = _forced(op, result, args, place)
-            if BY_KERNELS not in result.describe(*args).kind:
+            if not result.describe(*args).only_kernels:
                 calls[TORCH] = partial(op.stock, *args)
             yield Trial(op, result, args, layer.network, calls)
 
@@ -193,7 +192,7 @@ def _pooled(layer, x, w, b, options, pool) -> Iterator[Trial]:
         made = _forced(backward, part, gradient, place)
         if not x.is_meta:
             fastest_of[place] = backward.algorithms.names.index(_quickest(made))
-        if BY_KERNELS in part.describe(*gradient).kind:
+        if part.describe(*gradient).only_kernels:
             return
         both = {**made, TORCH: partial(backward.stock, *gradient)}
         yield Trial(backward, part, gradient, layer.network, both)

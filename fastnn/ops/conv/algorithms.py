@@ -34,10 +34,6 @@ def _told(input, weight, options, pool):
     return NUMBERS[input.dtype], nhwc, _is_nhwc(weight), sizes, window
 
 
-#: Behind the kind of a call of which torch's op is never to make the weight's gradient: no rule holds for it.
-BY_KERNELS = " by kernels"
-
-
 def _breaks_torch(layout: str, channels: int, taps: int, options) -> bool:
     """Whether torch's gradient of the weight writes past its end.
 
@@ -52,8 +48,6 @@ def _call(input, weight, options, what) -> Call:
     groups = options[6]
     layout = "nhwc" if _is_nhwc(input) or _is_nhwc(weight) else "nchw"
     kind = f"{NAMES[input.dtype]} {layout} {what}"
-    if what in ("training", "weight") and _breaks_torch(layout, channels, kernel_h * kernel_w, options):
-        kind += BY_KERNELS
     if groups > 1:
         kind += " depthwise" if channels == 1 else " grouped"
     return Call(
@@ -72,6 +66,7 @@ def _call(input, weight, options, what) -> Call:
             "result": n * outputs * height * width,
             "work": n * outputs * height * width * channels * kernel_h * kernel_w,
         },
+        what in ("training", "weight") and _breaks_torch(layout, channels, kernel_h * kernel_w, options),
     )
 
 

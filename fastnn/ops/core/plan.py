@@ -149,7 +149,7 @@ def _fastest_for(op: Op, result: Result, args: tuple, preferred: bool) -> int:
     mask = None
     for name in named or ():
         if name == rules.TORCH:
-            if preferred:
+            if preferred or call.only_kernels:
                 continue
             return BY_TORCH
         if name not in op.algorithms.names:

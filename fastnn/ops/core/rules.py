@@ -39,10 +39,13 @@ class Call(NamedTuple):
         What no size tells: dtype, layout, whether gradients are wanted. Each kind has a rule of its own.
     sizes : dict of str to float
         By the names that comparisons use.
+    only_kernels : bool
+        Whether torch's op is not to do it, whatever a rule says.
     """
 
     kind: str
     sizes: Mapping[str, float]
+    only_kernels: bool = False
 
 
 def parse(found, names: Collection[str], depth: int = 0) -> Rule:
