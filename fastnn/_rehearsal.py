@@ -6,13 +6,13 @@ import contextlib
 import copy
 import functools
 import inspect
+import sys
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,7 +64,9 @@ class Copy:
         if id(value) in self._made:
             return self._made[id(value)]
         kind = type(value)
-        if isinstance(value, OptimizedModule):
+        # There are no compiled modules where nobody has imported what makes them.
+        dynamo = sys.modules.get("torch._dynamo.eval_frame")
+        if dynamo is not None and isinstance(value, dynamo.OptimizedModule):
             return self._copied(value._orig_mod)
         if isinstance(value, torch.jit.ScriptModule):
             made = self._made[id(value)] = copy.deepcopy(value)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fastnn.ops.attention import algorithms
 from fastnn.ops.core import gpu
 from fastnn.ops.core.declare import declare
 from fastnn.ops.core.op import Cost, tensor_bytes
 from fastnn.ops.core.second_derivative import differentiate
+from fastnn.ops.core.tracing import is_surely
 
 _ops = torch.ops.fastnn
 
@@ -105,7 +105,7 @@ def _grad(ctx, grad, _):
 def is_shared(query, key):
     """Whether heads of the query may share those of the key; of numbers that are symbols, that they are equal may be unknown."""
     same = query.shape[1] == key.shape[1]  # a tensor while torch.jit.trace records
-    return not (same if isinstance(same, torch.Tensor) else statically_known_true(same))
+    return not (same if isinstance(same, torch.Tensor) else is_surely(same))
 
 
 def _stock(query, key, value, mask, is_causal, scale):

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastnn import _library
 from fastnn.ops.core.rules import Call
+from fastnn.ops.core.tracing import constant_result
 
 #: The library's own choice among its algorithms.
 AUTOMATIC = "automatic"
@@ -70,7 +71,7 @@ _library.on_set_isa.append(_asked.cache_clear)
 
 
 # A tracer takes the answer for a constant.
-@torch.compiler.assume_constant_result
+@constant_result
 def ask(name: str, *numbers):
     """What the library says of a call that is told in numbers, or in tuples of them."""
     return _asked(name, numbers)

@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
+from fastnn.ops.core.tracing import constant_result, is_static
 from fastnn.ops.core.user_file import UserFile, are_choices
 
 #: The candidate that every op has: torch's own.
@@ -112,7 +112,7 @@ def chosen(op: str, args, device: torch.device) -> str | None:
     """The name of the candidate that a call was measured to be fastest on, or None if none was."""
     if torch.compiler.is_compiling() or type(args[0]) is not torch.Tensor:
         # A class would tie what is traced to sizes that are symbols.
-        fixed = all([has_static_value(n) for a in args if isinstance(a, torch.Tensor) for n in a.shape])
+        fixed = all([is_static(n) for a in args if isinstance(a, torch.Tensor) for n in a.shape])
         of = call_class(args) if fixed else ALL
         return _chosen_for(op, device.index, of + WITH_GRADIENTS if wants_gradients(args) else of)
     mine, shipped = _tables(device.index)
@@ -128,7 +128,7 @@ def _look_up(op: str, index: int, of: str) -> str | None:
 
 
 # A tracer takes what it says for a constant.
-_chosen_for = torch.compiler.assume_constant_result(_look_up)
+_chosen_for = constant_result(_look_up)
 
 
 @cache

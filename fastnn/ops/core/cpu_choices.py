@@ -14,11 +14,10 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from fastnn import _library
 from fastnn.ops.core import processor, rules
 from fastnn.ops.core.op import OPS
+from fastnn.ops.core.tracing import constant_result
 from fastnn.ops.core.user_file import Choices, UserFile
 
 FOLDER = Path(__file__).parents[2] / "choices" / "cpu"
@@ -96,7 +95,7 @@ def _tables(level: str) -> list[Table]:
 
 
 # A tracer takes the answer for a constant.
-@torch.compiler.assume_constant_result
+@constant_result
 def chosen(op: str, kind: str, sizes: tuple[tuple[str, float], ...]) -> tuple[str, ...] | None:
     """The algorithms for an op's call of a kind and sizes, in order; None where no rule is known.
 
@@ -128,14 +127,14 @@ def _tuned(level: str) -> Choices:
     return FILE.choices_of(_key(level))
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def has_tuned(op: str) -> bool:
     """Whether the user had calls of an op measured on this processor."""
     return op in _tuned(_library.current_isa())
 
 
 # A tracer takes the answer for a constant.
-@torch.compiler.assume_constant_result
+@constant_result
 def tuned(op: str, of: str) -> str | None:
     """Who was measured here to be fastest for a class of an op's calls; None if none was."""
     return _tuned(_library.current_isa()).get(op, {}).get(of)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import operator
 
-import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import has_static_value
+
+from fastnn.ops.core.tracing import is_static
 
 # What stands for a size that is a symbol.
 _TYPICAL_SIZE = 32
@@ -15,10 +15,12 @@ _TYPICAL_SIZE = 32
 
 def _typical(n, of_dynamo):
     """What stands for a size or stride: itself, if it is known."""
-    if has_static_value(n):
+    if is_static(n):
         return operator.index(n)  # for Dynamo too a number, and no symbol of one value
     if torch.compiler.is_dynamo_compiling():
         return of_dynamo
+    import sympy
+
     # With the symbols that it is made of as typical sizes, so that shapes which follow from others still do.
     expression = n.node.expr
     return int(
@@ -53,7 +55,7 @@ class Described:
 
 
 def _is_static(tensor) -> bool:
-    return all([has_static_value(n) for n in tensor.shape])
+    return all([is_static(n) for n in tensor.shape])
 
 
 def are_known(args: tuple) -> bool:

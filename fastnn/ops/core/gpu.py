@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+from fastnn.ops.core.tracing import constant_result
+
 #: The candidates in CUDA C++ that only GPUs of compute capability 9.0 run.
 WARPGROUPS = "warpgroups"
 #: The same with blocks in pairs that copy half of what they share each.
@@ -52,7 +54,7 @@ def _has_triton() -> bool:
 
 
 # A tracer need not look into it: what it says holds for the whole process.
-@torch.compiler.assume_constant_result
+@constant_result
 @cache
 def _unusable(kind: str, index: int) -> str | None:
     reason = _cause(kind, index)
