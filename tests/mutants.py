@@ -92,7 +92,7 @@ MUTANTS = (
     ),
     Mutant(
         "fastnn/ops/core/described.py",
-        "    return all([has_static_value(n) for n in tensor.shape])",
+        "    return all([is_static(n) for n in tensor.shape])",
         "    return True",
         "tests/test_export.py -k ask_for_no_size",
     ),
