@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         "--layers",
         choices=sorted(cpu_choices.LAYERS),
         default="networks",
-        help="with --device cpu: those of well-known networks, or of random sizes (default: %(default)s)",
+        help="with --device cpu: those of well-known networks, of the suite, or of random sizes (default: %(default)s)",
     )
     command.add_argument(
         "--write",

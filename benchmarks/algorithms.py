@@ -23,6 +23,7 @@ from fastnn.ops.conv.packed import can_be_packed
 from fastnn.ops.core.activations import NUMBERS
 from fastnn.ops.core.algorithms import AUTOMATIC, Result, covers_by
 from fastnn.ops.core.op import OPS, ROUTES, Op
+from fastnn.ops.core.packed_weight import READ_PACKED
 from fastnn.ops.core.plan import fastest
 from fastnn.ops.core.rules import TORCH
 
@@ -143,10 +144,6 @@ def _convolution(layer, batch, dtype, layout, size, kernel, options) -> Iterator
             yield Trial(op, result, args, layer.network, calls)
 
 
-# What reads a packed weight.
-_READ_PACKED = frozenset(("linear", "rows", "pixels", "blocked", "registers"))
-
-
 def _pack(weight: torch.Tensor, groups: int) -> torch.Tensor:
     if weight.is_meta:
         return torch.empty(0, dtype=torch.uint8)
@@ -156,7 +153,7 @@ def _pack(weight: torch.Tensor, groups: int) -> torch.Tensor:
 def _packed(op: Op, args: tuple, network: str, instead: Callable) -> Trial:
     """By the packed form of a weight, beside the call without it, as it is planned by now."""
     result = op.algorithms.results[0]
-    calls = {name: call for name, call in _forced(op, result, args).items() if name in _READ_PACKED}
+    calls = {name: call for name, call in _forced(op, result, args).items() if name in READ_PACKED}
     return Trial(op, result, args, network, {**calls, TORCH: instead})
 
 

@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -54,13 +54,23 @@ def plan(of: str) -> Iterator[tuple[layers.Layer, int, str, str]]:
     return iter(every)
 
 
+# Seconds between writes of what there is: torch's own ops have ended a run.
+_KEPT_EVERY = 60.0
+
+
 def measure(
-    console: Console, of: str, minutes: float, threads: tuple[int, ...], dtypes: tuple[str, ...]
+    console: Console,
+    of: str,
+    minutes: float,
+    threads: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    keep: Callable[[list[Sample]], None],
 ) -> list[Sample]:
-    """Measure for so many minutes."""
+    """Measure for so many minutes; every minute `keep` is handed what there is."""
     todo = [job for job in plan(of) if not dtypes or job[2] in dtypes]
     samples: list[Sample] = []
     end = time.monotonic() + 60 * minutes
+    kept = time.monotonic()
     before = torch.get_num_threads()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
@@ -75,6 +85,9 @@ def measure(
                     for count in threads:
                         torch.set_num_threads(count)
                         samples.append(algorithms.sample(trial, count))
+                if time.monotonic() - kept > _KEPT_EVERY:
+                    keep(samples)
+                    kept = time.monotonic()
     finally:
         torch.set_num_threads(before)
     return samples
@@ -208,10 +221,13 @@ def run(
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         machine = {name: found[name] for name in ("cpu", "cores", "isa", "torch", "fastnn", "commit")}
         machine |= {"created": now, "processor": key()}
-        samples = measure(console, of, minutes, threads, dtypes)
         to = _file(of, dtypes, threads)
         to.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = to.with_suffix(".unfinished")
+        keep = partial(algorithms.write, unfinished, machine)
+        samples = measure(console, of, minutes, threads, dtypes, keep)
         algorithms.write(to, machine, samples)
+        unfinished.unlink(missing_ok=True)
         console.print(f"{len(samples)} samples are in {to}", highlight=False, soft_wrap=True)
         stored = sorted(to.parent.glob("algorithms-*.jsonl"))
     machine, samples = algorithms.read_all(stored)

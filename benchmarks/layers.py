@@ -210,7 +210,7 @@ def every() -> list[tuple[Layer, int]]:
 
 
 def suite() -> list[tuple[Layer, int]]:
-    """The layers behind the workloads of the suite, for whose calls the regret of the rules is told."""
+    """The layers behind the workloads of the suite."""
     from benchmarks.cases import WORKLOADS
 
     found: list[tuple[Layer, int]] = []

@@ -473,6 +473,14 @@ def test_layers_are_those_of_networks():
     assert 18 <= len(resnet) <= 25
 
 
+def test_layers_of_the_suite():
+    found = layers.suite()
+    assert (layers.Conv("small CNN", 6, 14, 16, 5, pool=2), 64) in found
+    assert (layers.Linear("BERT-base", 1024, 3072, 768, "gelu"), 1) in found
+    families = {type(layer) for layer, _ in found}
+    assert families == {layers.Conv, layers.Conv1d, layers.Linear, layers.Attention, layers.Norm}
+
+
 def test_layers_of_random_sizes():
     found = layers.sweep(90, seed=3)
     assert found == layers.sweep(90, seed=3) != layers.sweep(90, seed=4)

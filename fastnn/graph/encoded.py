@@ -13,10 +13,9 @@ from torch.nn import Module
 
 import fastnn.nn.functional as F
 from fastnn.graph import lower
-from fastnn.graph.ir import PACKED, has_algorithm
+from fastnn.graph.ir import PACKED, algorithms_of
 from fastnn.graph.program import reach
 from fastnn.ops.core import activations
-from fastnn.ops.core.op import OPS
 
 __all__ = ["Unreadable", "decode", "encode"]
 
@@ -87,7 +86,7 @@ def encode(gm: GraphModule, keep: Callable[[torch.Tensor], str]) -> list[dict[st
             entry = {"op": "output", "args": _value(tuple(node.args), numbers)}
         else:
             args, kwargs = node.args, dict(node.kwargs)
-            algorithms = _algorithms(node.target)
+            algorithms = algorithms_of(node.target)
             entry = {"op": "call", "target": _target(node.target)}
             if algorithms is not None:
                 entry["algorithm"] = algorithms[args[-1]]
@@ -109,14 +108,6 @@ def _packed_weights(gm: GraphModule) -> dict[Node, tuple[Node, int]]:
             if node.args[place] is not None:
                 found[node.args[place]] = node.args[1], groups
     return found
-
-
-def _algorithms(target: Any) -> tuple[str, ...] | None:
-    """The names of the algorithms of which a call's last argument is the number."""
-    if not has_algorithm(target):
-        return None
-    algorithms = OPS[target._opname].algorithms if target._opname in OPS else None
-    return None if algorithms is None or not algorithms.takes_number else algorithms.names
 
 
 def _constant(value: torch.Tensor, keep: Callable[[torch.Tensor], str]) -> dict[str, Any]:
@@ -247,7 +238,7 @@ def _call(graph: Graph, entry: dict, nodes: list[Node], same_machine: bool) -> N
     args, kwargs = _argument(entry["args"], nodes), _argument(entry["kwargs"], nodes)
     if not isinstance(args, list) or not isinstance(kwargs, dict):
         raise Unreadable("arguments that are none")
-    algorithms = _algorithms(target)
+    algorithms = algorithms_of(target)
     if algorithms is not None:
         if entry["algorithm"] not in algorithms:
             raise Unreadable(f"there is no algorithm {entry['algorithm']!r}")

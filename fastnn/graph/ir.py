@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from fastnn.ops.core import activations
+from fastnn.ops.core.op import OPS
 
 aten = torch.ops.aten
 
@@ -62,6 +63,12 @@ def has_algorithm(target: Any) -> bool:
         return False
     arguments = target._schema.arguments
     return bool(arguments) and arguments[-1].name == "algorithm"
+
+
+def algorithms_of(target: Any) -> tuple[str, ...] | None:
+    """The names of the algorithms of which a call's last argument is the number; None where it is none."""
+    op = OPS.get(target._opname) if has_algorithm(target) else None
+    return None if op is None or op.algorithms is None else op.algorithms.names
 
 
 # ---- what passes ask of nodes ----

@@ -17,6 +17,7 @@ from fastnn.graph.ir import aten, constant, is_call, is_constant, new_constant, 
 from fastnn.ops.core import activations
 from fastnn.ops.core.algorithms import covers_by
 from fastnn.ops.core.op import FLOATS, OPS
+from fastnn.ops.core.packed_weight import READ_PACKED
 
 __all__ = ["lower"]
 
@@ -143,7 +144,7 @@ class _Lowering:
         for number, name in enumerate(op.algorithms.names):
             if number == 0 or name == "winograd" or not covers_by(mask, number):
                 continue
-            if packed is not None and name in _READ_PACKED:
+            if packed is not None and name in READ_PACKED:
                 raw = _ops.conv2d_packed.raw if convolution else _ops.linear_packed.raw
                 calls[name] = raw, (*tensors, packed, *rest, number)
             else:
@@ -182,9 +183,6 @@ class _Lowering:
             self.packs[weight] = new_constant(self.gm, before, data)
         values[self.packs[weight]] = constant(self.gm, self.packs[weight])
         return self.packs[weight]
-
-
-_READ_PACKED = frozenset(("linear", "rows", "pixels", "blocked", "registers"))
 
 
 def _fastest(calls: dict[str, Callable]) -> str:
@@ -229,10 +227,8 @@ def told(node: Node) -> tuple[str, str, str, str]:
     if isinstance(target, torch._ops.OpOverload):
         if target.namespace != "fastnn":
             return name, "torch", "no kernel of fastnn", ""
-        algorithms = OPS[name].algorithms if name in OPS else None
-        if algorithms is None or not algorithms.takes_number:
-            return name, native, "", ""
-        return name, native, "", algorithms.names[node.args[-1]]
+        names = ir.algorithms_of(target)
+        return name, native, "", "" if names is None else names[node.args[-1]]
     if getattr(target, "__module__", "").startswith("fastnn."):
         return name.strip("_"), native, "", ""
     return name, "torch", "no kernel of fastnn", ""

@@ -11,17 +11,10 @@ from torch.fx import GraphModule, Node
 from fastnn.graph import ir
 from fastnn.graph.ir import PACKED, constant, is_call, is_constant, new_constant
 from fastnn.graph.program import reach
-from fastnn.ops.core.op import OPS
+from fastnn.ops.core.packed_weight import READ_PACKED
 
 __all__ = ["drop_unread_weights"]
 
-_ops = torch.ops.fastnn
-#: The op that names the algorithms, and those that read the packed weight in place of the weight.
-_READ_PACKED = {
-    _ops.linear_packed.raw: ("linear_activation", ("blocked", "registers")),
-    _ops.conv2d_packed.raw: ("conv2d_activation", ("rows", "pixels", "linear")),
-    _ops.conv2d_relu_max_pool2d_packed.raw: ("conv2d_relu_max_pool2d", ("rows", "pixels")),
-}
 #: Rows up to which a product may read the weight itself, packed or not (csrc/cpu/linear_choice.h).
 _FEW_ROWS = 4
 
@@ -53,11 +46,9 @@ def _bytes(t: torch.Tensor) -> int:
 
 
 def _reads_packed(gm: GraphModule, node: Node) -> bool:
-    if not is_call(node, *_READ_PACKED):
+    if not is_call(node, *PACKED) or node.args[PACKED[node.target]] is None:
         return False
-    op, names = _READ_PACKED[node.target]
-    packed = node.args[PACKED[node.target]]
-    if packed is None or OPS[op].algorithms.names[node.args[-1]] not in names:
+    if ir.algorithms_of(node.target)[node.args[-1]] not in READ_PACKED:
         return False
     sizes = ir.shape_of(node)
     if sizes is None:

@@ -12,7 +12,10 @@ import torch
 
 from fastnn.ops.core.op import FLOATS
 
-__all__ = ["PackedWeight"]
+__all__ = ["READ_PACKED", "PackedWeight"]
+
+#: The algorithms of convolutions and linear layers that read a packed weight in place of the weight.
+READ_PACKED = frozenset(("linear", "rows", "pixels", "blocked", "registers"))
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
